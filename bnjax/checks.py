@@ -1,0 +1,193 @@
+"""Arguments checked while tracing: shapes, dtypes and Python values, never array contents.
+
+Every message names the call and the argument, then what came, what was expected, and what to do. The checks return
+their argument in canonical form, so the mathematics behind them handles one spelling of each option.
+"""
+
+import math
+from collections.abc import Hashable, Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+Axis = int | Sequence[int]
+AxisName = Hashable | Sequence[Hashable]
+
+
+class UnboundAxisNameError(NameError, ValueError):
+    """`axis_name` names no mapped axis: a NameError as in JAX, and a ValueError like every other bad argument here."""
+
+
+def inexact(call: str, name: str, x: Any) -> None:
+    """`x` is an array of floating or complex numbers."""
+    if not hasattr(x, "dtype") or not hasattr(x, "shape"):
+        raise TypeError(
+            f"{call}({name}=...): expected a floating or complex array, got {type(x).__name__}. "
+            f"Convert it with jnp.asarray({name}, jnp.float32)."
+        )
+    if not jnp.issubdtype(x.dtype, jnp.inexact):
+        raise TypeError(
+            f"{call}({name}=...): expected a floating or complex dtype, got {x.dtype}. "
+            f"Convert it with {name}.astype(jnp.float32)."
+        )
+
+
+def feature_axes(call: str, x: Array, axis: Axis) -> tuple[int, ...]:
+    """`axis` as increasing non-negative integers."""
+    axes = tuple(axis) if isinstance(axis, Iterable) else (axis,)
+    if not axes or any(isinstance(a, bool) or not isinstance(a, int | np.integer) for a in axes):
+        raise TypeError(f"{call}(axis={axis!r}): expected an integer or several. Pass the axis or axes of the features.")
+    if any(not -x.ndim <= a < x.ndim for a in axes):
+        raise ValueError(
+            f"{call}(axis={axis!r}): x has shape {x.shape}, so each axis must be in [{-x.ndim}, {x.ndim}). "
+            "Pass the axis of x that holds the features."
+        )
+    canonical = tuple(sorted(int(a) % x.ndim for a in axes))
+    if len(set(canonical)) != len(canonical):
+        raise ValueError(
+            f"{call}(axis={axis!r}): an axis is repeated, since x has shape {x.shape}. Name each feature axis once."
+        )
+    return canonical
+
+
+def axis_names(axis_name: AxisName | None) -> tuple[Hashable, ...]:
+    """`axis_name` as a tuple, empty for None."""
+    if axis_name is None:
+        return ()
+    return tuple(axis_name) if isinstance(axis_name, list | tuple) else (axis_name,)
+
+
+def index_groups(groups: Sequence[Sequence[int]] | None) -> tuple[tuple[int, ...], ...] | None:
+    """`axis_index_groups` in hashable form."""
+    return None if groups is None else tuple(tuple(int(i) for i in group) for group in groups)
+
+
+def bound_axes(call: str, names: tuple[Hashable, ...], groups: tuple[tuple[int, ...], ...] | None) -> None:
+    """Every name is a mapped axis here, and the groups hold each index once."""
+    size = 1
+    for name in names:
+        try:
+            size *= lax.axis_size(name)
+        except NameError as error:
+            raise UnboundAxisNameError(
+                f"{call}(axis_name={name!r}): no mapped axis of that name is in scope. Call it inside jax.vmap, "
+                f"jax.pmap or jax.shard_map over an axis named {name!r}; under jit over sharded arrays leave axis_name "
+                "out, since statistics are global there by themselves."
+            ) from error
+    if groups is None:
+        return
+    if not names:
+        raise ValueError(
+            f"{call}(axis_index_groups={groups}): groups divide a mapped axis, but axis_name is None. "
+            "Pass the axis_name they belong to."
+        )
+    if sorted(index for group in groups for index in group) != list(range(size)):
+        raise ValueError(
+            f"{call}(axis_index_groups={groups}): expected each index of {names} once, 0 to {size - 1}. "
+            "List every index in exactly one group."
+        )
+
+
+def broadcastable(call: str, name: str, value: Any, x: Array) -> None:
+    """`value` has x's rank, with each size 1 or x's."""
+    shape = np.shape(value)
+    if len(shape) != x.ndim or any(s not in (1, n) for s, n in zip(shape, x.shape, strict=True)):
+        raise ValueError(
+            f"{call}({name}=...): expected x's rank with each size 1 or x's, x has shape {x.shape}, got {shape}. "
+            f"Reshape {name} so that its axes line up with those of x."
+        )
+
+
+def weights(call: str, mask: Any, x: Array) -> None:
+    """`mask` is None, boolean or real, and broadcasts to `x`."""
+    if mask is None:
+        return
+    broadcastable(call, "mask", mask, x)
+    if not (mask.dtype == bool or jnp.issubdtype(mask.dtype, jnp.integer) or jnp.issubdtype(mask.dtype, jnp.floating)):
+        raise TypeError(
+            f"{call}(mask=...): expected booleans or non-negative real weights, got {mask.dtype}. "
+            "Pass mask != 0 or its real part."
+        )
+
+
+def boolean(call: str, name: str, value: Any) -> None:
+    """`value` is a Python bool."""
+    if not isinstance(value, bool):
+        raise TypeError(
+            f"{call}({name}=...): expected a Python bool, got {value!r} of type {type(value).__name__}. It selects the "
+            f"computation while tracing: write True or False, or make {name} a static argument of the jitted function."
+        )
+
+
+def positive(call: str, name: str, value: Any) -> float:
+    """`value` as a float, which is positive and finite."""
+    try:
+        number = float(value)
+    except (TypeError, jax.errors.ConcretizationTypeError) as error:
+        raise TypeError(
+            f"{call}({name}=...): expected a Python number, got {type(value).__name__}. "
+            f"{name} is static: pass it as a number, not as an array of a jitted function."
+        ) from error
+    if not 0 < number < math.inf:
+        raise ValueError(f"{call}({name}={value!r}): expected a positive finite number. Pass 1e-5, say.")
+    return number
+
+
+def momentum(call: str, value: Any) -> tuple[Any, Any]:
+    """`value` and its complement; a Python number is in [0, 1]."""
+    if isinstance(value, Array):
+        return value, 1 - value
+    if isinstance(value, bool) or not isinstance(value, int | float | np.number | np.ndarray) or np.ndim(value):
+        raise TypeError(
+            f"{call}(momentum={value!r}): expected a number or a function of state.count, got {type(value).__name__}. "
+            "For a plain average of all batches, PyTorch's momentum=None, pass bnjax.cumulative_average."
+        )
+    if not 0 <= value <= 1:
+        raise ValueError(
+            f"{call}(momentum={value!r}): expected a number in [0, 1], the weight of the old value. "
+            "For PyTorch's momentum p pass 1 - p."
+        )
+    # In float32 the complement of 0.99 is off by a relative 1e-6; in float64 it is not.
+    return float(value), 1 - float(value)
+
+
+def variables(call: str, params: Any, state: Any, x: Array, features: tuple[int, ...], axis: Axis) -> None:
+    """Scale, bias and running statistics fit `x` and its features, and are complex only where it is."""
+    shape = tuple(x.shape[a] for a in features)
+    named = {"scale": params.scale, "bias": params.bias}
+    for name, value in named.items():
+        if value is not None and np.shape(value) != shape:
+            if np.ndim(value) != x.ndim or any(s not in (1, n) for s, n in zip(np.shape(value), x.shape, strict=True)):
+                raise ValueError(
+                    f"{call}(params=...): params.{name} has shape {np.shape(value)}, but x has shape {x.shape} and so "
+                    f"features {shape} on axis {axis}. Pass the axis that bn_init was given, initialize with "
+                    f"bn_init({_text(shape)}), or give {name} x's rank with each size 1 or x's."
+                )
+    if state is not None:
+        for name, value in state._asdict().items():
+            if np.shape(value) != shape:
+                raise ValueError(
+                    f"{call}(x=...): x has shape {x.shape} and so features {shape} on axis {axis}, but state.{name} "
+                    f"has shape {np.shape(value)}. Pass the axis that bn_init was given, or initialize with "
+                    f"bn_init({_text(shape)})."
+                )
+        named["mean"] = state.mean
+        if jnp.iscomplexobj(x) and not jnp.iscomplexobj(state.mean):
+            raise TypeError(
+                f"{call}(x=...): x is {x.dtype}, but state.mean is {state.mean.dtype} and cannot hold a complex mean. "
+                "Initialize with bn_init(..., dtype=jnp.complex64)."
+            )
+    if not jnp.iscomplexobj(x):
+        for name, value in named.items():
+            if value is not None and jnp.iscomplexobj(value):
+                raise TypeError(
+                    f"{call}(x=...): x is {x.dtype}, but {name} is {value.dtype}, and y has x's dtype. "
+                    f"Pass a complex x, or a real {name}."
+                )
+
+
+def _text(shape: tuple[int, ...]) -> str:
+    return str(shape[0] if len(shape) == 1 else shape)

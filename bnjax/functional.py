@@ -1,0 +1,338 @@
+"""Batch normalization as pure functions (Ioffe & Szegedy, 2015, algorithms 1 and 2).
+
+    y = scale * (x - mean) / sqrt(var + epsilon) + bias
+
+In training `mean` and `var` are the batch's moments, which the running statistics absorb; in evaluation they are the
+running statistics. `normalize` is the one place where the formula stands, and its derivative rule stands under it.
+The moments and their derivative are in `moments.py`.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from math import log
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.custom_derivatives import SymbolicZero
+
+from bnjax import checks
+from bnjax.moments import supported_moments
+
+Momentum = float | Array | Callable[[Array], Array]
+
+
+class BNParams(NamedTuple):
+    """Learned scale (gamma) and bias (beta), of the shape of the features; None where there is none."""
+
+    scale: Array | None
+    bias: Array | None
+
+
+class BNState(NamedTuple):
+    """Running mean and variance, and how many updates each feature absorbed; of the shape of the features."""
+
+    mean: Array
+    var: Array
+    count: Array
+
+
+def cumulative_average(count: Array) -> Array:
+    """Momentum under which every batch counts the same: the running statistics are the plain mean over all updates.
+
+        momentum = count / (count + 1)
+
+    PyTorch's `momentum=None`.
+
+    Args:
+      count: number of updates so far, as in `BNState.count`.
+
+    Returns:
+      The weight of the old value, float32, of count's shape.
+
+    Example:
+      >>> import bnjax, jax.numpy as jnp
+      >>> bnjax.cumulative_average(jnp.array([0, 1, 3])).tolist()
+      [0.0, 0.5, 0.75]
+    """
+    count = jnp.asarray(count).astype(jnp.float32)
+    return count / (count + 1)
+
+
+@dataclass(frozen=True)
+class debiased:  # noqa: N801  a function with one parameter bound, which hashes and compares by value
+    """Momentum of an exponential average without memory of its initial value (Kingma & Ba, 2015, section 3).
+
+        momentum_t = momentum (1 - momentum^t) / (1 - momentum^(t + 1)),    t = count
+
+    After t updates the running value is the average of the batches with weights proportional to momentum^age; the
+    first update replaces the initial 0 and 1. In the limit momentum = 1 it is `cumulative_average`.
+
+    Args:
+      momentum: weight of the old value in the long run, in [0, 1].
+
+    Raises:
+      TypeError, ValueError: for anything else.
+
+    Example:
+      >>> import bnjax, jax.numpy as jnp
+      >>> bnjax.debiased(0.9)(jnp.array([0, 1, 1000])).round(4).tolist()
+      [0.0, 0.4737, 0.9]
+    """
+
+    momentum: float
+
+    def __post_init__(self):
+        object.__setattr__(self, "momentum", checks.momentum("debiased", self.momentum)[0])
+
+    def __call__(self, count: Array) -> Array:
+        if self.momentum in (0, 1):
+            return self.momentum * cumulative_average(count)
+        # 1 - momentum^t as -expm1(t log momentum): no digit is lost where momentum is near 1.
+        count = jnp.asarray(count).astype(jnp.float32)
+        return self.momentum * jnp.expm1(count * log(self.momentum)) / jnp.expm1((count + 1) * log(self.momentum))
+
+
+def bn_init(
+    features: int | Sequence[int],
+    *,
+    scale: Any | None = 1.0,
+    bias: Any | None = 0.0,
+    dtype: Any = jnp.float32,
+) -> tuple[BNParams, BNState]:
+    """Parameters and running statistics of a fresh layer: the identity map in evaluation, up to epsilon.
+
+    Args:
+      features: number of features, or one number per feature axis in increasing axis order.
+      scale: initial scale, a number or an array that broadcasts to `features`. 0 starts a residual branch at zero;
+        None leaves scale out.
+      bias: initial bias, likewise.
+      dtype: of scale and bias, floating or complex. Statistics are kept in it widened to 32 bits at least; the
+        variance is real and the count is int32.
+
+    Returns:
+      `BNParams(scale, bias)` and `BNState(mean=0, var=1, count=0)`.
+
+    Raises:
+      TypeError, ValueError: for features that are not non-negative integers, a dtype that is neither floating nor
+        complex, or an initial value that does not broadcast to `features`.
+
+    Example:
+      >>> import bnjax
+      >>> params, state = bnjax.bn_init(64, scale=0.0)
+      >>> params.scale.shape, state.count.dtype
+      ((64,), dtype('int32'))
+    """
+    shape = (features,) if isinstance(features, int | np.integer) else tuple(features)
+    if any(isinstance(n, bool) or not isinstance(n, int | np.integer) or n < 0 for n in shape) or shape == ():
+        raise ValueError(
+            f"bn_init(features={features!r}): expected a non-negative integer or several. "
+            "Pass the size of each feature axis."
+        )
+    if not jnp.issubdtype(dtype, jnp.inexact):
+        raise TypeError(
+            f"bn_init(dtype={jnp.dtype(dtype).name}): expected a floating or complex dtype. Pass jnp.float32, say."
+        )
+
+    def initial(name, value):
+        if value is None:
+            return None
+        if np.shape(value) != () and np.broadcast_shapes(np.shape(value), shape) != shape:
+            raise ValueError(
+                f"bn_init({name}=...): shape {np.shape(value)} does not broadcast to features {shape}. "
+                "Pass a number or one per feature."
+            )
+        return jnp.broadcast_to(jnp.asarray(value, dtype), shape)
+
+    wide = jnp.promote_types(dtype, jnp.float32)
+    state = BNState(jnp.zeros(shape, wide), jnp.ones(shape, jnp.finfo(wide).dtype), jnp.zeros(shape, jnp.int32))
+    return BNParams(initial("scale", scale), initial("bias", bias)), state
+
+
+def bn_apply(
+    params: BNParams,
+    state: BNState | None,
+    x: Array,
+    train: bool,
+    *,
+    axis: checks.Axis = -1,
+    momentum: Momentum = 0.99,
+    epsilon: float = 1e-5,
+    mask: Array | None = None,
+    axis_name: checks.AxisName | None = None,
+    axis_index_groups: Sequence[Sequence[int]] | None = None,
+    unbiased_var: bool = False,
+) -> tuple[Array, BNState | None]:
+    """Batch normalization (Ioffe & Szegedy, 2015, algorithms 1 and 2).
+
+        y = scale * (x - mean) / sqrt(var + epsilon) + bias
+        running = momentum * running + (1 - momentum) * batch          for mean and var, in training
+
+    Compiled once per shape and set of options. Differentiable to any order, forward and reverse, in `params`, `state`
+    and `x`. Statistics are exact under every transform; under `jit` over sharded arrays they are those of the global
+    batch without naming anything.
+
+    Args:
+      params: `scale` and `bias`, each None, of the shape of the features, or conditional: of x's rank with each size
+        1 or x's.
+      state: running statistics; None normalizes by the batch's, in training and in evaluation.
+      x: floating or complex, any shape. For complex `x`, `var` is E|x - mean|^2 and `state.mean` is complex.
+      train: a Python bool. True normalizes by the batch and updates the state, False by the running statistics.
+      axis: the feature axis of `x`, or several; features follow in increasing axis order.
+      momentum: weight of the OLD value, in [0, 1], as in Flax and Keras (PyTorch's is 1 minus it), or a function of
+        `state.count` such as `cumulative_average` or `debiased(0.99)`.
+      epsilon: added to the variance, > 0.
+      mask: of x's rank and broadcastable to it, boolean or weights >= 0 (a negative one counts as 0). Places of
+        weight 0 may hold anything, NaN included; they do not enter the statistics and are normalized like all others.
+        It is not differentiated.
+      axis_name: mapped axis, or several, whose devices or examples share statistics, merged by weight: one gather of
+        3 x features numbers forward (5 with real-valued weights), one psum of 2 x features backward.
+      axis_index_groups: as in `jax.lax.psum`; each group has statistics and a state of its own.
+      unbiased_var: the running variance takes the sum of squares divided by n - sum(w^2) / n in place of n, which is
+        n - 1 without real-valued weights. `y` is normalized by the biased one, as in PyTorch.
+
+    Returns:
+      y: of x's shape and dtype. Reductions are float32 or wider.
+      state: in the dtypes it came in. In evaluation it is `state` itself.
+
+    Where the data carry too little, per feature: fewer than two valid values, or statistics that are not finite, leave
+    state and count as they were. With one valid value var is 0, so that value becomes `bias`. With none, `x` is
+    normalized by the running statistics (by mean 0 and var 1 where state is None). A NaN or infinity at a valid place
+    shows in the output of its feature. Mask and axis_name play no part in evaluation by running statistics.
+
+    Raises:
+      TypeError, ValueError: while tracing, for shapes, dtypes and Python values that do not fit; the message names
+        the argument, what came and what to pass. A momentum known only at run time is not checked.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import bnjax
+      >>> params, state = bnjax.bn_init(2)
+      >>> x = jnp.array([[1.0, 10.0], [3.0, 30.0]])
+      >>> y, state = bnjax.bn_apply(params, state, x, train=True, momentum=0.9)
+      >>> y.round(3).tolist(), state.mean.round(3).tolist()
+      ([[-1.0, -1.0], [1.0, 1.0]], [0.2, 2.0])
+    """
+    checks.boolean("bn_apply", "train", train)
+    schedule, momentum = (momentum, None) if callable(momentum) else (None, checks.momentum("bn_apply", momentum))
+    return _bn_apply(
+        params,
+        state,
+        x,
+        mask,
+        momentum,
+        schedule=schedule,
+        train=train,
+        axis=tuple(axis) if isinstance(axis, list) else axis,
+        epsilon=checks.positive("bn_apply", "epsilon", epsilon),
+        names=checks.axis_names(axis_name),
+        groups=checks.index_groups(axis_index_groups),
+        unbiased_var=bool(unbiased_var),
+    )
+
+
+@partial(
+    jax.jit, static_argnames=("schedule", "train", "axis", "epsilon", "names", "groups", "unbiased_var"), inline=True
+)
+def _bn_apply(params, state, x, mask, momentum, *, schedule, train, axis, epsilon, names, groups, unbiased_var):
+    checks.inexact("bn_apply", "x", x)
+    features = checks.feature_axes("bn_apply", x, axis)
+    checks.variables("bn_apply", params, state, x, features, axis)
+    checks.weights("bn_apply", mask, x)
+    if state is not None and not train:
+        mean, var = state.mean, state.var.real
+        mask = None
+    else:
+        checks.bound_axes("bn_apply", names, groups)
+        batch, support = supported_moments(x, mask, features, names, groups)
+        mean, var = batch.mean, batch.var
+        if mask is not None or 0 in x.shape:
+            idle = (0, 1) if state is None else (state.mean.astype(mean.dtype), state.var.real.astype(var.dtype))
+            mean, var = (jnp.where(batch.weight > 0, new, old) for new, old in zip((mean, var), idle, strict=True))
+        if state is not None:
+            rate = _rate(state.count, momentum, schedule)
+            state = _absorb(state, batch, support, rate, unbiased_var)
+    axes = tuple(a for a in range(x.ndim) if a not in features)
+
+    def aligned(v):  # with x's rank; conditional scale and bias have it
+        return v if v is None or v.ndim == x.ndim else jnp.expand_dims(v, axes)
+
+    y = normalize(x, *(aligned(v) for v in (mean, var, params.scale, params.bias)), epsilon, mask is not None)
+    return y, state
+
+
+def _rate(count, momentum, schedule):
+    """Weights of the old and of the new value, per feature."""
+    if schedule is None:
+        return momentum
+    old = jnp.asarray(schedule(count))
+    return old, 1 - old
+
+
+def _absorb(state, batch, support, rate, unbiased_var):
+    """`state` after one update, where the batch carries information; dtypes stay."""
+    var = batch.var
+    enough = support.valid >= 2
+    if unbiased_var:
+        divisor = batch.weight - support.square / jnp.where(enough, batch.weight, 1)
+        enough &= divisor > 0
+        var = var * jnp.where(enough, batch.weight / jnp.where(enough, divisor, 1), 1)
+    enough &= jnp.isfinite(batch.mean) & jnp.isfinite(var)
+
+    def moved(old, new):
+        dtype = jnp.promote_types(old.dtype, new.dtype)
+        keep, take = (jnp.asarray(r).astype(dtype) for r in rate)
+        return jnp.where(enough, (keep * old.astype(dtype) + take * new.astype(dtype)).astype(old.dtype), old)
+
+    return BNState(moved(state.mean, batch.mean), moved(state.var, var), state.count + enough.astype(state.count.dtype))
+
+
+def autodiff_normalize(x, mean, var, scale, bias, epsilon, masked):
+    """`normalize` without its derivative rule: the tests' oracle for it."""
+    dtype, rstd = _rstd(x, var, epsilon)
+    slope = rstd if scale is None else scale.astype(dtype) * rstd
+    y = (x.astype(dtype) - mean.astype(dtype)) * slope
+    return (y if bias is None else y + bias.astype(dtype)).astype(x.dtype)
+
+
+# scale * (x - mean) / sqrt(var + epsilon) + bias, with all arguments of x's rank; scale and bias may be None.
+normalize = jax.custom_jvp(autodiff_normalize, nondiff_argnums=(5, 6))
+
+
+@partial(normalize.defjvp, symbolic_zeros=True)
+def _normalize_jvp(epsilon, masked, primals, tangents):
+    # dy = a dx + (x - mean) k + c with a, k and c per feature. Transposed, this is one elementwise pass and the two
+    # reductions sum g and sum g (x - mean), which serve scale, bias, mean and var alike. Written any other way, each of
+    # the four has a reduction of its own.
+    x, mean, var, scale, bias = primals
+    dtype, rstd = _rstd(x, var, epsilon)
+    dx, dmean, dvar, dscale, dbias = (
+        None if t is None or isinstance(t, SymbolicZero) else t.astype(dtype) for t in tangents
+    )
+    slope = rstd if scale is None else scale.astype(dtype) * rstd
+    k = _sum(None if dscale is None else rstd * dscale, None if dvar is None else -0.5 * slope * rstd * rstd * dvar)
+    c = _sum(dbias, None if dmean is None else -slope * dmean)
+    if k is not None and c is not None and jax.sharding.get_abstract_mesh().manual_axes:
+        # In shard_map k and c are replicated and x varies. Made varying here, together and before they are broadcast,
+        # they transpose to one psum of 2 x features numbers; left to itself, jax sums arrays of x's size, twice.
+        pair = jnp.stack(jnp.broadcast_arrays(k, c))
+        k, c = pair + lax.full_like(x, 0, dtype, shape=pair.shape)
+    centered = x.astype(dtype) - mean.astype(dtype)
+    if masked:
+        centered = jnp.where(jnp.isfinite(x), centered, 0)  # a NaN there times a zero cotangent would be a NaN
+    dy = _sum(None if dx is None else slope * dx, None if k is None else centered * k)
+    dy = jnp.zeros(x.shape, dtype) if dy is None else dy
+    return normalize(x, mean, var, scale, bias, epsilon, masked), (dy if c is None else dy + c).astype(x.dtype)
+
+
+def _rstd(x, var, epsilon):
+    """The dtype of the computation and 1 / sqrt(var + epsilon) in it."""
+    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    return dtype, lax.rsqrt(var.astype(jnp.finfo(dtype).dtype) + epsilon).astype(dtype)
+
+
+def _sum(a, b):
+    return a if b is None else b if a is None else a + b

@@ -1,0 +1,259 @@
+"""First and second moments of a batch: of one array, merged, over devices.
+
+    weight = sum_i w_i        mean = sum_i w_i x_i / weight        var = sum_i w_i |x_i - mean|^2 / weight
+
+Values that already are means of parts, with variances of their own, pool to (Chan, Golub & LeVeque, 1983)
+
+    var = sum_i w_i (var_i + |mean_i - mean|^2) / weight
+
+so one function, `_pool`, serves the places of an array, the shards of a mesh and the steps of an accumulation. Its
+sums are taken around a pivot, first the mean as a plain sum gives it. Rounding then loses |mean| / std once; the
+textbook E|x|^2 - |E x|^2 loses its square.
+
+This module knows neither scale and bias nor running statistics.
+"""
+
+import math
+from collections.abc import Hashable, Sequence
+from functools import partial
+from itertools import groupby
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from bnjax import checks
+
+Groups = tuple[tuple[int, ...], ...] | None
+
+
+class Moments(NamedTuple):
+    """Weight, mean and variance per feature; all three have the shape of the features.
+
+    `weight` is the number of values (the sum of the mask where one is given), `var` is divided by `weight`. Where
+    `weight` is 0, `mean` and `var` are 0.
+    """
+
+    weight: Array
+    mean: Array
+    var: Array
+
+
+class Support(NamedTuple):
+    """What stands behind a weight: `valid`, the places of weight > 0, and `square`, the sum of squared weights.
+
+    Without real-valued weights both equal the weight.
+    """
+
+    valid: Array
+    square: Array
+
+
+def batch_moments(
+    x: Array,
+    *,
+    axis: checks.Axis = -1,
+    mask: Array | None = None,
+    axis_name: checks.AxisName | None = None,
+    axis_index_groups: Sequence[Sequence[int]] | None = None,
+) -> Moments:
+    """Exact moments of `x` over all axes but the feature axes, and over named mapped axes.
+
+        mean = sum_i w_i x_i / sum_i w_i        var = sum_i w_i |x_i - mean|^2 / sum_i w_i
+
+    with w the mask, or 1. Devices are merged by weight (Chan, Golub & LeVeque, 1983, equation 2.1), so unequal and
+    empty shards are exact. The relative error of `var`, and the error of `mean` in units of the standard deviation,
+    grow with |mean| / std once.
+
+    Args:
+      x: floating or complex, any shape.
+      axis: the feature axis of `x`, or several; the result has their sizes in increasing axis order.
+      mask: of x's rank and broadcastable to it, boolean or weights >= 0 (a negative one counts as 0). Where it is 0,
+        `x` may hold anything, NaN included. It is not differentiated.
+      axis_name: mapped axis, or several, whose devices or examples share their statistics: one gather of
+        3 x features numbers a device (5 with real-valued weights), and one psum of 2 x features for the derivative.
+      axis_index_groups: as in `jax.lax.psum`; each group has moments of its own.
+
+    Returns:
+      Moments in float32 or x's wider dtype; `mean` is complex for complex `x`, the others are real.
+
+    Raises:
+      TypeError, ValueError: for an integer `x`, an axis out of range or repeated, a mask that does not broadcast to
+        `x`, a name that is not mapped, or groups that do not hold each index once.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import bnjax
+      >>> x = jnp.array([[1.0, 10.0], [3.0, 10.0], [8.0, jnp.nan]])
+      >>> bnjax.batch_moments(x, mask=jnp.array([[True], [True], [False]])).mean
+      Array([ 2., 10.], dtype=float32)
+    """
+    groups = checks.index_groups(axis_index_groups)
+    axis = tuple(axis) if isinstance(axis, list) else axis
+    return _batch_moments(x, mask, axis=axis, names=checks.axis_names(axis_name), groups=groups)
+
+
+@partial(jax.jit, static_argnames=("axis", "names", "groups"), inline=True)
+def _batch_moments(x, mask, *, axis, names, groups):
+    checks.inexact("batch_moments", "x", x)
+    features = checks.feature_axes("batch_moments", x, axis)
+    checks.weights("batch_moments", mask, x)
+    checks.bound_axes("batch_moments", names, groups)
+    return supported_moments(x, mask, features, names, groups)[0]
+
+
+def merge(*moments: Moments) -> Moments:
+    """The moments of all values behind several moments, as if they had been one batch.
+
+        weight = sum_i weight_i        mean = sum_i weight_i mean_i / weight
+        var = sum_i weight_i (var_i + |mean_i - mean|^2) / weight          (Chan, Golub & LeVeque, 1983)
+
+    Associative and commutative up to rounding; moments of weight 0 change nothing.
+
+    Args:
+      *moments: one or more, of equal shapes.
+
+    Returns:
+      Moments of that shape.
+
+    Raises:
+      ValueError: without arguments, or if shapes differ.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import bnjax
+      >>> x = jnp.arange(10.0).reshape(10, 1)
+      >>> bnjax.merge(bnjax.batch_moments(x[:3]), bnjax.batch_moments(x[3:]))
+      Moments(weight=Array([10.], dtype=float32), mean=Array([4.5], dtype=float32), var=Array([8.25], dtype=float32))
+    """
+    shapes = {np.shape(leaf) for m in moments for leaf in m}
+    if len(shapes) != 1:
+        raise ValueError(
+            f"merge(...): expected one or more moments of one shape, got {len(moments)} with shapes {sorted(shapes)}. "
+            "Merge moments of the same features."
+        )
+    weight, mean, var = (jnp.stack(leaves) for leaves in zip(*moments, strict=True))
+    return _pool(weight, mean, var, (0,))
+
+
+def supported_moments(
+    x: Array, mask: Array | None, features: tuple[int, ...], names: tuple[Hashable, ...], groups: Groups
+) -> tuple[Moments, Support]:
+    """The moments of `x` and their support; arguments are those of `batch_moments` in canonical form."""
+    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    if mask is not None and mask.dtype != bool:
+        mask = lax.stop_gradient(mask.astype(jnp.finfo(dtype).dtype))
+    axes = tuple(a for a in range(x.ndim) if a not in features)
+    return _moments(x, mask, axes, names, groups)
+
+
+def autodiff_moments(x, mask, axes, names, groups):
+    """`_moments` without its derivative rule: the tests' oracle for it."""
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    local = _pool(mask, x, None, axes)
+    if mask is None or mask.dtype == bool:
+        support = Support(local.weight, local.weight)
+        leaves = local
+    else:
+        support = Support(*(_sum_as(x.shape, v, axes) for v in ((mask > 0).astype(mask.dtype), _weigh(mask, mask))))
+        leaves = local + support
+    if not names:
+        return local, support
+    rows = _gather(jnp.stack([leaf.astype(x.dtype) for leaf in leaves]), names, groups)
+    weight, mean, var, *rest = (rows[:, i] if i == 1 else rows[:, i].real for i in range(len(leaves)))
+    merged = _pool(weight, mean, var, (0,))
+    return merged, Support(*(jnp.sum(leaf, 0) for leaf in rest)) if rest else Support(merged.weight, merged.weight)
+
+
+_moments = jax.custom_jvp(autodiff_moments, nondiff_argnums=(2, 3, 4))
+
+
+@_moments.defjvp
+def _moments_jvp(axes, names, groups, primals, tangents):
+    # dmean = E[dx] and dvar = 2 E[Re(conj(x - mean) dx)]: the pivots of `_pool` drop out, and what is left transposes
+    # to one elementwise pass. Both sums travel in one psum, forward and, transposed, backward.
+    x, mask = primals
+    moments, support = _moments(x, mask, axes, names, groups)
+    dtype = moments.mean.dtype
+    x, dx = x.astype(dtype), tangents[0].astype(dtype)
+    centered = x - jnp.expand_dims(moments.mean, axes)
+    if mask is not None:
+        centered = jnp.where(_valid(mask), centered, 0)  # a NaN there times a zero cotangent would be a NaN
+    dsquare = 2 * jnp.real(jnp.conj(centered) * dx)
+    sums = jnp.stack([jnp.sum(_weigh(mask, t), axes).astype(dtype) for t in (dx, dsquare)])
+    dmean, dvar = (t / _nonzero(moments.weight).astype(dtype) for t in _total(sums, names, groups))
+    zeros = Moments(*(jnp.zeros_like(leaf) for leaf in moments))
+    return (moments, support), (zeros._replace(mean=dmean, var=dvar.real), Support(zeros.weight, zeros.weight))
+
+
+def _pool(weight, mean, var, axes):
+    """Moments over `axes` of values `mean` with weights (None: 1 each) and variances (None: 0 each)."""
+    ones = jnp.ones((1,) * mean.ndim if weight is None else weight.shape, jnp.finfo(mean.dtype).dtype)
+    total = _sum_as(mean.shape, _weigh(weight, ones), axes)
+    share = (1 / _nonzero(total)).astype(mean.dtype)
+    pivot = jnp.sum(_weigh(weight, mean), axes) * share
+    centered = mean - jnp.expand_dims(pivot, axes)
+    square = _abs_square(centered) if var is None else var + _abs_square(centered)
+    # The pivot carries the rounding of a plain sum; the mean around it carries the rounding of one that is near 0.
+    shift = jnp.sum(_weigh(weight, centered), axes) * share
+    spread = jnp.sum(_weigh(weight, square), axes) * share.real
+    return Moments(total, pivot + shift, jnp.maximum(spread - _abs_square(shift), 0))
+
+
+def _valid(weight):
+    return weight if weight.dtype == bool else weight > 0
+
+
+def _weigh(weight, values):
+    """`values` times `weight`, and 0 where the weight is, whatever stands there."""
+    if weight is None or weight.dtype == bool:
+        return values if weight is None else jnp.where(weight, values, 0)
+    return jnp.where(weight > 0, weight.astype(values.dtype) * values, 0)
+
+
+def _sum_as(shape, values, axes):
+    """The sum over `axes` of `values` broadcast to `shape`, without the broadcast."""
+    repeats = math.prod(shape[a] for a in axes if values.shape[a] != shape[a])
+    features = tuple(n for a, n in enumerate(shape) if a not in axes)
+    return jnp.broadcast_to(jnp.sum(values, axes) * repeats, features)
+
+
+def _nonzero(weight):
+    return jnp.where(weight > 0, weight, 1)
+
+
+def _abs_square(values):
+    return jnp.real(jnp.conj(values) * values)
+
+
+def _total(rows, names, groups):
+    """The sum of `rows` over the mapped axes, each index taking part in its own group."""
+    if not names:
+        return rows
+    return lax.psum(rows, names) if groups is None else jnp.sum(_gather(rows, names, groups), 0)
+
+
+def _gather(rows, names, groups):
+    """The `rows` of every index of the mapped axes, stacked; with groups those of the own group, padded by zeros."""
+    manual = jax.sharding.get_abstract_mesh().manual_axes
+    gathered = rows
+    # One collective serves any number of mesh axes. Axes of vmap move no data and are gathered one at a time.
+    for is_mesh, run in groupby(reversed(names), lambda name: name in manual):
+        if is_mesh:
+            run = tuple(run)[::-1]
+            # to='invarying' types the result as replicated; it asks for an operand that varies, and the index does.
+            varying = gathered + (0 * lax.axis_index(run)).astype(rows.dtype)
+            gathered = lax.all_gather(varying, run, to="invarying")
+        else:
+            for name in run:
+                gathered = lax.all_gather(gathered, name)
+    gathered = gathered.reshape(-1, *rows.shape)
+    if groups is None:
+        return gathered
+    members = np.full((len(gathered), max(map(len, groups))), -1)
+    for group in groups:
+        members[list(group), : len(group)] = group
+    own = jnp.asarray(members)[lax.axis_index(names)]
+    return jnp.where(own.reshape(-1, *(1,) * rows.ndim) >= 0, gathered[own], 0)
