@@ -14,13 +14,14 @@ from math import log
 from typing import Any, NamedTuple
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 
 from bnjax import checks
-from bnjax.moments import supported_moments
+from bnjax.moments import supported_moments, wider
 
 Momentum = float | Array | Callable[[Array], Array]
 
@@ -38,6 +39,10 @@ class BNState(NamedTuple):
     mean: Array
     var: Array
     count: Array
+
+
+for _tuple in (BNParams, BNState):  # so that exported functions of them serialize
+    jax.export.register_namedtuple_serialization(_tuple, serialized_name=f"bnjax.{_tuple.__name__}")
 
 
 def cumulative_average(count: Array) -> Array:
@@ -147,7 +152,7 @@ def bn_init(
             )
         return jnp.broadcast_to(jnp.asarray(value, dtype), shape)
 
-    wide = jnp.promote_types(dtype, jnp.float32)
+    wide = wider(dtype)
     state = BNState(jnp.zeros(shape, wide), jnp.ones(shape, jnp.finfo(wide).dtype), jnp.zeros(shape, jnp.int32))
     return BNParams(initial("scale", scale), initial("bias", bias)), state
 
@@ -283,9 +288,10 @@ def _absorb(state, batch, support, rate, unbiased_var):
     enough &= jnp.isfinite(batch.mean) & jnp.isfinite(var)
 
     def moved(old, new):
-        dtype = jnp.promote_types(old.dtype, new.dtype)
+        dtype = wider(old.dtype, new.dtype)
         keep, take = (jnp.asarray(r).astype(dtype) for r in rate)
-        return jnp.where(enough, (keep * old.astype(dtype) + take * new.astype(dtype)).astype(old.dtype), old)
+        moved_ = keep * old.astype(dtype) + take * new.astype(dtype)
+        return jnp.where(enough, moved_.astype(old.dtype), old)
 
     return BNState(moved(state.mean, batch.mean), moved(state.var, var), state.count + enough.astype(state.count.dtype))
 
@@ -330,7 +336,7 @@ def _normalize_jvp(epsilon, masked, primals, tangents):
 
 def _rstd(x, var, epsilon):
     """The dtype of the computation and 1 / sqrt(var + epsilon) in it."""
-    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    dtype = wider(x.dtype)
     return dtype, lax.rsqrt(var.astype(jnp.finfo(dtype).dtype) + epsilon).astype(dtype)
 
 

@@ -16,8 +16,7 @@ This module knows neither scale and bias nor running statistics.
 import math
 from collections.abc import Hashable, Sequence
 from functools import partial
-from itertools import groupby
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -49,6 +48,11 @@ class Support(NamedTuple):
 
     valid: Array
     square: Array
+
+
+def wider(dtype: Any, other: Any = jnp.float32) -> Any:
+    """The dtype of the two with more bits, `dtype` where they are equal; both real or both complex, or other real."""
+    return max(jnp.dtype(dtype), jnp.dtype(other), key=lambda d: jnp.finfo(d).bits)
 
 
 def batch_moments(
@@ -142,31 +146,34 @@ def supported_moments(
     x: Array, mask: Array | None, features: tuple[int, ...], names: tuple[Hashable, ...], groups: Groups
 ) -> tuple[Moments, Support]:
     """The moments of `x` and their support; arguments are those of `batch_moments` in canonical form."""
-    dtype = jnp.promote_types(x.dtype, jnp.float32)
     if mask is not None and mask.dtype != bool:
-        mask = lax.stop_gradient(mask.astype(jnp.finfo(dtype).dtype))
+        mask = lax.stop_gradient(mask.astype(jnp.finfo(wider(x.dtype)).dtype))
     axes = tuple(a for a in range(x.ndim) if a not in features)
-    return _moments(x, mask, axes, names, groups)
+    mesh = tuple(name for name in names if _on_mesh(name))
+    mapped = tuple(name for name in names if not _on_mesh(name))
+    if groups is not None and mesh and mapped:
+        raise ValueError(
+            f"axis_index_groups={groups}: the axes {mesh} lie on a mesh and {mapped} are mapped by vmap. "
+            "Pass groups over axes of one kind."
+        )
+    moments, support = _moments(x, mask, axes, mesh, groups if mesh else None)
+    # Axes of vmap stay outside the derivative rule: under jit it is traced where their names are out of scope. No data
+    # move along them, so that autodiff may transpose this merge as it likes.
+    return _merge_over(mapped, groups, moments, support) if mapped else (moments, support)
 
 
 def autodiff_moments(x, mask, axes, names, groups):
     """`_moments` without its derivative rule: the tests' oracle for it."""
-    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    local = _pool(mask, x, None, axes)
-    if mask is None or mask.dtype == bool:
-        support = Support(local.weight, local.weight)
-        leaves = local
-    else:
-        support = Support(*(_sum_as(x.shape, v, axes) for v in ((mask > 0).astype(mask.dtype), _weigh(mask, mask))))
-        leaves = local + support
-    if not names:
-        return local, support
-    rows = _gather(jnp.stack([leaf.astype(x.dtype) for leaf in leaves]), names, groups)
-    weight, mean, var, *rest = (rows[:, i] if i == 1 else rows[:, i].real for i in range(len(leaves)))
-    merged = _pool(weight, mean, var, (0,))
-    return merged, Support(*(jnp.sum(leaf, 0) for leaf in rest)) if rest else Support(merged.weight, merged.weight)
+    x = x.astype(wider(x.dtype))
+    moments = _pool(mask, x, None, axes)
+    support = Support(moments.weight, moments.weight)
+    if mask is not None and mask.dtype != bool:
+        parts = (mask > 0).astype(mask.dtype), _weigh(mask, mask)
+        support = Support(*(_sum_as(x.shape, part, axes, moments.weight) for part in parts))
+    return _merge_over(names, groups, moments, support) if names else (moments, support)
 
 
+# Mean and variance per feature with their support; `mask` is boolean, of x's wider dtype, or None.
 _moments = jax.custom_jvp(autodiff_moments, nondiff_argnums=(2, 3, 4))
 
 
@@ -180,7 +187,7 @@ def _moments_jvp(axes, names, groups, primals, tangents):
     x, dx = x.astype(dtype), tangents[0].astype(dtype)
     centered = x - jnp.expand_dims(moments.mean, axes)
     if mask is not None:
-        centered = jnp.where(_valid(mask), centered, 0)  # a NaN there times a zero cotangent would be a NaN
+        centered = jnp.where(_valid(mask, x), centered, 0)  # a NaN there times a zero cotangent would be a NaN
     dsquare = 2 * jnp.real(jnp.conj(centered) * dx)
     sums = jnp.stack([jnp.sum(_weigh(mask, t), axes).astype(dtype) for t in (dx, dsquare)])
     dmean, dvar = (t / _nonzero(moments.weight).astype(dtype) for t in _total(sums, names, groups))
@@ -190,10 +197,11 @@ def _moments_jvp(axes, names, groups, primals, tangents):
 
 def _pool(weight, mean, var, axes):
     """Moments over `axes` of values `mean` with weights (None: 1 each) and variances (None: 0 each)."""
-    ones = jnp.ones((1,) * mean.ndim if weight is None else weight.shape, jnp.finfo(mean.dtype).dtype)
-    total = _sum_as(mean.shape, _weigh(weight, ones), axes)
+    plain = jnp.sum(_weigh(weight, mean), axes)
+    ones = jnp.ones((1,) * mean.ndim if weight is None else weight.shape, plain.real.dtype)
+    total = _sum_as(mean.shape, _weigh(weight, ones), axes, plain.real)
     share = (1 / _nonzero(total)).astype(mean.dtype)
-    pivot = jnp.sum(_weigh(weight, mean), axes) * share
+    pivot = plain * share
     centered = mean - jnp.expand_dims(pivot, axes)
     square = _abs_square(centered) if var is None else var + _abs_square(centered)
     # The pivot carries the rounding of a plain sum; the mean around it carries the rounding of one that is near 0.
@@ -202,22 +210,23 @@ def _pool(weight, mean, var, axes):
     return Moments(total, pivot + shift, jnp.maximum(spread - _abs_square(shift), 0))
 
 
-def _valid(weight):
-    return weight if weight.dtype == bool else weight > 0
+def _valid(weight, values):
+    # Sharded as `values`, which select requires under explicit sharding.
+    return (weight if weight.dtype == bool else weight > 0) & lax.full_like(values, True, bool)
 
 
 def _weigh(weight, values):
     """`values` times `weight`, and 0 where the weight is, whatever stands there."""
-    if weight is None or weight.dtype == bool:
-        return values if weight is None else jnp.where(weight, values, 0)
-    return jnp.where(weight > 0, weight.astype(values.dtype) * values, 0)
+    if weight is None:
+        return values
+    weighed = values if weight.dtype == bool else weight.astype(values.dtype) * values
+    return jnp.where(_valid(weight, values), weighed, 0)
 
 
-def _sum_as(shape, values, axes):
-    """The sum over `axes` of `values` broadcast to `shape`, without the broadcast."""
+def _sum_as(shape, values, axes, like):
+    """The sum over `axes` of `values` broadcast to `shape`, without the broadcast; with shape and sharding of `like`."""
     repeats = math.prod(shape[a] for a in axes if values.shape[a] != shape[a])
-    features = tuple(n for a, n in enumerate(shape) if a not in axes)
-    return jnp.broadcast_to(jnp.sum(values, axes) * repeats, features)
+    return jnp.sum(values, axes) * repeats + lax.full_like(like, 0)
 
 
 def _nonzero(weight):
@@ -228,8 +237,19 @@ def _abs_square(values):
     return jnp.real(jnp.conj(values) * values)
 
 
+def _merge_over(names, groups, moments, support):
+    """Moments and support of all indices of the mapped axes together, or of the own group."""
+    dtype = moments.mean.dtype
+    weighted = support.valid is not support.square  # else the weight tells all
+    leaves = moments + support if weighted else moments
+    rows = _gather(jnp.stack([leaf.astype(dtype) for leaf in leaves]), names, groups)
+    weight, mean, var, *rest = (rows[:, i] if i == 1 else rows[:, i].real for i in range(len(leaves)))
+    merged = _pool(weight, mean, var, (0,))
+    return merged, Support(*(jnp.sum(leaf, 0) for leaf in rest)) if weighted else Support(merged.weight, merged.weight)
+
+
 def _total(rows, names, groups):
-    """The sum of `rows` over the mapped axes, each index taking part in its own group."""
+    """The sum of `rows` over the mapped axes, or over the own group."""
     if not names:
         return rows
     return lax.psum(rows, names) if groups is None else jnp.sum(_gather(rows, names, groups), 0)
@@ -237,19 +257,16 @@ def _total(rows, names, groups):
 
 def _gather(rows, names, groups):
     """The `rows` of every index of the mapped axes, stacked; with groups those of the own group, padded by zeros."""
-    manual = jax.sharding.get_abstract_mesh().manual_axes
     gathered = rows
-    # One collective serves any number of mesh axes. Axes of vmap move no data and are gathered one at a time.
-    for is_mesh, run in groupby(reversed(names), lambda name: name in manual):
-        if is_mesh:
-            run = tuple(run)[::-1]
-            # to='invarying' types the result as replicated; it asks for an operand that varies, and the index does.
-            varying = gathered + (0 * lax.axis_index(run)).astype(rows.dtype)
-            gathered = lax.all_gather(varying, run, to="invarying")
-        else:
-            for name in run:
-                gathered = lax.all_gather(gathered, name)
-    gathered = gathered.reshape(-1, *rows.shape)
+    if _on_mesh(names[0]):
+        # One collective serves any number of mesh axes. "invarying" types its result as replicated, so that shard_map
+        # accepts it as such, and asks for an operand that varies, as the index of the device does.
+        gathered += (0 * lax.axis_index(names)).astype(rows.dtype)
+        gathered = lax.all_gather(gathered, names, to="invarying" if groups is None else "varying")
+    else:
+        for name in reversed(names):
+            gathered = lax.all_gather(gathered, name)
+        gathered = gathered.reshape(-1, *rows.shape)
     if groups is None:
         return gathered
     members = np.full((len(gathered), max(map(len, groups))), -1)
@@ -257,3 +274,8 @@ def _gather(rows, names, groups):
         members[list(group), : len(group)] = group
     own = jnp.asarray(members)[lax.axis_index(names)]
     return jnp.where(own.reshape(-1, *(1,) * rows.ndim) >= 0, gathered[own], 0)
+
+
+def _on_mesh(name):
+    """Whether a mapped axis is one of shard_map's or pmap's, not of vmap's."""
+    return name in jax.sharding.get_abstract_mesh().manual_axes
