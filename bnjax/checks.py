@@ -21,6 +21,35 @@ class UnboundAxisNameError(NameError, ValueError):
     """`axis_name` names no mapped axis: a NameError as in JAX, and a ValueError like every other bad argument here."""
 
 
+def feature_shape(call: str, features: Any) -> tuple[int, ...]:
+    """`features`, one integer or several, as a shape."""
+    shape = tuple(features) if isinstance(features, Sequence) else (features,)
+    if not shape or any(isinstance(n, bool) or not isinstance(n, int | np.integer) or n < 0 for n in shape):
+        raise ValueError(
+            f"{call}(features={features!r}): expected a non-negative integer or several. "
+            "Pass the size of each feature axis."
+        )
+    return tuple(int(n) for n in shape)
+
+
+def inexact_dtype(call: str, dtype: Any) -> Any:
+    """`dtype`, which is floating or complex."""
+    if not jnp.issubdtype(dtype, jnp.inexact):
+        raise TypeError(
+            f"{call}(dtype={jnp.dtype(dtype).name}): expected a floating or complex dtype. Pass jnp.float32, say."
+        )
+    return jnp.dtype(dtype)
+
+
+def initial(call: str, name: str, value: Any, shape: tuple[int, ...]) -> None:
+    """An initial value, which broadcasts to the features."""
+    got = np.shape(value)
+    if len(got) > len(shape) or any(n not in (1, m) for n, m in zip(got[::-1], shape[::-1], strict=False)):
+        raise ValueError(
+            f"{call}({name}=...): shape {got} does not broadcast to features {shape}. Pass a number or one per feature."
+        )
+
+
 def inexact(call: str, name: str, x: Any) -> None:
     """`x` is an array of floating or complex numbers."""
     if not hasattr(x, "dtype") or not hasattr(x, "shape"):
@@ -39,7 +68,9 @@ def feature_axes(call: str, x: Array, axis: Axis) -> tuple[int, ...]:
     """`axis` as increasing non-negative integers."""
     axes = tuple(axis) if isinstance(axis, Iterable) else (axis,)
     if not axes or any(isinstance(a, bool) or not isinstance(a, int | np.integer) for a in axes):
-        raise TypeError(f"{call}(axis={axis!r}): expected an integer or several. Pass the axis or axes of the features.")
+        raise TypeError(
+            f"{call}(axis={axis!r}): expected an integer or several. Pass the axis or axes of the features."
+        )
     if any(not -x.ndim <= a < x.ndim for a in axes):
         raise ValueError(
             f"{call}(axis={axis!r}): x has shape {x.shape}, so each axis must be in [{-x.ndim}, {x.ndim}). "
@@ -91,21 +122,24 @@ def bound_axes(call: str, names: tuple[Hashable, ...], groups: tuple[tuple[int, 
         )
 
 
-def broadcastable(call: str, name: str, value: Any, x: Array) -> None:
-    """`value` has x's rank, with each size 1 or x's."""
-    shape = np.shape(value)
-    if len(shape) != x.ndim or any(s not in (1, n) for s, n in zip(shape, x.shape, strict=True)):
-        raise ValueError(
-            f"{call}({name}=...): expected x's rank with each size 1 or x's, x has shape {x.shape}, got {shape}. "
-            f"Reshape {name} so that its axes line up with those of x."
-        )
+def _broadcasts(value: Any, x: Array) -> bool:
+    """Whether `value` has x's rank, with each size 1 or x's."""
+    return np.ndim(value) == x.ndim and all(s in (1, n) for s, n in zip(np.shape(value), x.shape, strict=True))
 
 
 def weights(call: str, mask: Any, x: Array) -> None:
     """`mask` is None, boolean or real, and broadcasts to `x`."""
     if mask is None:
         return
-    broadcastable(call, "mask", mask, x)
+    if not hasattr(mask, "dtype"):
+        raise TypeError(
+            f"{call}(mask=...): expected an array, got {type(mask).__name__}. Convert it with jnp.asarray(mask)."
+        )
+    if not _broadcasts(mask, x):
+        raise ValueError(
+            f"{call}(mask=...): expected x's rank with each size 1 or x's, x has shape {x.shape}, got "
+            f"{np.shape(mask)}. Reshape mask so that its axes line up with those of x."
+        )
     if not (mask.dtype == bool or jnp.issubdtype(mask.dtype, jnp.integer) or jnp.issubdtype(mask.dtype, jnp.floating)):
         raise TypeError(
             f"{call}(mask=...): expected booleans or non-negative real weights, got {mask.dtype}. "
@@ -117,7 +151,7 @@ def boolean(call: str, name: str, value: Any) -> None:
     """`value` is a Python bool."""
     if not isinstance(value, bool):
         raise TypeError(
-            f"{call}({name}=...): expected a Python bool, got {value!r} of type {type(value).__name__}. It selects the "
+            f"{call}({name}=...): expected a Python bool, got {value!r} of {type(value)}. It selects the "
             f"computation while tracing: write True or False, or make {name} a static argument of the jitted function."
         )
 
@@ -156,16 +190,21 @@ def momentum(call: str, value: Any) -> tuple[Any, Any]:
 
 def variables(call: str, params: Any, state: Any, x: Array, features: tuple[int, ...], axis: Axis) -> None:
     """Scale, bias and running statistics fit `x` and its features, and are complex only where it is."""
+    for name, value, fields in ("params", params, ("scale", "bias")), ("state", state, ("mean", "var", "count")):
+        if not (value is None and name == "state") and not all(hasattr(value, field) for field in fields):
+            raise TypeError(
+                f"{call}({name}=...): expected bnjax.BN{name.title()}{fields}, got {type(value).__name__}. "
+                f"Pass what bn_init returned."
+            )
     shape = tuple(x.shape[a] for a in features)
     named = {"scale": params.scale, "bias": params.bias}
     for name, value in named.items():
-        if value is not None and np.shape(value) != shape:
-            if np.ndim(value) != x.ndim or any(s not in (1, n) for s, n in zip(np.shape(value), x.shape, strict=True)):
-                raise ValueError(
-                    f"{call}(params=...): params.{name} has shape {np.shape(value)}, but x has shape {x.shape} and so "
-                    f"features {shape} on axis {axis}. Pass the axis that bn_init was given, initialize with "
-                    f"bn_init({_text(shape)}), or give {name} x's rank with each size 1 or x's."
-                )
+        if value is not None and np.shape(value) != shape and not _broadcasts(value, x):
+            raise ValueError(
+                f"{call}(params=...): params.{name} has shape {np.shape(value)}, but x has shape {x.shape} and so "
+                f"features {shape} on axis {axis}. Pass the axis that bn_init was given, initialize with "
+                f"bn_init({_text(shape)}), or give {name} x's rank with each size 1 or x's."
+            )
     if state is not None:
         for name, value in state._asdict().items():
             if np.shape(value) != shape:

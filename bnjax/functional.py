@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.export
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 
@@ -38,10 +37,10 @@ class BNState(NamedTuple):
 
     mean: Array
     var: Array
-    count: Array
+    count: Array  # pyright: ignore[reportIncompatibleMethodOverride]  a tuple counts too
 
 
-for _tuple in (BNParams, BNState):  # so that exported functions of them serialize
+for _tuple in BNParams, BNState:
     jax.export.register_namedtuple_serialization(_tuple, serialized_name=f"bnjax.{_tuple.__name__}")
 
 
@@ -85,7 +84,7 @@ class debiased:  # noqa: N801  a function with one parameter bound, which hashes
     Example:
       >>> import bnjax, jax.numpy as jnp
       >>> bnjax.debiased(0.9)(jnp.array([0, 1, 1000])).round(4).tolist()
-      [0.0, 0.4737, 0.9]
+      [0.0, 0.473..., 0.899...]
     """
 
     momentum: float
@@ -131,25 +130,13 @@ def bn_init(
       >>> params.scale.shape, state.count.dtype
       ((64,), dtype('int32'))
     """
-    shape = (features,) if isinstance(features, int | np.integer) else tuple(features)
-    if any(isinstance(n, bool) or not isinstance(n, int | np.integer) or n < 0 for n in shape) or shape == ():
-        raise ValueError(
-            f"bn_init(features={features!r}): expected a non-negative integer or several. "
-            "Pass the size of each feature axis."
-        )
-    if not jnp.issubdtype(dtype, jnp.inexact):
-        raise TypeError(
-            f"bn_init(dtype={jnp.dtype(dtype).name}): expected a floating or complex dtype. Pass jnp.float32, say."
-        )
+    shape = checks.feature_shape("bn_init", features)
+    dtype = checks.inexact_dtype("bn_init", dtype)
 
     def initial(name, value):
         if value is None:
             return None
-        if np.shape(value) != () and np.broadcast_shapes(np.shape(value), shape) != shape:
-            raise ValueError(
-                f"bn_init({name}=...): shape {np.shape(value)} does not broadcast to features {shape}. "
-                "Pass a number or one per feature."
-            )
+        checks.initial("bn_init", name, value, shape)
         return jnp.broadcast_to(jnp.asarray(value, dtype), shape)
 
     wide = wider(dtype)
@@ -219,16 +206,17 @@ def bn_apply(
       >>> x = jnp.array([[1.0, 10.0], [3.0, 30.0]])
       >>> y, state = bnjax.bn_apply(params, state, x, train=True, momentum=0.9)
       >>> y.round(3).tolist(), state.mean.round(3).tolist()
-      ([[-1.0, -1.0], [1.0, 1.0]], [0.2, 2.0])
+      ([[-1.0, -1.0], [1.0, 1.0]], [0.2..., 2.0])
     """
     checks.boolean("bn_apply", "train", train)
-    schedule, momentum = (momentum, None) if callable(momentum) else (None, checks.momentum("bn_apply", momentum))
+    schedule = momentum if callable(momentum) else None
+    rate = None if callable(momentum) else checks.momentum("bn_apply", momentum)
     return _bn_apply(
         params,
         state,
         x,
         mask,
-        momentum,
+        rate,
         schedule=schedule,
         train=train,
         axis=tuple(axis) if isinstance(axis, list) else axis,
@@ -242,7 +230,7 @@ def bn_apply(
 @partial(
     jax.jit, static_argnames=("schedule", "train", "axis", "epsilon", "names", "groups", "unbiased_var"), inline=True
 )
-def _bn_apply(params, state, x, mask, momentum, *, schedule, train, axis, epsilon, names, groups, unbiased_var):
+def _bn_apply(params, state, x, mask, rate, *, schedule, train, axis, epsilon, names, groups, unbiased_var):
     checks.inexact("bn_apply", "x", x)
     features = checks.feature_axes("bn_apply", x, axis)
     checks.variables("bn_apply", params, state, x, features, axis)
@@ -258,7 +246,8 @@ def _bn_apply(params, state, x, mask, momentum, *, schedule, train, axis, epsilo
             idle = (0, 1) if state is None else (state.mean.astype(mean.dtype), state.var.real.astype(var.dtype))
             mean, var = (jnp.where(batch.weight > 0, new, old) for new, old in zip((mean, var), idle, strict=True))
         if state is not None:
-            rate = _rate(state.count, momentum, schedule)
+            if schedule is not None:
+                rate = checks.momentum("bn_apply", jnp.asarray(schedule(state.count)))
             state = _absorb(state, batch, support, rate, unbiased_var)
     axes = tuple(a for a in range(x.ndim) if a not in features)
 
@@ -267,14 +256,6 @@ def _bn_apply(params, state, x, mask, momentum, *, schedule, train, axis, epsilo
 
     y = normalize(x, *(aligned(v) for v in (mean, var, params.scale, params.bias)), epsilon, mask is not None)
     return y, state
-
-
-def _rate(count, momentum, schedule):
-    """Weights of the old and of the new value, per feature."""
-    if schedule is None:
-        return momentum
-    old = jnp.asarray(schedule(count))
-    return old, 1 - old
 
 
 def _absorb(state, batch, support, rate, unbiased_var):
@@ -290,8 +271,8 @@ def _absorb(state, batch, support, rate, unbiased_var):
     def moved(old, new):
         dtype = wider(old.dtype, new.dtype)
         keep, take = (jnp.asarray(r).astype(dtype) for r in rate)
-        moved_ = keep * old.astype(dtype) + take * new.astype(dtype)
-        return jnp.where(enough, moved_.astype(old.dtype), old)
+        average = keep * old.astype(dtype) + take * new.astype(dtype)
+        return jnp.where(enough, average.astype(old.dtype), old)
 
     return BNState(moved(state.mean, batch.mean), moved(state.var, var), state.count + enough.astype(state.count.dtype))
 
@@ -321,17 +302,28 @@ def _normalize_jvp(epsilon, masked, primals, tangents):
     slope = rstd if scale is None else scale.astype(dtype) * rstd
     k = _sum(None if dscale is None else rstd * dscale, None if dvar is None else -0.5 * slope * rstd * rstd * dvar)
     c = _sum(dbias, None if dmean is None else -slope * dmean)
-    if k is not None and c is not None and jax.sharding.get_abstract_mesh().manual_axes:
-        # In shard_map k and c are replicated and x varies. Made varying here, together and before they are broadcast,
-        # they transpose to one psum of 2 x features numbers; left to itself, jax sums arrays of x's size, twice.
-        pair = jnp.stack(jnp.broadcast_arrays(k, c))
-        k, c = pair + lax.full_like(x, 0, dtype, shape=pair.shape)
+    if jax.sharding.get_abstract_mesh().manual_axes:
+        k, c = _varying_like(x, k, c)
     centered = x.astype(dtype) - mean.astype(dtype)
     if masked:
         centered = jnp.where(jnp.isfinite(x), centered, 0)  # a NaN there times a zero cotangent would be a NaN
     dy = _sum(None if dx is None else slope * dx, None if k is None else centered * k)
     dy = jnp.zeros(x.shape, dtype) if dy is None else dy
     return normalize(x, mean, var, scale, bias, epsilon, masked), (dy if c is None else dy + c).astype(x.dtype)
+
+
+def _varying_like(x, *terms):
+    """The terms, which shard_map may hold replicated, as varying over the mesh like `x`.
+
+    Before they are broadcast, and together, so that they transpose to one psum of a few numbers per feature. Left to
+    itself, shard_map would sum the broadcast terms: arrays of x's size.
+    """
+    some = [t for t in terms if t is not None]
+    if not some:
+        return terms
+    stack = jnp.stack(jnp.broadcast_arrays(*some))
+    parts = iter(stack + lax.full_like(x, 0, stack.dtype, shape=stack.shape))
+    return [None if t is None else next(parts) for t in terms]
 
 
 def _rstd(x, var, epsilon):

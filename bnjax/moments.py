@@ -19,6 +19,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
@@ -38,6 +39,9 @@ class Moments(NamedTuple):
     weight: Array
     mean: Array
     var: Array
+
+
+jax.export.register_namedtuple_serialization(Moments, serialized_name="bnjax.Moments")
 
 
 class Support(NamedTuple):
@@ -224,7 +228,7 @@ def _weigh(weight, values):
 
 
 def _sum_as(shape, values, axes, like):
-    """The sum over `axes` of `values` broadcast to `shape`, without the broadcast; with shape and sharding of `like`."""
+    """The sum over `axes` of `values` broadcast to `shape`, without the broadcast, and sharded as `like`."""
     repeats = math.prod(shape[a] for a in axes if values.shape[a] != shape[a])
     return jnp.sum(values, axes) * repeats + lax.full_like(like, 0)
 

@@ -57,7 +57,7 @@ def assert_accurate(x, g, axis, mask, epsilon=1e-5, momentum=0.9):
     (dx, dscale, dbias), (y, new) = jax.grad(loss, (0, 1, 2), has_aux=True)(x, scale, bias)
 
     axes = tuple(a for a in range(x.ndim) if a != axis % x.ndim)
-    weight, mean, var = reference.moments(x, axis, mask)
+    _, mean, var = reference.moments(x, axis, mask)
     want_y, want_mean, want_var = reference.train(
         x, scale, bias, state.mean, state.var, axis=axis, momentum=momentum, epsilon=epsilon, mask=mask
     )

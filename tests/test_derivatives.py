@@ -39,9 +39,7 @@ def _plain(params, state, x, mask, momentum):
     var = (jnp.sum(w * jnp.abs(x - mean) ** 2, axes) / jnp.sum(w, axes)).reshape(column)
     scale, bias = params.scale.reshape(column), params.bias.reshape(column)
     y = scale * (x - mean) / jnp.sqrt(var + EPSILON) + bias
-    return y, [
-        momentum * old + (1 - momentum) * new.reshape(3) for old, new in ((state.mean, mean), (state.var, var))
-    ]
+    return y, [momentum * old + (1 - momentum) * new.reshape(3) for old, new in ((state.mean, mean), (state.var, var))]
 
 
 def exact(params, state, x, mask):
@@ -159,9 +157,7 @@ def test_evaluation_gradients_match_plain_autodiff(wrt, rng):
     def f(value):
         v = values | {wrt: value}
         state = bnjax.BNState(v["mean"], v["var"], np.zeros(3, np.int32))
-        y, _ = bnjax.bn_apply(
-            bnjax.BNParams(v["scale"], v["bias"]), state, v["x"], False, axis=AXIS, epsilon=EPSILON
-        )
+        y, _ = bnjax.bn_apply(bnjax.BNParams(v["scale"], v["bias"]), state, v["x"], False, axis=AXIS, epsilon=EPSILON)
         return jnp.sum(y**3)
 
     def oracle(value):
@@ -183,7 +179,8 @@ def test_batch_moments_gradients_match_their_autodiff_version(mask, rng):
 
     for derivative in (jax.grad, jax.hessian):
         got, want = (
-            jax.jit(derivative(f, argnums=1), static_argnums=0)(rule, x) for rule in (moments._moments, moments.autodiff_moments)
+            jax.jit(derivative(f, argnums=1), static_argnums=0)(rule, x)
+            for rule in (moments._moments, moments.autodiff_moments)
         )
         np.testing.assert_allclose(got, want, rtol=1e-9, atol=1e-9)
 

@@ -68,9 +68,7 @@ def sharded_map(sizes, check_vma):
     def step(params, x, mask, g):
         specs = (P(), P(names), None if mask is None else P(names), P(names))
 
-        @partial(
-            jax.shard_map, mesh=mesh, in_specs=specs, out_specs=(P(names), (P(names), P())), check_vma=check_vma
-        )
+        @partial(jax.shard_map, mesh=mesh, in_specs=specs, out_specs=(P(names), (P(names), P())), check_vma=check_vma)
         def one(params, x, mask, g):
             value, aux = loss(params, x, mask, g, axis_name=names)
             return value[None], aux
@@ -91,6 +89,7 @@ STEPS = {
     "vmap_of_examples": mapped(vmap("i"), (ROWS,), "i"),
     "nested_vmap": mapped(lambda f, ax: vmap("j")(vmap("i")(f, ax), ax), (2, 4, 2), ("j", "i")),
     "nested_vmap_of_examples": mapped(lambda f, ax: vmap("j")(vmap("i")(f, ax), ax), (2, 8), ["i", "j"]),
+    "jitted_vmap": jax.jit(mapped(vmap("i"), (4, 4), "i")),
     "pmap": mapped(lambda f, ax: jax.pmap(f, "i", in_axes=ax), (4, 4), "i"),
     "pmap_of_vmap": mapped(lambda f, ax: jax.pmap(vmap("i")(f, ax), "j", in_axes=ax), (2, 4, 2), ("i", "j")),
     "shard_map": sharded_map((4,), True),
@@ -179,6 +178,28 @@ def test_gradients_inside_shard_map_cost_one_collective_backward():
     assert [kind for kind, _ in collectives(step.lower(PARAMS, X, G))] == ["all-gather", "all-reduce"]
 
 
+@pytest.mark.parametrize("wrt", ["scale", "bias"])
+@pytest.mark.parametrize("train", [True, False])
+def test_the_gradient_of_scale_or_bias_alone_moves_no_more_than_its_size(wrt, train):
+    mesh = jax.make_mesh((4,), ("a",), axis_types=(AxisType.Auto,))
+
+    @jax.jit
+    @partial(jax.shard_map, mesh=mesh, in_specs=(P(), P("a"), P("a")), out_specs=P())
+    def step(value, x, g):
+        params = bnjax.BNParams(None, None)._replace(**{wrt: value})
+
+        def inner(value):
+            y, _ = bnjax.bn_apply(params._replace(**{wrt: value}), STATE, x, train, axis_name="a")
+            return jnp.sum(y * g)
+
+        return jax.grad(inner)(value)
+
+    mean, var = reference.moments(X)[1:] if train else (np.zeros(3), np.ones(3))
+    want = (G * (X - mean) / np.sqrt(var + 1e-5) if wrt == "scale" else G).sum(0)
+    np.testing.assert_allclose(step(SCALE, X, G), want, atol=2e-5)
+    assert collectives(step.lower(SCALE, X, G))[-1] == ("all-reduce", FEATURES)
+
+
 GROUPS = {"pairs": [[0, 3], [1, 2]], "unequal": [[2], [3, 0, 1]]}
 
 
@@ -226,7 +247,9 @@ def test_axis_index_groups_match_each_group_as_a_batch_of_its_own(mapping, group
         rows = _rows[group].ravel()
         some = reference.moments(X[rows], mask=mask[rows])[0].max() > 0
         if not some:  # the group of device 2 alone has no valid row
-            np.testing.assert_allclose(y[rows], reference.normalize(X[rows], np.zeros(3), np.ones(3), SCALE, BIAS), 1e-5)
+            np.testing.assert_allclose(
+                y[rows], reference.normalize(X[rows], np.zeros(3), np.ones(3), SCALE, BIAS), 1e-5
+            )
             np.testing.assert_array_equal(new.count[np.array(group)], 0)
             dscale = dscale + (G[rows] * X[rows] / np.sqrt(1 + 1e-5)).sum(0)
             continue
@@ -323,7 +346,9 @@ def test_synchronized_gradient_exports(platform):
     mesh = jax.sharding.AbstractMesh((4,), ("a",))
     spec = NamedSharding(mesh, P("a"))
     f = jax.shard_map(
-        lambda x: jax.grad(lambda x: loss(PARAMS, x, None, 1.0, axis_name="a")[0])(x), mesh=mesh, in_specs=P("a"),
+        lambda x: jax.grad(lambda x: loss(PARAMS, x, None, 1.0, axis_name="a")[0])(x),
+        mesh=mesh,
+        in_specs=P("a"),
         out_specs=P("a"),
     )
     exported = jax.export.export(jax.jit(f), platforms=[platform])(
