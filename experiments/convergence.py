@@ -1,0 +1,116 @@
+"""Claim: a batch-normalized network trains faster (Ioffe & Szegedy, 2015, section 4.1 and figure 1a).
+
+The paper's network, three hidden layers of 100 sigmoid units trained in batches of 60, with and without batch
+normalization before each nonlinearity; everything else is equal. Measured: the steps that each network takes to the
+plain network's best test accuracy, and the accuracy at the end.
+"""
+
+import json
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import optax
+from tqdm import tqdm
+
+from experiments import data, networks, plot, train
+
+
+@dataclass(frozen=True)
+class Convergence:
+    """One run of the experiment; the command line's flags are these fields."""
+
+    hidden: tuple[int, ...] = (100, 100, 100)
+    """sigmoid units per hidden layer"""
+    batch_size: int = 60
+    """images per step"""
+    steps: int = 10_000
+    """updates per run"""
+    learning_rate: float = 1.0
+    """of plain stochastic gradient descent, the same for both networks: the best of 0.1, 0.3, 1, 3 for the plain one"""
+    weight_std: float = 0.1
+    """standard deviation of the initial kernels, the same for both networks"""
+    momentum: float = 0.99
+    """weight of the old value in the running statistics"""
+    seeds: int = 5
+    """runs per network, trained together"""
+    eval_every: int = 50
+    """steps between evaluations on the test set"""
+    data_dir: Path | None = None
+    """folder of the four IDX files of MNIST or Fashion-MNIST; by default scikit-learn's digits"""
+    out: Path = Path("results")
+    """folder for config.json, metrics.jsonl and the figure, in a folder of their own"""
+
+
+def run(config: Convergence) -> None:
+    """Training with and without batch normalization: steps to the plain network's best test accuracy."""
+    dataset = data.load(config.data_dir)
+    folder = config.out / "convergence"
+    train.write_config(folder, config, dataset=dataset.name)
+    sizes = (dataset.train_images[0].size, *config.hidden, dataset.classes)
+    with (
+        (folder / "metrics.jsonl").open("w") as metrics,
+        tqdm(
+            total=2 * config.steps, unit="step", mininterval=0.5, desc=f"{config.seeds} seeds on {dataset.name}"
+        ) as progress,
+    ):
+        for network in plot.COLOURS:
+            evaluations = train.fit(
+                partial(networks.mlp_init, sizes=sizes, weight_std=config.weight_std, batch_norm=network != "plain"),
+                partial(networks.mlp_apply, momentum=config.momentum),
+                optax.sgd(config.learning_rate),
+                dataset,
+                seeds=config.seeds,
+                steps=config.steps,
+                batch_size=config.batch_size,
+                eval_every=config.eval_every,
+            )
+            before = 0
+            for evaluation in evaluations:
+                metrics.writelines(json.dumps(record) + "\n" for record in train.records(network, evaluation))
+                progress.set_postfix_str(f"{network}: test accuracy {np.mean(evaluation.accuracy):.3f}")
+                progress.update(evaluation.step - before)
+                before = evaluation.step
+    print(report(folder))
+
+
+def report(folder: Path) -> str:
+    """The table of a finished run, whose figure is drawn beside it."""
+    curves = train.read_curves(folder)
+    best = curves["plain"][1].max(1)
+    reached = {network: _first(steps, accuracy, best) for network, (steps, accuracy) in curves.items()}
+    plain, normalized = reached.values()
+    if np.isnan(normalized).any():
+        title = f"{np.isnan(normalized).sum()} of {best.size} normalized networks never reach the plain network's best"
+    else:
+        ratio = plain.mean() / max(normalized.mean(), 1)
+        title = f"Batch normalization reaches the plain network's best accuracy in {1 / ratio:.0%} of its steps"
+    path = folder / "convergence.png"
+    plot.curves(path, curves, title=title, ylabel="test accuracy", target=best.mean())
+    return "\n".join(
+        [
+            f"{'network':22}{'steps to the plain best':>26}{'final test accuracy':>24}",
+            *(
+                f"{network:22}{_spread(reached[network], '.0f'):>26}{_spread(accuracy[:, -1], '.4f'):>24}"
+                for network, (_, accuracy) in curves.items()
+            ),
+            f"mean ± standard deviation over {best.size} seeds; the plain network's best test accuracy, "
+            f"each seed's own, is {_spread(best, '.4f')}",
+            f"figure: {path}",
+        ]
+    )
+
+
+def _first(steps: np.ndarray, accuracy: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """Per seed the first step with an accuracy of the target or more, nan where there is none."""
+    hit = accuracy >= target[:, None]
+    return np.where(hit.any(1), steps[hit.argmax(1)], np.nan)
+
+
+def _spread(values: np.ndarray, form: str) -> str:
+    some = values[np.isfinite(values)]
+    if not some.size:
+        return "never"
+    missing = f" ({some.size} of {values.size})" if some.size < values.size else ""
+    return f"{some.mean():{form}} ± {some.std(ddof=min(1, some.size - 1)):{form}}{missing}"

@@ -1,0 +1,121 @@
+"""Data sets: scikit-learn's handwritten digits, and MNIST or Fashion-MNIST from their IDX files.
+
+The digits (1797 images of 8 x 8, 10 classes; from Alpaydin & Kaynak, 1998) ship with scikit-learn. The IDX format is
+LeCun's: two zero bytes, a byte for the type of the elements (8: unsigned bytes), a byte for the number of dimensions,
+each dimension as a big-endian 32-bit integer, then the elements.
+"""
+
+import gzip
+import math
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+
+IDX_FILES = (
+    "train-images-idx3-ubyte",
+    "train-labels-idx1-ubyte",
+    "t10k-images-idx3-ubyte",
+    "t10k-labels-idx1-ubyte",
+)
+
+
+class DataError(ValueError):
+    """A data set that cannot be read or used; the message says which file, what was found and what to do."""
+
+
+class Dataset(NamedTuple):
+    """Images, float32 in [0, 1] of shape (number, height, width), and labels, int32 of shape (number,)."""
+
+    name: str
+    train_images: np.ndarray
+    train_labels: np.ndarray
+    test_images: np.ndarray
+    test_labels: np.ndarray
+
+    @property
+    def classes(self) -> int:
+        return 1 + int(max(self.train_labels.max(), self.test_labels.max()))
+
+
+def load(data_dir: Path | None = None) -> Dataset:
+    """The digits, or the data set whose four IDX files, gzipped or not, lie in `data_dir`."""
+    return digits() if data_dir is None else idx(data_dir)
+
+
+def digits() -> Dataset:
+    """Scikit-learn's digits, a fifth of each class set aside for testing, always the same."""
+    images, labels = load_digits(return_X_y=True)
+    images = (images / 16).astype(np.float32).reshape(-1, 8, 8)
+    train_x, test_x, train_y, test_y = train_test_split(
+        images, labels.astype(np.int32), test_size=0.2, random_state=0, stratify=labels
+    )
+    return Dataset("scikit-learn digits", train_x, train_y, test_x, test_y)
+
+
+def idx(folder: Path) -> Dataset:
+    """MNIST, Fashion-MNIST or any data set in their four files, with any number of images.
+
+    Raises:
+      FileNotFoundError: if one of the files is missing.
+      DataError: if one is truncated, is not IDX, holds other things than images or labels of unsigned bytes, or
+        holds another number of labels than of images, or none.
+    """
+    paths = []
+    for name in IDX_FILES:
+        found = [path for path in (folder / name, folder / f"{name}.gz") if path.is_file()]
+        if not found:
+            raise FileNotFoundError(f"{folder / name}: no such file, gzipped (.gz) or not. Expected {IDX_FILES}.")
+        paths.append(found[0])
+    arrays = [read_idx(path, dimensions) for path, dimensions in zip(paths, (3, 1, 3, 1), strict=True)]
+    for i in (0, 2):
+        images, labels = arrays[i], arrays[i + 1]
+        if len(images) != len(labels) or len(images) == 0:
+            raise DataError(
+                f"{paths[i]} has {len(images)} images and {paths[i + 1].name} {len(labels)} labels. Expected as many "
+                "of one as of the other, and some: the files belong to different data sets."
+            )
+    if arrays[0].shape[1:] != arrays[2].shape[1:]:
+        raise DataError(
+            f"{paths[0]} has images of {arrays[0].shape[1:]} and {paths[2].name} of {arrays[2].shape[1:]}. "
+            "Expected one size: the files belong to different data sets."
+        )
+    train_images, test_images = ((arrays[i] / np.float32(255)).astype(np.float32) for i in (0, 2))
+    train_labels, test_labels = (arrays[i].astype(np.int32) for i in (1, 3))
+    return Dataset(folder.resolve().name, train_images, train_labels, test_images, test_labels)
+
+
+def read_idx(path: Path, dimensions: int) -> np.ndarray:
+    """The array of unsigned bytes in an IDX file, gzipped or not."""
+    content = path.read_bytes()
+    if content[:2] == b"\x1f\x8b":
+        try:
+            content = gzip.decompress(content)
+        except (EOFError, OSError, zlib.error) as error:
+            raise DataError(f"{path}: truncated or damaged gzip file ({error}). Fetch it again.") from error
+    if content[:3] != b"\0\0\x08" or len(content) < 4 or content[3] != dimensions:
+        raise DataError(
+            f"{path}: not an IDX file of unsigned bytes in {dimensions} dimension(s): it begins with "
+            f"{content[:4].hex(' ') or 'nothing'}, expected 00 00 08 {dimensions:02x}."
+        )
+    header = 4 + 4 * dimensions
+    shape = tuple(int.from_bytes(content[i : i + 4], "big") for i in range(4, header, 4))
+    if len(content) < header or len(content) != header + math.prod(shape):
+        raise DataError(
+            f"{path}: {len(content)} bytes, but a header that asks for {header + math.prod(shape)} (shape {shape}). "
+            "The file is truncated or has something appended: fetch it again."
+        )
+    return np.frombuffer(content, np.uint8, offset=header).reshape(shape)
+
+
+def batches(number: int, batch_size: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
+    """Indices of batches without end: each epoch in a new order, its incomplete last batch left out."""
+    if not 0 < batch_size <= number:
+        raise DataError(f"batch_size={batch_size}: expected 1 to {number}, the number of training images.")
+    while True:
+        order = rng.permutation(number).astype(np.int32)
+        yield from order[: number - number % batch_size].reshape(-1, batch_size)

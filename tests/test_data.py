@@ -1,0 +1,109 @@
+"""Reading data sets: the digits, and IDX files whole and broken."""
+
+import gzip
+import itertools
+
+import numpy as np
+import pytest
+from sklearn.datasets import load_digits
+
+from experiments import data
+
+
+def idx_bytes(array):
+    header = bytes([0, 0, 8, array.ndim]) + b"".join(n.to_bytes(4, "big") for n in array.shape)
+    return header + array.astype(np.uint8).tobytes()
+
+
+@pytest.fixture
+def arrays(rng):
+    return [
+        rng.integers(0, 256, (7, 5, 4), np.uint8),
+        rng.integers(0, 3, 7, np.uint8),
+        rng.integers(0, 256, (2, 5, 4), np.uint8),
+        np.array([2, 0], np.uint8),
+    ]
+
+
+@pytest.fixture
+def folder(tmp_path, arrays):
+    for i, (name, array) in enumerate(zip(data.IDX_FILES, arrays, strict=True)):
+        content = idx_bytes(array)
+        path = tmp_path / (f"{name}.gz" if i % 2 else name)
+        path.write_bytes(gzip.compress(content) if i % 2 else content)
+    return tmp_path
+
+
+def test_idx_files_gzipped_or_not_give_their_arrays(folder, arrays):
+    dataset = data.load(folder)
+    np.testing.assert_allclose(dataset.train_images * 255, arrays[0], rtol=1e-6)
+    np.testing.assert_array_equal(dataset.train_labels, arrays[1])
+    np.testing.assert_allclose(dataset.test_images * 255, arrays[2], rtol=1e-6)
+    np.testing.assert_array_equal(dataset.test_labels, arrays[3])
+    assert (dataset.train_images.dtype, dataset.train_labels.dtype) == (np.float32, np.int32)
+    assert (dataset.name, dataset.classes) == (folder.name, 3)
+
+
+def rewrite(name, change):
+    def apply(folder):
+        path = next(folder.glob(f"{name}*"))
+        content = path.read_bytes()
+        path.write_bytes(change(gzip.decompress(content) if path.suffix == ".gz" else content))
+
+    return apply
+
+
+IMAGES, LABELS, TEST_IMAGES, TEST_LABELS = data.IDX_FILES
+BROKEN = {
+    "missing": (lambda folder: (folder / IMAGES).unlink(), FileNotFoundError, f"{IMAGES}: no such file"),
+    "truncated": (rewrite(IMAGES, lambda b: b[:-1]), ValueError, r"155 bytes, but a header that asks for 156 \(shape"),
+    "appended": (rewrite(LABELS, lambda b: b + b"\0"), ValueError, "16 bytes, but a header that asks for 15"),
+    "header_cut": (rewrite(TEST_IMAGES, lambda b: b[:9]), ValueError, "truncated"),
+    "empty": (rewrite(TEST_LABELS, lambda b: b""), ValueError, "it begins with nothing, expected 00 00 08 01"),
+    "foreign": (
+        rewrite(IMAGES, lambda b: b"\x89PNG" + b),
+        ValueError,
+        "it begins with 89 50 4e 47, expected 00 00 08 03",
+    ),
+    "floats": (rewrite(IMAGES, lambda b: b"\0\0\x0d" + b[3:]), ValueError, "not an IDX file of unsigned bytes"),
+    "swapped": (rewrite(IMAGES, lambda b: idx_bytes(np.zeros(7))), ValueError, "begins with 00 00 08 01"),
+    "gzip_cut": (rewrite(LABELS, lambda b: gzip.compress(b)[:-9]), ValueError, "truncated or damaged gzip file"),
+    "gzip_damaged": (
+        rewrite(LABELS, lambda b: gzip.compress(b)[:12] + b"\xff" * 12),
+        ValueError,
+        "truncated or damaged gzip file",
+    ),
+    "counts": (rewrite(LABELS, lambda b: idx_bytes(np.zeros(6))), ValueError, "7 images and .* 6 labels"),
+    "sizes": (rewrite(TEST_IMAGES, lambda b: idx_bytes(np.zeros((2, 4, 4)))), ValueError, r"\(5, 4\) and .* \(4, 4\)"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_broken_files_are_named_with_what_is_wrong(case, folder):
+    damage, kind, message = BROKEN[case]
+    damage(folder)
+    with pytest.raises(kind, match=message):
+        data.load(folder)
+
+
+def test_digits_are_split_once_and_for_all():
+    dataset = data.load()
+    images, _ = load_digits(return_X_y=True)
+    both = np.concatenate([dataset.train_images, dataset.test_images]).reshape(-1, 64) * 16
+    np.testing.assert_array_equal(np.sort(both, 0), np.sort(images, 0))
+    assert dataset.train_images.shape == (1437, 8, 8)
+    assert (dataset.train_images.max(), dataset.classes) == (1, 10)
+    np.testing.assert_array_equal(dataset.test_labels, data.load().test_labels)
+    # Each class keeps its share of a fifth.
+    np.testing.assert_allclose(np.bincount(dataset.test_labels), np.bincount(dataset.train_labels) / 4, atol=1)
+
+
+def test_batches_hold_every_index_once_an_epoch():
+    stream = data.batches(10, 3, np.random.default_rng(0))
+    epochs = [np.concatenate(list(itertools.islice(stream, 3))) for _ in range(4)]
+    for epoch in epochs:
+        assert len(set(epoch.tolist())) == 9
+        assert set(epoch.tolist()) <= set(range(10))
+    assert not np.array_equal(epochs[0], epochs[1])
+    with pytest.raises(ValueError, match="batch_size=11: expected 1 to 10"):
+        next(data.batches(10, 11, np.random.default_rng(0)))

@@ -1,0 +1,122 @@
+"""The experiments' command line, training loop and files."""
+
+import json
+from functools import partial
+from itertools import islice
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from experiments import data, networks, train
+from experiments.__main__ import main
+from tests import reference
+
+INIT = partial(networks.mlp_init, sizes=(64, 8, 10), weight_std=0.5, batch_norm=True)
+
+
+def fit(seeds, steps=40, eval_every=20):
+    return list(
+        train.fit(
+            INIT,
+            networks.mlp_apply,
+            optax.sgd(0.5),
+            data.digits(),
+            seeds=seeds,
+            steps=steps,
+            batch_size=60,
+            eval_every=eval_every,
+        )
+    )
+
+
+def test_mlp_matches_the_oracle_in_training_and_evaluation(rng):
+    params, state = networks.mlp_init(jax.random.key(0), (5, 4, 3), 1.0, True)
+    assert [set(layer) for layer in params] == [{"kernel", "bn"}, {"kernel", "bias"}]
+    x = rng.standard_normal((20, 5)).astype(np.float32)
+    kernels = [np.asarray(layer["kernel"], np.float64) for layer in params]
+    hidden, mean, var = reference.train(x @ kernels[0], np.ones(4), np.zeros(4), np.zeros(4), np.ones(4))
+    logits, (new,) = networks.mlp_apply(params, state, x, True)
+    np.testing.assert_allclose(logits, 1 / (1 + np.exp(-hidden)) @ kernels[1], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(new.var, var, rtol=1e-5)
+    logits, _ = networks.mlp_apply(params, [new], x, False)
+    hidden = reference.normalize(x @ kernels[0], mean, var, np.ones(4), np.zeros(4))
+    np.testing.assert_allclose(logits, 1 / (1 + np.exp(-hidden)) @ kernels[1], rtol=1e-4, atol=1e-5)
+
+
+def test_fit_matches_a_plain_loop():
+    digits, steps = data.digits(), 20
+    params, state = INIT(jax.random.key(1))
+    order = data.batches(len(digits.train_images), 60, np.random.default_rng(1))
+
+    def loss(params, state, x, y):
+        logits, state = networks.mlp_apply(params, state, x, True)
+        return -jnp.mean(jax.nn.log_softmax(logits)[np.arange(60), y]), state
+
+    losses = []
+    for indices in islice(order, steps):
+        x, y = digits.train_images[indices].reshape(60, 64), digits.train_labels[indices]
+        (value, state), gradient = jax.value_and_grad(loss, has_aux=True)(params, state, x, y)
+        params = jax.tree.map(lambda p, g: p - 0.5 * g, params, gradient)
+        losses.append(value)
+    logits, _ = networks.mlp_apply(params, state, digits.test_images.reshape(-1, 64), False)
+    last = fit(seeds=2, steps=steps)[-1]
+    np.testing.assert_allclose(last.loss[1], np.mean(losses), rtol=1e-4)
+    np.testing.assert_allclose(last.accuracy[1], np.mean(logits.argmax(-1) == digits.test_labels), atol=0.006)
+
+
+def test_fit_evaluates_at_every_interval_and_at_the_end():
+    evaluations = fit(seeds=1, steps=50)
+    assert [e.step for e in evaluations] == [0, 20, 40, 50]
+    assert np.isnan(evaluations[0].loss).all()
+    assert evaluations[-1].accuracy[0] > 0.5 > evaluations[0].accuracy[0]
+
+
+@pytest.fixture(scope="module")
+def convergence_run(tmp_path_factory):
+    out = tmp_path_factory.mktemp("results")
+    flags = {"steps": 60, "seeds": 2, "eval-every": 20, "hidden": 16, "batch-size": 50, "out": out}
+    assert main(["convergence", *(str(word) for name, value in flags.items() for word in (f"--{name}", value))]) == 0
+    return out / "convergence"
+
+
+def test_convergence_writes_its_configuration_metrics_and_figure(convergence_run):
+    config = train.read_config(convergence_run)
+    assert config["config"]["steps"] == 60
+    assert config["config"]["hidden"] == [16]
+    assert config["dataset"] == "scikit-learn digits"
+    metrics = [json.loads(line) for line in (convergence_run / "metrics.jsonl").read_text().splitlines()]
+    assert len(metrics) == 2 * 2 * 4  # networks, seeds, evaluations
+    assert {m["network"] for m in metrics} == {"plain", "batch normalization"}
+    assert all((m["loss"] is None) == (m["step"] == 0) for m in metrics)
+    assert (convergence_run / "convergence.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_convergence_reports_what_the_metrics_say(tmp_path, capsys):
+    from experiments import convergence
+
+    accuracies = {
+        "plain": [[0.1, 0.5, 0.8, 0.7], [0.1, 0.3, 0.4, 0.6]],
+        "batch normalization": [[0.2, 0.8, 0.9, 0.9], [0.2, 0.5, 0.6, 0.7]],
+    }
+    with (tmp_path / "metrics.jsonl").open("w") as file:
+        for network, seeds in accuracies.items():
+            for seed, values in enumerate(seeds):
+                for step, value in zip((0, 10, 20, 30), values, strict=True):
+                    record = {"network": network, "seed": seed, "step": step, "loss": 1.0, "test_accuracy": value}
+                    file.write(json.dumps(record) + "\n")
+    table = convergence.report(tmp_path).splitlines()
+    assert table[1].split() == ["plain", "25", "±", "7", "0.6500", "±", "0.0707"]
+    assert table[2].split() == ["batch", "normalization", "15", "±", "7", "0.8000", "±", "0.1414"]
+    assert "0.7000 ± 0.1414" in table[3]
+    assert (tmp_path / "convergence.png").exists()
+
+
+def test_bad_input_is_one_line_on_stderr(tmp_path, capsys):
+    assert main(["convergence", "--data-dir", str(tmp_path), "--out", str(tmp_path)]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: ")
+    assert "train-images-idx3-ubyte: no such file" in message
+    assert message.count("\n") == 1
