@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 OLDEST := .venv-oldest
+OLDEST_JAX := 0.10.0
 INSTALL := -m pip install --quiet --disable-pip-version-check
 
 .PHONY: help demo test test-oldest lint format wheel clean
@@ -29,3 +30,14 @@ lint: $(VENV)/.installed ## ruff and pyright
 format: $(VENV)/.installed ## rewrite in the project's format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+test-oldest: ## the library's tests on the oldest supported jax
+	test -d $(OLDEST) || $(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python $(INSTALL) --editable '.[test]' 'jax==$(OLDEST_JAX)' 'jaxlib==$(OLDEST_JAX)'
+	$(OLDEST)/bin/python -m pytest --numprocesses 2
+
+wheel: $(VENV)/.installed ## build the wheel under dist/
+	$(BIN)/python -m build --wheel
+
+clean: ## remove everything that was made
+	rm -rf $(VENV) $(OLDEST) dist results .pytest_cache .hypothesis .ruff_cache

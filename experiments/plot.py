@@ -24,7 +24,7 @@ def curves(
     seeds = len(next(iter(series.values()))[1])
     axes.set(xlabel="training steps", ylabel=ylabel, ylim=(0, 1.02))
     axes.margins(x=0)
-    axes.set_title(textwrap.fill(title, 70), loc="left", fontsize=11)
+    axes.set_title(textwrap.fill(title, 85), loc="left", fontsize=10)
     axes.legend(title=f"mean and range of {seeds} seeds", loc="lower right", frameon=False)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)

@@ -64,14 +64,17 @@ def test_fit_matches_a_plain_loop():
     logits, _ = networks.mlp_apply(params, state, digits.test_images.reshape(-1, 64), False)
     last = fit(seeds=2, steps=steps)[-1]
     np.testing.assert_allclose(last.loss[1], np.mean(losses), rtol=1e-4)
-    np.testing.assert_allclose(last.accuracy[1], np.mean(logits.argmax(-1) == digits.test_labels), atol=0.006)
+    # Rounding may move an image or two of the 360 over a boundary.
+    np.testing.assert_allclose(last.accuracy[1], np.mean(logits.argmax(-1) == digits.test_labels), atol=2.1 / 360)
 
 
 def test_fit_evaluates_at_every_interval_and_at_the_end():
     evaluations = fit(seeds=1, steps=50)
     assert [e.step for e in evaluations] == [0, 20, 40, 50]
     assert np.isnan(evaluations[0].loss).all()
-    assert evaluations[-1].accuracy[0] > 0.5 > evaluations[0].accuracy[0]
+    chance = 1 / 10
+    assert evaluations[-1].accuracy[0] > 2 * chance
+    assert evaluations[-1].loss[0] < evaluations[1].loss[0]
 
 
 @pytest.fixture(scope="module")
