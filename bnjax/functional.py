@@ -312,7 +312,7 @@ def _normalize_jvp(epsilon, masked, primals, tangents):
     return normalize(x, mean, var, scale, bias, epsilon, masked), (dy if c is None else dy + c).astype(x.dtype)
 
 
-def _varying_like(x, *terms):
+def _varying_like(x: Array, *terms: Array | None) -> list[Any]:
     """The terms, which shard_map may hold replicated, as varying over the mesh like `x`.
 
     Before they are broadcast, and together, so that they transpose to one psum of a few numbers per feature. Left to
@@ -320,7 +320,7 @@ def _varying_like(x, *terms):
     """
     some = [t for t in terms if t is not None]
     if not some:
-        return terms
+        return list(terms)
     stack = jnp.stack(jnp.broadcast_arrays(*some))
     parts = iter(stack + lax.full_like(x, 0, stack.dtype, shape=stack.shape))
     return [None if t is None else next(parts) for t in terms]

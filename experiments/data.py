@@ -51,10 +51,9 @@ def digits() -> Dataset:
     """Scikit-learn's digits, a fifth of each class set aside for testing, always the same."""
     images, labels = load_digits(return_X_y=True)
     images = (images / 16).astype(np.float32).reshape(-1, 8, 8)
-    train_x, test_x, train_y, test_y = train_test_split(
-        images, labels.astype(np.int32), test_size=0.2, random_state=0, stratify=labels
-    )
-    return Dataset("scikit-learn digits", train_x, train_y, test_x, test_y)
+    train, test = train_test_split(np.arange(len(images)), test_size=0.2, random_state=0, stratify=labels)
+    labels = labels.astype(np.int32)
+    return Dataset("scikit-learn digits", images[train], labels[train], images[test], labels[test])
 
 
 def idx(folder: Path) -> Dataset:

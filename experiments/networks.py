@@ -26,7 +26,9 @@ def mlp_init(key: Array, sizes: Sequence[int], weight_std: float, batch_norm: bo
     """
     params, state = [], []
     for i, fan_in, fan_out in zip(range(len(sizes)), sizes[:-1], sizes[1:], strict=False):
-        layer = {"kernel": weight_std * jax.random.normal(jax.random.fold_in(key, i), (fan_in, fan_out))}
+        layer: dict[str, Any] = {
+            "kernel": weight_std * jax.random.normal(jax.random.fold_in(key, i), (fan_in, fan_out))
+        }
         if batch_norm and i < len(sizes) - 2:
             layer["bn"], bn_state = bnjax.bn_init(fan_out)
             state.append(bn_state)

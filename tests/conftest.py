@@ -14,7 +14,7 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # Compiling dominates a first example, so a deadline would measure the machine.
-hypothesis.settings.register_profile("bnjax", deadline=None, derandomize=True, max_examples=60)
+hypothesis.settings.register_profile("bnjax", deadline=None, derandomize=True, max_examples=40)
 hypothesis.settings.load_profile("bnjax")
 
 

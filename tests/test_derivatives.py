@@ -98,9 +98,12 @@ ORDERS = {
 }
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("order", ORDERS)
+# Every order with every kind of mask (the third without the middle one), complex data with the most general one.
+CASES = [(order, mask, np.float64) for order in ORDERS for mask in MASKS if "third" not in order or mask != "bool"]
+CASES += [(order, "weights", np.complex128) for order in ORDERS if order != "third_forward"]
+
+
+@pytest.mark.parametrize(("order", "mask", "dtype"), CASES)
 def test_bn_apply_derivative_matches_plain_autodiff(order, mask, dtype):
     f, oracle, point, directions = problem(MASKS[mask], dtype)
     for mode, direction in zip(ORDERS[order], directions, strict=False):
