@@ -161,23 +161,25 @@ def supported_moments(
             "Pass groups over axes of one kind."
         )
     moments, support = _moments(x, mask, axes, mesh, groups if mesh else None)
-    # Axes of vmap stay outside the derivative rule: under jit it is traced where their names are out of scope. No data
-    # move along them, so that autodiff may transpose this merge as it likes.
-    return _merge_over(mapped, groups, moments, support) if mapped else (moments, support)
+    if mapped:
+        # Axes of vmap stay outside the derivative rule: under jit it is traced where their names are out of scope. No
+        # data move along them, so that autodiff may transpose this merge as it likes.
+        moments, support = _merge_over(mapped, groups, moments, support)
+    return moments, Support(moments.weight, moments.weight) if support is None else support
 
 
 def autodiff_moments(x, mask, axes, names, groups):
     """`_moments` without its derivative rule: the tests' oracle for it."""
     x = x.astype(wider(x.dtype))
     moments = _pool(mask, x, None, axes)
-    support = Support(moments.weight, moments.weight)
+    support = None
     if mask is not None and mask.dtype != bool:
         parts = (mask > 0).astype(mask.dtype), _weigh(mask, mask)
         support = Support(*(_sum_as(x.shape, part, axes, moments.weight) for part in parts))
     return _merge_over(names, groups, moments, support) if names else (moments, support)
 
 
-# Mean and variance per feature with their support; `mask` is boolean, of x's wider dtype, or None.
+# Moments, and their support where it differs from the weight; `mask` is boolean, of x's wider dtype, or None.
 _moments = jax.custom_jvp(autodiff_moments, nondiff_argnums=(2, 3, 4))
 
 
@@ -195,8 +197,8 @@ def _moments_jvp(axes, names, groups, primals, tangents):
     dsquare = 2 * jnp.real(jnp.conj(centered) * dx)
     sums = jnp.stack([jnp.sum(_weigh(mask, t), axes).astype(dtype) for t in (dx, dsquare)])
     dmean, dvar = (t / _nonzero(moments.weight).astype(dtype) for t in _total(sums, names, groups))
-    zeros = Moments(*(jnp.zeros_like(leaf) for leaf in moments))
-    return (moments, support), (zeros._replace(mean=dmean, var=dvar.real), Support(zeros.weight, zeros.weight))
+    dmoments = Moments(jnp.zeros_like(moments.weight), dmean, dvar.real)
+    return (moments, support), (dmoments, jax.tree.map(jnp.zeros_like, support))
 
 
 def _pool(weight, mean, var, axes):
@@ -244,12 +246,10 @@ def _abs_square(values):
 def _merge_over(names, groups, moments, support):
     """Moments and support of all indices of the mapped axes together, or of the own group."""
     dtype = moments.mean.dtype
-    weighted = support.valid is not support.square  # else the weight tells all
-    leaves = moments + support if weighted else moments
+    leaves = moments if support is None else moments + support
     rows = _gather(jnp.stack([leaf.astype(dtype) for leaf in leaves]), names, groups)
     weight, mean, var, *rest = (rows[:, i] if i == 1 else rows[:, i].real for i in range(len(leaves)))
-    merged = _pool(weight, mean, var, (0,))
-    return merged, Support(*(jnp.sum(leaf, 0) for leaf in rest)) if weighted else Support(merged.weight, merged.weight)
+    return _pool(weight, mean, var, (0,)), Support(*(jnp.sum(leaf, 0) for leaf in rest)) if rest else None
 
 
 def _total(rows, names, groups):
