@@ -19,7 +19,7 @@ def main(args: list[str] | None = None) -> int:
             description=__doc__,
             config=(tyro.conf.OmitArgPrefixes,),  # --steps, not --config.steps
         )
-    except (OSError, data.DataError) as error:
+    except (OSError, data.InputError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

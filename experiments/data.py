@@ -24,8 +24,8 @@ IDX_FILES = (
 )
 
 
-class DataError(ValueError):
-    """A data set that cannot be read or used; the message says which file, what was found and what to do."""
+class InputError(ValueError):
+    """Input of an experiment that cannot be used; the message says which, what was found and what to do."""
 
 
 class Dataset(NamedTuple):
@@ -61,9 +61,11 @@ def idx(folder: Path) -> Dataset:
 
     Raises:
       FileNotFoundError: if one of the files is missing.
-      DataError: if one is truncated, is not IDX, holds other things than images or labels of unsigned bytes, or
+      InputError: if one is truncated, is not IDX, holds other things than images or labels of unsigned bytes, or
         holds another number of labels than of images, or none.
     """
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder. Pass the one that holds {', '.join(IDX_FILES)}, gzipped or not.")
     paths = []
     for name in IDX_FILES:
         found = [path for path in (folder / name, folder / f"{name}.gz") if path.is_file()]
@@ -73,13 +75,15 @@ def idx(folder: Path) -> Dataset:
     arrays = [read_idx(path, dimensions) for path, dimensions in zip(paths, (3, 1, 3, 1), strict=True)]
     for i in (0, 2):
         images, labels = arrays[i], arrays[i + 1]
-        if len(images) != len(labels) or len(images) == 0:
-            raise DataError(
+        if images.size == 0:
+            raise InputError(f"{paths[i]}: no pixels, its shape is {images.shape}. Expected one image at the least.")
+        if len(images) != len(labels):
+            raise InputError(
                 f"{paths[i]} has {len(images)} images and {paths[i + 1].name} {len(labels)} labels. Expected as many "
-                "of one as of the other, and some: the files belong to different data sets."
+                "of one as of the other: the files belong to different data sets."
             )
     if arrays[0].shape[1:] != arrays[2].shape[1:]:
-        raise DataError(
+        raise InputError(
             f"{paths[0]} has images of {arrays[0].shape[1:]} and {paths[2].name} of {arrays[2].shape[1:]}. "
             "Expected one size: the files belong to different data sets."
         )
@@ -95,16 +99,16 @@ def read_idx(path: Path, dimensions: int) -> np.ndarray:
         try:
             content = gzip.decompress(content)
         except (EOFError, OSError, zlib.error) as error:
-            raise DataError(f"{path}: truncated or damaged gzip file ({error}). Fetch it again.") from error
+            raise InputError(f"{path}: truncated or damaged gzip file ({error}). Fetch it again.") from error
     if content[:3] != b"\0\0\x08" or len(content) < 4 or content[3] != dimensions:
-        raise DataError(
+        raise InputError(
             f"{path}: not an IDX file of unsigned bytes in {dimensions} dimension(s): it begins with "
             f"{content[:4].hex(' ') or 'nothing'}, expected 00 00 08 {dimensions:02x}."
         )
     header = 4 + 4 * dimensions
     shape = tuple(int.from_bytes(content[i : i + 4], "big") for i in range(4, header, 4))
     if len(content) < header or len(content) != header + math.prod(shape):
-        raise DataError(
+        raise InputError(
             f"{path}: {len(content)} bytes, but a header that asks for {header + math.prod(shape)} (shape {shape}). "
             "The file is truncated or has something appended: fetch it again."
         )
@@ -113,8 +117,6 @@ def read_idx(path: Path, dimensions: int) -> np.ndarray:
 
 def batches(number: int, batch_size: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
     """Indices of batches without end: each epoch in a new order, its incomplete last batch left out."""
-    if not 0 < batch_size <= number:
-        raise DataError(f"batch_size={batch_size}: expected 1 to {number}, the number of training images.")
     while True:
         order = rng.permutation(number).astype(np.int32)
         yield from order[: number - number % batch_size].reshape(-1, batch_size)

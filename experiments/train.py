@@ -28,7 +28,8 @@ class Learner(NamedTuple):
 
 
 class Evaluation(NamedTuple):
-    """Per seed, of shape (seeds,): mean training loss since the last evaluation (nan at step 0), test accuracy."""
+    """Per seed, of shape (seeds,): mean training loss since the last evaluation (nan at step 0), and test accuracy (nan
+    where a logit is not finite: the network has diverged)."""
 
     step: int
     loss: Array
@@ -58,9 +59,20 @@ def fit(
       batch_size: images per update.
       eval_every: updates between evaluations on the whole test set.
 
-    Yields:
-      An evaluation before the first step, then one every `eval_every` steps and after the last.
+    Returns:
+      An iterator: an evaluation before the first step, then one every `eval_every` steps and after the last.
+
+    Raises:
+      InputError: if a batch is larger than the training set.
     """
+    if not 0 < batch_size <= len(dataset.train_images):
+        raise data.InputError(
+            f"batch_size={batch_size}: expected 1 to {len(dataset.train_images)}, the size of {dataset.name}."
+        )
+    return _fit(init, apply, optimizer, dataset, seeds, steps, batch_size, eval_every)
+
+
+def _fit(init, apply, optimizer, dataset, seeds, steps, batch_size, eval_every):
     train_x, test_x = (jnp.asarray(x.reshape(len(x), -1)) for x in (dataset.train_images, dataset.test_images))
     train_y, test_y = jnp.asarray(dataset.train_labels), jnp.asarray(dataset.test_labels)
 
@@ -87,7 +99,8 @@ def fit(
     @jax.vmap
     def accuracy(learner):
         logits, _ = apply(learner.params, learner.state, test_x, False)
-        return (logits.argmax(-1) == test_y).mean()
+        # Without this a diverged network would score the share of class 0.
+        return jnp.where(jnp.isfinite(logits).all(), (logits.argmax(-1) == test_y).mean(), jnp.nan)
 
     learner = jax.vmap(start)(jax.vmap(jax.random.key)(jnp.arange(seeds)))
     orders = [data.batches(len(train_x), batch_size, np.random.default_rng(seed)) for seed in range(seeds)]
@@ -96,6 +109,14 @@ def fit(
         chunk = min(eval_every, steps - done)
         learner, loss = advance(learner, np.stack([list(islice(order, chunk)) for order in orders]))
         yield Evaluation(done + chunk, loss, accuracy(learner))
+
+
+def check_positive(config: Any, *names: str) -> None:
+    """These fields of an experiment are positive and finite."""
+    for name in names:
+        for value in np.ravel(getattr(config, name)):
+            if not 0 < value < np.inf:
+                raise data.InputError(f"{name}={value}: expected a positive number.")
 
 
 def write_config(folder: Path, config: Any, **facts: Any) -> None:
@@ -111,25 +132,25 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def records(network: str, evaluation: Evaluation) -> Iterator[dict[str, Any]]:
-    """One line of `metrics.jsonl` per seed; a loss that is not finite is null, as JSON has no NaN."""
+    """One line of `metrics.jsonl` per seed; what is not finite is null, as JSON has no NaN."""
     for seed, (loss, accuracy) in enumerate(zip(evaluation.loss, evaluation.accuracy, strict=True)):
         yield {
             "network": network,
             "seed": seed,
             "step": evaluation.step,
             "loss": float(loss) if np.isfinite(loss) else None,
-            "test_accuracy": float(accuracy),
+            "test_accuracy": float(accuracy) if np.isfinite(accuracy) else None,
         }
 
 
 def read_curves(folder: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """From `metrics.jsonl`, per network: the steps, and the test accuracy of shape (seeds, evaluations)."""
+    """From `metrics.jsonl`, per network: the steps, and test accuracies of shape (seeds, evaluations), nan for null."""
     curves: dict[str, dict[int, dict[int, float]]] = {}
     for line in (folder / "metrics.jsonl").read_text().splitlines():
         record = json.loads(line)
         runs = curves.setdefault(record["network"], {})
         runs.setdefault(record["seed"], {})[record["step"]] = record["test_accuracy"]
     return {
-        network: (np.array(list(runs[0])), np.array([list(run.values()) for run in runs.values()]))
+        network: (np.array(list(runs[0])), np.array([list(run.values()) for run in runs.values()], float))
         for network, runs in curves.items()
     }

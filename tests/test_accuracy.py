@@ -29,59 +29,61 @@ def make(shape, axis, offset, spread, rng):
 
 def make_mask(kind, x, axis, rng):
     """A mask, and x with NaN where the mask says that nothing stands there."""
-    if kind == "none" or len(x) == 2:
+    if kind == "none":
         return None, x
     if kind == "rows":
-        return (np.arange(len(x)) < len(x) * 3 // 4).reshape(-1, *(1,) * (x.ndim - 1)), x
+        return (np.arange(len(x)) < max(2, len(x) * 3 // 4)).reshape(-1, *(1,) * (x.ndim - 1)), x
     mask = rng.random(x.shape) < 0.7
+    mask[:2] = True  # two valid rows, all there are in the smallest layout
     if kind == "weights":
         return np.where(mask, rng.random(x.shape), 0).astype(np.float32), x
     return mask, np.where(mask, x, np.nan).astype(np.float32) if kind == "nan" else x
 
 
-def assert_accurate(x, g, axis, mask, epsilon=1e-5, momentum=0.9):
+def assert_accurate(x, g, axis, mask, epsilon=1e-5):
     """Output, state and gradients of bn_apply differ from the oracle's by FACTOR * eps * (condition) at the most."""
     features = x.shape[axis]
     scale = np.linspace(-2, 3, features).astype(np.float32)
     bias = np.linspace(5, -1, features).astype(np.float32)
     _, state = bnjax.bn_init(features)
-    valid = np.ones(x.shape, bool) if mask is None else np.broadcast_to(mask > 0, x.shape)
-    g = np.where(valid, g, 0)
+    there = np.isfinite(x)  # masked places too, where something stands
+    g = np.where(there, g, 0)
 
     def loss(x, scale, bias):
+        # Without momentum the running statistics are the batch's, with all their digits.
         y, new = bnjax.bn_apply(
-            bnjax.BNParams(scale, bias), state, x, True, axis=axis, mask=mask, momentum=momentum, epsilon=epsilon
+            bnjax.BNParams(scale, bias), state, x, True, axis=axis, mask=mask, momentum=0.0, epsilon=epsilon
         )
-        return jnp.sum(jnp.where(valid, y * g, 0)), (y, new)
+        return jnp.sum(jnp.where(there, y * g, 0)), (y, new)
 
     (dx, dscale, dbias), (y, new) = jax.grad(loss, (0, 1, 2), has_aux=True)(x, scale, bias)
 
     axes = tuple(a for a in range(x.ndim) if a != axis % x.ndim)
     _, mean, var = reference.moments(x, axis, mask)
-    want_y, want_mean, want_var = reference.train(
-        x, scale, bias, state.mean, state.var, axis=axis, momentum=momentum, epsilon=epsilon, mask=mask
-    )
+    want_y = reference.normalize(x, mean, var, scale, bias, axis, epsilon)
     want_dx, want_dscale, want_dbias = reference.gradients(x, g, scale, axis, epsilon, mask)
-    # The one number the bounds speak of, per feature: 1 + max|x - mean| / std + |mean| / std.
-    std = np.sqrt(var + epsilon)
-    largest = np.where(valid, np.abs(x - np.expand_dims(mean, axes)), 0).max(axes)
-    bound = FACTOR * EPS * (1 + largest / std + np.abs(mean) / std)
+    largest = np.where(there, np.abs(x - np.expand_dims(mean, axes)), 0).max(axes)
 
-    def check(name, got, want, unit):
+    def check(name, got, want, unit, std):
+        # The one number the bounds speak of, per feature: 1 + max|x - mean| / std + |mean| / std.
+        bound = FACTOR * EPS * (1 + largest / std + np.abs(mean) / std)
         error = np.abs(np.asarray(got, np.float64) - want)
         if error.shape == x.shape:
-            assert np.isfinite(np.asarray(got)[valid]).all(), name
-            error = np.where(valid, error, 0).max(axes)
+            assert np.isfinite(np.asarray(got)[there]).all(), name
+            error = np.where(there, error, 0).max(axes)
         ratio = error / (bound * unit)
         assert (ratio <= 1).all(), f"{name}: error is {ratio.max():.3g} of the bound"
 
-    check("y", y, want_y, np.abs(scale) + np.abs(bias))
-    check("mean", new.mean, want_mean, std)
-    check("var", new.var, want_var, np.maximum(want_var, var + epsilon))
+    # The statistics have no epsilon; rounding the data to float32 gives them this variance, if nothing else does.
+    rounding = EPS * np.abs(mean) + np.finfo(np.float32).tiny
+    check("mean", new.mean, mean, np.sqrt(var) + rounding, np.sqrt(var) + rounding)
+    check("var", new.var, var, var + rounding**2, np.sqrt(var) + rounding)
+    std = np.sqrt(var + epsilon)
+    check("y", y, want_y, np.abs(scale) + np.abs(bias), std)
     rows = np.sqrt(np.prod([x.shape[a] for a in axes]))
-    check("dbias", dbias, want_dbias, rows)
-    check("dscale", dscale, want_dscale, rows)
-    check("dx", dx, want_dx, np.maximum(np.abs(scale) / std, 1e-30) * np.abs(g).max())
+    check("dbias", dbias, want_dbias, rows, std)
+    check("dscale", dscale, want_dscale, rows, std)
+    check("dx", dx, want_dx, np.maximum(np.abs(scale) / std, 1e-30) * np.abs(g).max(), std)
 
 
 @pytest.mark.parametrize("kind", MASKS)
@@ -119,12 +121,12 @@ def test_bn_apply_matches_the_float64_oracle_on_many_rows(shape, axis, offset, r
 
 
 def test_bn_apply_normalizes_where_flax_is_off_by_a_thousand(rng):
-    # |mean| / std = 1e4: the input's own rounding moves y by 1e-3, E[x^2] - E[x]^2 by 1e3.
+    # |mean| / std = 1e4: the input's own rounding moves y by 5e-4, E[x^2] - E[x]^2 by 1e3.
     x = (rng.standard_normal((4096, 8)) + 1e4).astype(np.float32)
     params, state = bnjax.bn_init(8)
     y, _ = bnjax.bn_apply(params, state, x, True)
     _, mean, var = reference.moments(x)
-    np.testing.assert_allclose(y, reference.normalize(x, mean, var, np.ones(8), np.zeros(8)), atol=2e-3)
+    np.testing.assert_allclose(y, reference.normalize(x, mean, var, np.ones(8), np.zeros(8)), atol=1e-3)
 
 
 @pytest.mark.parametrize("a", [2.0**-4, 3.0, 1e3])

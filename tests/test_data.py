@@ -74,6 +74,14 @@ BROKEN = {
         "truncated or damaged gzip file",
     ),
     "counts": (rewrite(LABELS, lambda b: idx_bytes(np.zeros(6))), ValueError, "7 images and .* 6 labels"),
+    "test_counts": (
+        rewrite(TEST_LABELS, lambda b: idx_bytes(np.zeros(3))),
+        ValueError,
+        "2 images and .* 3 labels",
+    ),
+    "no_images": (rewrite(IMAGES, lambda b: idx_bytes(np.zeros((0, 5, 4)))), ValueError, r"no pixels, .* \(0, 5, 4\)"),
+    "no_pixels": (rewrite(IMAGES, lambda b: idx_bytes(np.zeros((7, 0, 0)))), ValueError, r"no pixels, .* \(7, 0, 0\)"),
+    "no_folder": (lambda folder: folder.rename(folder.with_name("elsewhere")), ValueError, "no such folder"),
     "sizes": (rewrite(TEST_IMAGES, lambda b: idx_bytes(np.zeros((2, 4, 4)))), ValueError, r"\(5, 4\) and .* \(4, 4\)"),
 }
 
@@ -88,9 +96,10 @@ def test_broken_files_are_named_with_what_is_wrong(case, folder):
 
 def test_digits_are_split_once_and_for_all():
     dataset = data.load()
-    images, _ = load_digits(return_X_y=True)
+    images, labels = load_digits(return_X_y=True)
     both = np.concatenate([dataset.train_images, dataset.test_images]).reshape(-1, 64) * 16
-    np.testing.assert_array_equal(np.sort(both, 0), np.sort(images, 0))
+    both = np.column_stack([both, np.concatenate([dataset.train_labels, dataset.test_labels])])
+    assert sorted(map(tuple, both)) == sorted(map(tuple, np.column_stack([images, labels])))
     assert dataset.train_images.shape == (1437, 8, 8)
     assert (dataset.train_images.max(), dataset.classes) == (1, 10)
     np.testing.assert_array_equal(dataset.test_labels, data.load().test_labels)
@@ -105,5 +114,3 @@ def test_batches_hold_every_index_once_an_epoch():
         assert len(set(epoch.tolist())) == 9
         assert set(epoch.tolist()) <= set(range(10))
     assert not np.array_equal(epochs[0], epochs[1])
-    with pytest.raises(ValueError, match="batch_size=11: expected 1 to 10"):
-        next(data.batches(10, 11, np.random.default_rng(0)))

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from experiments import data, networks, train
+from experiments import convergence, data, networks, plot, train
 from experiments.__main__ import main
 from tests import reference
 
@@ -98,24 +98,77 @@ def test_convergence_writes_its_configuration_metrics_and_figure(convergence_run
     assert (convergence_run / "convergence.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_convergence_reports_what_the_metrics_say(tmp_path, capsys):
-    from experiments import convergence
-
-    accuracies = {
-        "plain": [[0.1, 0.5, 0.8, 0.7], [0.1, 0.3, 0.4, 0.6]],
-        "batch normalization": [[0.2, 0.8, 0.9, 0.9], [0.2, 0.5, 0.6, 0.7]],
-    }
-    with (tmp_path / "metrics.jsonl").open("w") as file:
+def write_metrics(folder, accuracies):
+    with (folder / "metrics.jsonl").open("w") as file:
         for network, seeds in accuracies.items():
             for seed, values in enumerate(seeds):
                 for step, value in zip((0, 10, 20, 30), values, strict=True):
                     record = {"network": network, "seed": seed, "step": step, "loss": 1.0, "test_accuracy": value}
                     file.write(json.dumps(record) + "\n")
+
+
+@pytest.fixture
+def title(monkeypatch):
+    """The titles of the figures that are drawn."""
+    titles, draw = [], plot.curves
+    monkeypatch.setattr(plot, "curves", lambda *args, **kwargs: titles.append(kwargs["title"]) or draw(*args, **kwargs))
+    return titles
+
+
+def test_convergence_reports_what_the_metrics_say(tmp_path, title):
+    plain = [[0.1, 0.5, 0.8, 0.7], [0.1, 0.3, 0.4, 0.6]]
+    normalized = [[0.2, 0.8, 0.9, 0.9], [0.2, 0.5, 0.6, 0.7]]
+    write_metrics(tmp_path, {"plain": plain, "batch normalization": normalized})
     table = convergence.report(tmp_path).splitlines()
     assert table[1].split() == ["plain", "25", "±", "7", "0.6500", "±", "0.0707"]
     assert table[2].split() == ["batch", "normalization", "15", "±", "7", "0.8000", "±", "0.1414"]
     assert "0.7000 ± 0.1414" in table[3]
+    assert title[0].endswith("reached with batch normalization after 15 steps, without after 25")
     assert (tmp_path / "convergence.png").exists()
+
+
+def test_convergence_says_what_diverged_and_what_was_never_reached(tmp_path, title):
+    plain = [[0.1, 0.5, 0.8, 0.7], [0.1, 0.3, 0.4, 0.6]]
+    write_metrics(tmp_path, {"plain": plain, "batch normalization": [[0.2, 0.7, 0.8, None], [0.2, None, None, None]]})
+    table = convergence.report(tmp_path).splitlines()
+    assert table[2].split() == ["batch", "normalization", "20", "(1", "of", "2)", "diverged"]
+    assert title[0].startswith("1 of 2 normalized networks never reach")
+    write_metrics(tmp_path, {"plain": plain, "batch normalization": [[0.2, 0.7, 0.7, 0.3], [0.2, 0.1, 0.1, 0.1]]})
+    assert "never" in convergence.report(tmp_path).splitlines()[2]
+
+
+def test_a_diverged_network_has_no_accuracy():
+    evaluation = list(
+        train.fit(
+            INIT, networks.mlp_apply, optax.sgd(1e38), data.digits(), seeds=1, steps=5, batch_size=60, eval_every=5
+        )
+    )[-1]
+    (record,) = train.records("plain", evaluation)
+    assert record["test_accuracy"] is None
+
+
+BAD_FLAGS = {
+    "seeds": "0",
+    "eval-every": "0",
+    "steps": "-1",
+    "hidden": "-3",
+    "momentum": "2",
+    "learning-rate": "nan",
+    "batch-size": "5000",
+}
+
+
+@pytest.mark.parametrize("flag", BAD_FLAGS)
+def test_a_bad_flag_is_refused_before_anything_is_written(flag, tmp_path, capsys):
+    try:
+        status = main(["convergence", f"--{flag}", BAD_FLAGS[flag], "--out", str(tmp_path)])
+    except SystemExit as stop:
+        status = stop.code
+    assert status == 2
+    output = "".join(capsys.readouterr())
+    assert f"{flag.replace('-', '_')}={BAD_FLAGS[flag]}" in output
+    assert "expected" in output
+    assert not list(tmp_path.iterdir())
 
 
 def test_bad_input_is_one_line_on_stderr(tmp_path, capsys):

@@ -15,10 +15,8 @@ EXTRAS = ("flax", "optax", "chex", "sklearn", "matplotlib", "tqdm", "tyro", "hyp
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
     folder = tmp_path_factory.mktemp("dist")
-    # In the test environment's own hatchling where there is one, else in an isolated build.
-    subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", folder, ROOT], check=True
-    )
+    options = ["--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", folder]  # with the hatchling that is here
+    subprocess.run([sys.executable, "-m", "pip", "wheel", *options, ROOT], check=True)
     (path,) = folder.glob("bnjax-*.whl")
     return path
 
