@@ -41,8 +41,10 @@ def inexact_dtype(call: str, dtype: Any) -> Any:
     return jnp.dtype(dtype)
 
 
-def initial(call: str, name: str, value: Any, shape: tuple[int, ...]) -> None:
+def initial(call: str, name: str, value: Any, shape: tuple[int, ...], dtype: Any) -> None:
     """An initial value, which broadcasts to the features."""
+    if np.iscomplexobj(value) and not jnp.issubdtype(dtype, jnp.complexfloating):
+        raise TypeError(f"{call}({name}=...): complex, but dtype is {dtype}. Pass dtype=jnp.complex64.")
     got = np.shape(value)
     if len(got) > len(shape) or any(n not in (1, m) for n, m in zip(got[::-1], shape[::-1], strict=False)):
         raise ValueError(
@@ -84,20 +86,32 @@ def feature_axes(call: str, x: Array, axis: Axis) -> tuple[int, ...]:
     return canonical
 
 
+def static_axis(axis: Any) -> Any:
+    """`axis` in hashable form, where it is several."""
+    return tuple(axis) if isinstance(axis, Iterable) and not isinstance(axis, str) else axis
+
+
 def axis_names(axis_name: AxisName | None) -> tuple[Hashable, ...]:
     """`axis_name` as a tuple, empty for None."""
     if axis_name is None:
         return ()
-    return tuple(axis_name) if isinstance(axis_name, list | tuple) else (axis_name,)
+    return tuple(axis_name) if isinstance(axis_name, list | tuple | set | frozenset) else (axis_name,)
 
 
 def index_groups(groups: Sequence[Sequence[int]] | None) -> tuple[tuple[int, ...], ...] | None:
     """`axis_index_groups` in hashable form."""
-    return None if groups is None else tuple(tuple(int(i) for i in group) for group in groups)
+    try:
+        return None if groups is None else tuple(tuple(int(i) for i in group) for group in groups)
+    except TypeError as error:
+        raise TypeError(
+            f"axis_index_groups={groups}: expected a list of lists of indices, as in jax.lax.psum."
+        ) from error
 
 
 def bound_axes(call: str, names: tuple[Hashable, ...], groups: tuple[tuple[int, ...], ...] | None) -> None:
     """Every name is a mapped axis here, and the groups hold each index once."""
+    if len(set(names)) != len(names):
+        raise ValueError(f"{call}(axis_name={names}): an axis is repeated and would count twice. Name each axis once.")
     size = 1
     for name in names:
         try:
@@ -160,13 +174,13 @@ def positive(call: str, name: str, value: Any) -> float:
     """`value` as a float, which is positive and finite."""
     try:
         number = float(value)
-    except (TypeError, jax.errors.ConcretizationTypeError) as error:
+    except (TypeError, ValueError, jax.errors.ConcretizationTypeError) as error:
         raise TypeError(
             f"{call}({name}=...): expected a Python number, got {type(value).__name__}. "
             f"{name} is static: pass it as a number, not as an array of a jitted function."
         ) from error
-    if not 0 < number < math.inf:
-        raise ValueError(f"{call}({name}={value!r}): expected a positive finite number. Pass 1e-5, say.")
+    if not 0 < np.float32(number) < math.inf:
+        raise ValueError(f"{call}({name}={value!r}): expected a number that is positive in float32. Pass 1e-5, say.")
     return number
 
 
@@ -188,6 +202,19 @@ def momentum(call: str, value: Any) -> tuple[Any, Any]:
     return float(value), 1 - float(value)
 
 
+def rate(call: str, rate: tuple[Any, Any], like: Array) -> None:
+    """The momentum, a number or one per feature, has a shape that leaves the state's as it is."""
+    try:
+        fits = np.broadcast_shapes(np.shape(rate[0]), like.shape) == like.shape
+    except ValueError:
+        fits = False
+    if not fits:
+        raise ValueError(
+            f"{call}(momentum=...): shape {np.shape(rate[0])} does not broadcast to features {like.shape}. "
+            "Pass a number, or one per feature."
+        )
+
+
 def variables(call: str, params: Any, state: Any, x: Array, features: tuple[int, ...], axis: Axis) -> None:
     """Scale, bias and running statistics fit `x` and its features, and are complex only where it is."""
     for name, value, fields in ("params", params, ("scale", "bias")), ("state", state, ("mean", "var", "count")):
@@ -196,6 +223,11 @@ def variables(call: str, params: Any, state: Any, x: Array, features: tuple[int,
                 f"{call}({name}=...): expected bnjax.BN{name.title()}{fields}, got {type(value).__name__}. "
                 f"Pass what bn_init returned."
             )
+    arrays = {f"params.{k}": v for k, v in zip(("scale", "bias"), params, strict=True) if v is not None}
+    if state is not None:
+        arrays |= {f"state.{k}": v for k, v in zip(("mean", "var"), state, strict=False)}
+    for name, value in arrays.items():
+        inexact(call, name, value)
     shape = tuple(x.shape[a] for a in features)
     named = {"scale": params.scale, "bias": params.bias}
     for name, value in named.items():

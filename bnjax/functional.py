@@ -55,14 +55,14 @@ def cumulative_average(count: Array) -> Array:
       count: number of updates so far, as in `BNState.count`.
 
     Returns:
-      The weight of the old value, float32, of count's shape.
+      The weight of the old value, floating, of count's shape.
 
     Example:
       >>> import bnjax, jax.numpy as jnp
       >>> bnjax.cumulative_average(jnp.array([0, 1, 3])).tolist()
       [0.0, 0.5, 0.75]
     """
-    count = jnp.asarray(count).astype(jnp.float32)
+    count = jnp.asarray(count).astype(float)  # float64 where that is enabled
     return count / (count + 1)
 
 
@@ -90,13 +90,14 @@ class debiased:  # noqa: N801  a function with one parameter bound, which hashes
     momentum: float
 
     def __post_init__(self):
-        object.__setattr__(self, "momentum", checks.momentum("debiased", self.momentum)[0])
+        value = self.momentum.item() if isinstance(self.momentum, Array) else self.momentum
+        object.__setattr__(self, "momentum", checks.momentum("debiased", value)[0])
 
     def __call__(self, count: Array) -> Array:
         if self.momentum in (0, 1):
             return self.momentum * cumulative_average(count)
         # 1 - momentum^t as -expm1(t log momentum): no digit is lost where momentum is near 1.
-        count = jnp.asarray(count).astype(jnp.float32)
+        count = jnp.asarray(count).astype(float)
         return self.momentum * jnp.expm1(count * log(self.momentum)) / jnp.expm1((count + 1) * log(self.momentum))
 
 
@@ -136,8 +137,8 @@ def bn_init(
     def initial(name, value):
         if value is None:
             return None
-        checks.initial("bn_init", name, value, shape)
-        return jnp.broadcast_to(jnp.asarray(value, dtype), shape)
+        checks.initial("bn_init", name, value, shape, dtype)
+        return jnp.broadcast_to(jnp.array(value, dtype), shape)
 
     wide = wider(dtype)
     state = BNState(jnp.zeros(shape, wide), jnp.ones(shape, jnp.finfo(wide).dtype), jnp.zeros(shape, jnp.int32))
@@ -188,12 +189,13 @@ def bn_apply(
 
     Returns:
       y: of x's shape and dtype. Reductions are float32 or wider.
-      state: in the dtypes it came in. In evaluation it is `state` itself.
+      state: in the dtypes it came in; in evaluation unchanged.
 
     Where the data carry too little, per feature: fewer than two valid values, or statistics that are not finite, leave
     state and count as they were. With one valid value var is 0, so that value becomes `bias`. With none, `x` is
     normalized by the running statistics (by mean 0 and var 1 where state is None). A NaN or infinity at a valid place
-    shows in the output of its feature. Mask and axis_name play no part in evaluation by running statistics.
+    shows in the output of its feature. Mask and axis_name play no part in evaluation by running statistics
+    (but for the derivatives of scale and bias: what is not finite at a masked place does not enter them).
 
     Raises:
       TypeError, ValueError: while tracing, for shapes, dtypes and Python values that do not fit; the message names
@@ -209,6 +211,7 @@ def bn_apply(
       ([[-1.0, -1.0], [1.0, 1.0]], [0.2..., 2.0])
     """
     checks.boolean("bn_apply", "train", train)
+    checks.boolean("bn_apply", "unbiased_var", unbiased_var)
     schedule = momentum if callable(momentum) else None
     rate = None if callable(momentum) else checks.momentum("bn_apply", momentum)
     return _bn_apply(
@@ -219,11 +222,11 @@ def bn_apply(
         rate,
         schedule=schedule,
         train=train,
-        axis=tuple(axis) if isinstance(axis, list) else axis,
+        axis=checks.static_axis(axis),
         epsilon=checks.positive("bn_apply", "epsilon", epsilon),
         names=checks.axis_names(axis_name),
         groups=checks.index_groups(axis_index_groups),
-        unbiased_var=bool(unbiased_var),
+        unbiased_var=unbiased_var,
     )
 
 
@@ -235,27 +238,32 @@ def _bn_apply(params, state, x, mask, rate, *, schedule, train, axis, epsilon, n
     features = checks.feature_axes("bn_apply", x, axis)
     checks.variables("bn_apply", params, state, x, features, axis)
     checks.weights("bn_apply", mask, x)
+    wide = x.astype(wider(x.dtype))  # once: the parts of its gradient are summed before they are rounded
     if state is not None and not train:
         mean, var = state.mean, state.var.real
-        mask = None
     else:
         checks.bound_axes("bn_apply", names, groups)
-        batch, support = supported_moments(x, mask, features, names, groups)
+        batch, support = supported_moments(wide, mask, features, names, groups)
         mean, var = batch.mean, batch.var
         if mask is not None or 0 in x.shape:
-            idle = (0, 1) if state is None else (state.mean.astype(mean.dtype), state.var.real.astype(var.dtype))
-            mean, var = (jnp.where(batch.weight > 0, new, old) for new, old in zip((mean, var), idle, strict=True))
+            idle = (
+                (jnp.zeros_like(mean), jnp.ones_like(var))
+                if state is None
+                else (state.mean.astype(mean.dtype), state.var.real.astype(var.dtype))
+            )
+            mean, var = (_select(batch.weight > 0, new, old) for new, old in zip((mean, var), idle, strict=True))
         if state is not None:
             if schedule is not None:
-                rate = checks.momentum("bn_apply", jnp.asarray(schedule(state.count)))
+                rate = checks.momentum("bn_apply", schedule(state.count))
+            checks.rate("bn_apply", rate, state.count)
             state = _absorb(state, batch, support, rate, unbiased_var)
     axes = tuple(a for a in range(x.ndim) if a not in features)
 
     def aligned(v):  # with x's rank; conditional scale and bias have it
         return v if v is None or v.ndim == x.ndim else jnp.expand_dims(v, axes)
 
-    y = normalize(x, *(aligned(v) for v in (mean, var, params.scale, params.bias)), epsilon, mask is not None)
-    return y, state
+    y = normalize(wide, *(aligned(v) for v in (mean, var, params.scale, params.bias)), mask, epsilon)
+    return y.astype(x.dtype), state
 
 
 def _absorb(state, batch, support, rate, unbiased_var):
@@ -271,45 +279,50 @@ def _absorb(state, batch, support, rate, unbiased_var):
     def moved(old, new):
         dtype = wider(old.dtype, new.dtype)
         keep, take = (jnp.asarray(r).astype(dtype) for r in rate)
-        average = keep * old.astype(dtype) + take * new.astype(dtype)
-        return jnp.where(enough, average.astype(old.dtype), old)
+        excess = (keep - 1) + take  # both are rounded: without this a constant would drift by excess / take
+        average = keep * old.astype(dtype) + (take * new.astype(dtype) - excess * old.astype(dtype))
+        return _select(enough, average.astype(old.dtype), old)
 
     return BNState(moved(state.mean, batch.mean), moved(state.var, var), state.count + enough.astype(state.count.dtype))
 
 
-def autodiff_normalize(x, mean, var, scale, bias, epsilon, masked):
+def _select(which, new, old):
+    """`new` where `which`, else `old`, arrays of one shape, brought to one sharding as explicit sharding asks."""
+    zero = lax.full_like(new, 0) + lax.full_like(old, 0)
+    return jnp.where(which | (zero != 0), new + zero, old + zero)
+
+
+def autodiff_normalize(x, mean, var, scale, bias, mask, epsilon):
     """`normalize` without its derivative rule: the tests' oracle for it."""
-    dtype, rstd = _rstd(x, var, epsilon)
-    slope = rstd if scale is None else scale.astype(dtype) * rstd
-    y = (x.astype(dtype) - mean.astype(dtype)) * slope
-    return (y if bias is None else y + bias.astype(dtype)).astype(x.dtype)
+    y = (x - mean.astype(x.dtype)) * _slope(x, var, scale, epsilon)[1]
+    return y if bias is None else y + bias.astype(x.dtype)
 
 
-# scale * (x - mean) / sqrt(var + epsilon) + bias, with all arguments of x's rank; scale and bias may be None.
-normalize = jax.custom_jvp(autodiff_normalize, nondiff_argnums=(5, 6))
+# scale * (x - mean) / sqrt(var + epsilon) + bias, with all arguments of x's rank; scale, bias and mask may be None.
+normalize = jax.custom_jvp(autodiff_normalize, nondiff_argnums=(6,))
 
 
 @partial(normalize.defjvp, symbolic_zeros=True)
-def _normalize_jvp(epsilon, masked, primals, tangents):
+def _normalize_jvp(epsilon, primals, tangents):
     # dy = a dx + (x - mean) k + c with a, k and c per feature. Transposed, this is one elementwise pass and the two
     # reductions sum g and sum g (x - mean), which serve scale, bias, mean and var alike. Written any other way, each of
     # the four has a reduction of its own.
-    x, mean, var, scale, bias = primals
-    dtype, rstd = _rstd(x, var, epsilon)
+    x, mean, var, scale, _, mask = primals
+    rstd, slope = _slope(x, var, scale, epsilon)
     dx, dmean, dvar, dscale, dbias = (
-        None if t is None or isinstance(t, SymbolicZero) else t.astype(dtype) for t in tangents
+        None if t is None or isinstance(t, SymbolicZero) else t.astype(x.dtype) for t in tangents[:5]
     )
-    slope = rstd if scale is None else scale.astype(dtype) * rstd
     k = _sum(None if dscale is None else rstd * dscale, None if dvar is None else -0.5 * slope * rstd * rstd * dvar)
     c = _sum(dbias, None if dmean is None else -slope * dmean)
     if jax.sharding.get_abstract_mesh().manual_axes:
         k, c = _varying_like(x, k, c)
-    centered = x.astype(dtype) - mean.astype(dtype)
-    if masked:
-        centered = jnp.where(jnp.isfinite(x), centered, 0)  # a NaN there times a zero cotangent would be a NaN
+    centered = x - mean.astype(x.dtype)
+    if mask is not None:
+        # At a masked place a NaN times a zero cotangent would be a NaN for the whole feature.
+        centered = jnp.where((mask if mask.dtype == bool else mask > 0) | jnp.isfinite(x), centered, 0)
     dy = _sum(None if dx is None else slope * dx, None if k is None else centered * k)
-    dy = jnp.zeros(x.shape, dtype) if dy is None else dy
-    return normalize(x, mean, var, scale, bias, epsilon, masked), (dy if c is None else dy + c).astype(x.dtype)
+    dy = jnp.zeros_like(x) if dy is None else dy
+    return normalize(*primals, epsilon), dy if c is None else dy + c
 
 
 def _varying_like(x: Array, *terms: Array | None) -> list[Any]:
@@ -326,10 +339,10 @@ def _varying_like(x: Array, *terms: Array | None) -> list[Any]:
     return [None if t is None else next(parts) for t in terms]
 
 
-def _rstd(x, var, epsilon):
-    """The dtype of the computation and 1 / sqrt(var + epsilon) in it."""
-    dtype = wider(x.dtype)
-    return dtype, lax.rsqrt(var.astype(jnp.finfo(dtype).dtype) + epsilon).astype(dtype)
+def _slope(x, var, scale, epsilon):
+    """1 / sqrt(var + epsilon), and scale times it, in x's dtype."""
+    rstd = lax.rsqrt(var.astype(jnp.finfo(x.dtype).dtype) + epsilon).astype(x.dtype)
+    return rstd, rstd if scale is None else scale.astype(x.dtype) * rstd
 
 
 def _sum(a, b):

@@ -99,8 +99,7 @@ def batch_moments(
       Array([ 2., 10.], dtype=float32)
     """
     groups = checks.index_groups(axis_index_groups)
-    axis = tuple(axis) if isinstance(axis, list) else axis
-    return _batch_moments(x, mask, axis=axis, names=checks.axis_names(axis_name), groups=groups)
+    return _batch_moments(x, mask, axis=checks.static_axis(axis), names=checks.axis_names(axis_name), groups=groups)
 
 
 @partial(jax.jit, static_argnames=("axis", "names", "groups"), inline=True)
@@ -109,7 +108,7 @@ def _batch_moments(x, mask, *, axis, names, groups):
     features = checks.feature_axes("batch_moments", x, axis)
     checks.weights("batch_moments", mask, x)
     checks.bound_axes("batch_moments", names, groups)
-    return supported_moments(x, mask, features, names, groups)[0]
+    return supported_moments(x.astype(wider(x.dtype)), mask, features, names, groups)[0]
 
 
 def merge(*moments: Moments) -> Moments:
@@ -136,6 +135,11 @@ def merge(*moments: Moments) -> Moments:
       >>> bnjax.merge(bnjax.batch_moments(x[:3]), bnjax.batch_moments(x[3:]))
       Moments(weight=Array([10.], dtype=float32), mean=Array([4.5], dtype=float32), var=Array([8.25], dtype=float32))
     """
+    if not all(isinstance(m, Moments) for m in moments):
+        raise TypeError(
+            f"merge(...): expected Moments as arguments, got {[type(m).__name__ for m in moments]}. "
+            "Unpack a list: merge(*list)."
+        )
     shapes = {np.shape(leaf) for m in moments for leaf in m}
     if len(shapes) != 1:
         raise ValueError(
@@ -149,9 +153,9 @@ def merge(*moments: Moments) -> Moments:
 def supported_moments(
     x: Array, mask: Array | None, features: tuple[int, ...], names: tuple[Hashable, ...], groups: Groups
 ) -> tuple[Moments, Support]:
-    """The moments of `x` and their support; arguments are those of `batch_moments` in canonical form."""
+    """The moments of `x`, of 32 bits or more, and their support; arguments as `batch_moments` has them, canonical."""
     if mask is not None and mask.dtype != bool:
-        mask = lax.stop_gradient(mask.astype(jnp.finfo(wider(x.dtype)).dtype))
+        mask = lax.stop_gradient(mask.astype(jnp.finfo(x.dtype).dtype))
     axes = tuple(a for a in range(x.ndim) if a not in features)
     mesh = tuple(name for name in names if _on_mesh(name))
     mapped = tuple(name for name in names if not _on_mesh(name))
@@ -170,7 +174,6 @@ def supported_moments(
 
 def autodiff_moments(x, mask, axes, names, groups):
     """`_moments` without its derivative rule: the tests' oracle for it."""
-    x = x.astype(wider(x.dtype))
     moments = _pool(mask, x, None, axes)
     support = None
     if mask is not None and mask.dtype != bool:
@@ -179,7 +182,7 @@ def autodiff_moments(x, mask, axes, names, groups):
     return _merge_over(names, groups, moments, support) if names else (moments, support)
 
 
-# Moments, and their support where it differs from the weight; `mask` is boolean, of x's wider dtype, or None.
+# Moments, and their support where it differs from the weight; `mask` is boolean, real of x's width, or None.
 _moments = jax.custom_jvp(autodiff_moments, nondiff_argnums=(2, 3, 4))
 
 
@@ -189,14 +192,13 @@ def _moments_jvp(axes, names, groups, primals, tangents):
     # to one elementwise pass. Both sums travel in one psum, forward and, transposed, backward.
     x, mask = primals
     moments, support = _moments(x, mask, axes, names, groups)
-    dtype = moments.mean.dtype
-    x, dx = x.astype(dtype), tangents[0].astype(dtype)
+    dx, _ = tangents
     centered = x - jnp.expand_dims(moments.mean, axes)
     if mask is not None:
         centered = jnp.where(_valid(mask, x), centered, 0)  # a NaN there times a zero cotangent would be a NaN
     dsquare = 2 * jnp.real(jnp.conj(centered) * dx)
-    sums = jnp.stack([jnp.sum(_weigh(mask, t), axes).astype(dtype) for t in (dx, dsquare)])
-    dmean, dvar = (t / _nonzero(moments.weight).astype(dtype) for t in _total(sums, names, groups))
+    sums = jnp.stack([jnp.sum(_weigh(mask, t), axes).astype(x.dtype) for t in (dx, dsquare)])
+    dmean, dvar = (t / _nonzero(moments.weight).astype(x.dtype) for t in _total(sums, names, groups))
     dmoments = Moments(jnp.zeros_like(moments.weight), dmean, dvar.real)
     return (moments, support), (dmoments, jax.tree.map(jnp.zeros_like, support))
 
@@ -213,7 +215,9 @@ def _pool(weight, mean, var, axes):
     # The pivot carries the rounding of a plain sum; the mean around it carries the rounding of one that is near 0.
     shift = jnp.sum(_weigh(weight, centered), axes) * share
     spread = jnp.sum(_weigh(weight, square), axes) * share.real
-    return Moments(total, pivot + shift, jnp.maximum(spread - _abs_square(shift), 0))
+    var = spread - _abs_square(shift)
+    # Rounding may leave it below 0. Not jnp.maximum, whose derivative is a half at 0 and nothing below.
+    return Moments(total, pivot + shift, var - lax.stop_gradient(jnp.minimum(var, 0)))
 
 
 def _valid(weight, values):
@@ -245,10 +249,13 @@ def _abs_square(values):
 
 def _merge_over(names, groups, moments, support):
     """Moments and support of all indices of the mapped axes together, or of the own group."""
-    dtype = moments.mean.dtype
     leaves = moments if support is None else moments + support
-    rows = _gather(jnp.stack([leaf.astype(dtype) for leaf in leaves]), names, groups)
-    weight, mean, var, *rest = (rows[:, i] if i == 1 else rows[:, i].real for i in range(len(leaves)))
+    if _on_mesh(names[0]):  # in one collective
+        rows = _gather(jnp.stack([leaf.astype(moments.mean.dtype) for leaf in leaves]), names, groups)
+        gathered = [rows[:, i] if i == 1 else rows[:, i].real for i in range(len(leaves))]
+    else:
+        gathered = [_gather(leaf, names, groups) for leaf in leaves]
+    weight, mean, var, *rest = gathered
     return _pool(weight, mean, var, (0,)), Support(*(jnp.sum(leaf, 0) for leaf in rest)) if rest else None
 
 
@@ -256,20 +263,25 @@ def _total(rows, names, groups):
     """The sum of `rows` over the mapped axes, or over the own group."""
     if not names:
         return rows
-    return lax.psum(rows, names) if groups is None else jnp.sum(_gather(rows, names, groups), 0)
+    return lax.psum(_varying(rows, names), names) if groups is None else jnp.sum(_gather(rows, names, groups), 0)
 
 
 def _gather(rows, names, groups):
     """The `rows` of every index of the mapped axes, stacked; with groups those of the own group, padded by zeros."""
     gathered = rows
     if _on_mesh(names[0]):
-        # One collective serves any number of mesh axes. "invarying" types its result as replicated, so that shard_map
-        # accepts it as such, and asks for an operand that varies, as the index of the device does.
-        gathered += (0 * lax.axis_index(names)).astype(rows.dtype)
-        gathered = lax.all_gather(gathered, names, to="invarying" if groups is None else "varying")
+        # One collective serves any number of mesh axes; "invarying" types its result as replicated.
+        to = "invarying" if groups is None else "varying"
+        gathered = lax.all_gather(_varying(rows, names), names, to=to)
     else:
         for name in reversed(names):
-            gathered = lax.all_gather(gathered, name)
+            try:
+                gathered = lax.all_gather(gathered, name)
+            except AssertionError as error:  # without a text of its own
+                raise ValueError(
+                    f"axis_name={name!r}: JAX has no collectives over an axis of vmap inside shard_map with "
+                    "check_vma=True. Pass check_vma=False to shard_map, or shard that axis too."
+                ) from error
         gathered = gathered.reshape(-1, *rows.shape)
     if groups is None:
         return gathered
@@ -278,6 +290,11 @@ def _gather(rows, names, groups):
         members[list(group), : len(group)] = group
     own = jnp.asarray(members)[lax.axis_index(names)]
     return jnp.where(own.reshape(-1, *(1,) * rows.ndim) >= 0, gathered[own], 0)
+
+
+def _varying(rows, names):
+    """`rows`, typed as varying over mesh axes as collectives want them; they are not where x is replicated."""
+    return rows + (0 * lax.axis_index(names)).astype(rows.dtype) if _on_mesh(names[0]) else rows
 
 
 def _on_mesh(name):

@@ -117,6 +117,25 @@ REJECTED = {
         ValueError,
         [r"axis_index_groups=\(\(0, 1\), \(1,\)\)", "0 to 2", "exactly one group"],
     ),
+    "axis_name_repeated": (
+        lambda: jax.vmap(lambda x: apply(x, axis_name=("i", "i")), axis_name="i")(X[None]),
+        ValueError,
+        ["axis_name=", "repeated", "once"],
+    ),
+    "groups_flat": (lambda: apply(axis_name="i", axis_index_groups=[0, 1]), TypeError, [r"\[0, 1\]", "list of lists"]),
+    "momentum_shape": (
+        lambda: apply(momentum=jnp.ones((5, 3))),
+        ValueError,
+        [r"momentum", r"\(5, 3\)", r"features \(3,\)"],
+    ),
+    "schedule_above": (lambda: apply(momentum=lambda count: 1.5), ValueError, [r"momentum=1\.5", r"\[0, 1\]"]),
+    "debiased_array": (lambda: bnjax.debiased(jnp.float32(1.5)), ValueError, [r"momentum=1\.5"]),
+    "epsilon_tiny": (lambda: apply(epsilon=1e-50), ValueError, ["epsilon=1e-50", "positive in float32"]),
+    "epsilon_text": (lambda: apply(epsilon="small"), TypeError, ["epsilon", "str"]),
+    "unbiased_text": (lambda: apply(unbiased_var="False"), TypeError, [r"bn_apply\(unbiased_var=", "Python bool"]),
+    "params_lists": (lambda: apply(params=bnjax.BNParams([1.0], None)), TypeError, [r"params\.scale", "list"]),
+    "merge_list": (lambda: bnjax.merge([1, 2]), TypeError, [r"merge\(", r"\['list'\]", r"merge\(\*list\)"]),
+    "init_complex": (lambda: bnjax.bn_init(3, scale=1j), TypeError, [r"bn_init\(scale=", "complex64"]),
     "init_features": (lambda: bnjax.bn_init(3.0), ValueError, [r"bn_init\(features=3.0\)", "integer"]),
     "init_negative": (lambda: bnjax.bn_init((3, -1)), ValueError, [r"features=\(3, -1\)", "non-negative"]),
     "init_dtype": (lambda: bnjax.bn_init(3, dtype=jnp.int32), TypeError, [r"bn_init\(dtype=int32\)", "floating"]),
@@ -155,3 +174,10 @@ def test_groups_over_axes_of_two_kinds_are_rejected():
 
     with pytest.raises(ValueError, match="axes of one kind"):
         jax.shard_map(f, mesh=mesh, in_specs=P("a"), out_specs=P("a"))(np.zeros((4, 5, 3), np.float32))
+
+
+def test_options_may_come_as_any_sequence():
+    x = np.random.default_rng(0).standard_normal((2, 4, 3)).astype(np.float32)
+    want = bnjax.batch_moments(x, axis=(0, 2))
+    for axis in ([0, 2], np.array([2, 0]), {-1, 0}):
+        assert all(np.array_equal(a, b) for a, b in zip(bnjax.batch_moments(x, axis=axis), want, strict=True))

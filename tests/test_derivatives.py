@@ -192,7 +192,7 @@ def test_normalize_derivative_matches_its_autodiff_version(rng):
     args = (rng.standard_normal(SHAPE), *(rng.random((1, 3, 1)) for _ in range(4)))
     tangents = tuple(rng.standard_normal(np.shape(a)) for a in args)
     got, want = (
-        jax.jvp(lambda *a, f=f: f(*a, EPSILON, False), args, tangents)
+        jax.jvp(lambda *a, f=f: f(*a, None, EPSILON), args, tangents)
         for f in (functional.normalize, functional.autodiff_normalize)
     )
     chex.assert_trees_all_close(got, want, rtol=1e-12)
@@ -216,3 +216,24 @@ def _equations(jaxpr):
                 yield from _equations(inner)
         if getattr(equation.invars[0].aval, "shape", ()) == (64, 32):
             yield equation.primitive.name
+
+
+@pytest.mark.parametrize("value", [0.0, 0.3])
+def test_second_derivatives_at_variance_zero_agree_merged_and_whole(value):
+    # max(var, 0) has half a derivative at 0; the variance of a constant feature has a whole second one.
+    z = jnp.full(4, value)
+    identity = np.eye(4)
+    want = 2 / 4 * (identity - 1 / 4)
+
+    def whole(z):
+        return bnjax.batch_moments(z[:, None]).var[0]
+
+    def mapped(z):
+        f = jax.vmap(lambda row: bnjax.batch_moments(row, axis_name="i").var, axis_name="i")
+        return f(z[:, None])[0, 0]
+
+    def merged(z):
+        return bnjax.merge(*(bnjax.batch_moments(part[:, None]) for part in (z[:1], z[1:]))).var[0]
+
+    for f in (whole, mapped, merged):
+        np.testing.assert_allclose(jax.hessian(f)(z), want, atol=1e-12)

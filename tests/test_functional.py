@@ -222,6 +222,19 @@ def test_unbiased_var_matches_numpy_and_leaves_the_output(rng):
     np.testing.assert_allclose(unbiased.var, x.var(0, ddof=1, dtype=np.float64), rtol=1e-6)
 
 
+@pytest.mark.parametrize("momentum", [0.9, 0.99, 0.7])
+def test_running_statistics_of_a_constant_batch_are_its_own(momentum):
+    # Rounded weights of old and new that do not add up to 1 would move the fixed point by 1e-6.
+    x = np.array([[1.0], [3.0]], np.float32)
+    state = bnjax.BNState(jnp.array([2.0]), jnp.array([1.0]), jnp.array([0], jnp.int32))
+
+    def step(state, _):
+        return bnjax.bn_apply(bnjax.BNParams(None, None), state, x, True, momentum=momentum)[1], None
+
+    state, _ = jax.lax.scan(step, state, length=3000)
+    np.testing.assert_array_equal((state.mean, state.var), ([2.0], [1.0]))
+
+
 # Masks
 
 
@@ -256,6 +269,18 @@ def test_masked_places_change_nothing_elsewhere(poison, real, rng):
     (_, (want_y, want_new)), (want_dparams, want_dx) = want
     chex.assert_trees_all_close((y[keep], new, dparams, dx[keep]), (want_y, want_new, want_dparams, want_dx), **CLOSE)
     np.testing.assert_array_equal(dx[~keep], 0)
+
+
+def test_masked_nan_leaves_the_gradients_of_evaluation(rng):
+    x = rng.standard_normal((8, 3)).astype(np.float32)
+    keep = np.arange(8)[:, None] < 5
+    params, state = fresh((3,), rng)
+
+    def total(params, x, mask):
+        return jnp.sum(jnp.where(mask, bnjax.bn_apply(params, state, x, False, mask=mask)[0], 0))
+
+    got = jax.grad(total)(params, np.where(keep, x, np.nan), keep)
+    chex.assert_trees_all_close(got, jax.grad(total)(params, x[:5], keep[:5]), rtol=1e-6)
 
 
 def test_the_mask_is_not_differentiated(rng):
@@ -342,6 +367,18 @@ def test_half_precision_reduces_in_float32(dtype, rng):
     np.testing.assert_allclose(np.asarray(y, np.float64), want, atol=4 * float(jnp.finfo(dtype).eps))
     gradient = jax.grad(lambda x: jnp.sum(bnjax.bn_apply(params, state, x, True)[0].astype(jnp.float32) ** 3))(x)
     assert gradient.dtype == dtype
+
+
+@pytest.mark.parametrize(("dtype", "spread", "common"), [(jnp.bfloat16, 1.0, 100.0), (jnp.float16, 1e-2, 512.0)])
+def test_half_precision_gradients_round_once(dtype, spread, common, rng):
+    # dx is the difference of two parts: the cotangent's mean, here large, leaves it before anything is rounded.
+    x = jnp.asarray(spread * rng.standard_normal((256, 3)), dtype)
+    g = jnp.asarray(common + rng.standard_normal((256, 3)), dtype)
+    params, state = bnjax.bn_init(3)
+    _, transpose = jax.vjp(lambda x: bnjax.bn_apply(params, state, x, True)[0], x)
+    want, _, _ = reference.gradients(x.astype(jnp.float32), g.astype(jnp.float32), np.ones(3))
+    got = np.asarray(transpose(g)[0], np.float64)
+    np.testing.assert_allclose(got, want, rtol=2 * float(jnp.finfo(dtype).eps), atol=1e-3 * np.abs(want).max())
 
 
 def test_float64_stays_float64_and_state_keeps_its_dtype(rng):

@@ -291,6 +291,59 @@ def test_sync_over_one_of_two_mesh_axes_matches_each_column_of_the_mesh():
     np.testing.assert_allclose(dparams.scale, dscale, atol=2e-5)
 
 
+def test_derivatives_where_x_is_replicated_over_one_of_the_named_axes():
+    mesh = jax.make_mesh((2, 2), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
+
+    @partial(jax.shard_map, mesh=mesh, in_specs=P("a"), out_specs=P("a"))
+    def forward(x):
+        return bnjax.bn_apply(PARAMS, STATE, x, True, axis_name=("a", "b"))[0]
+
+    _, transpose = jax.vjp(forward, X)
+    np.testing.assert_allclose(transpose(jnp.asarray(G))[0], reference.gradients(X, G, SCALE)[0], atol=2e-5)
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_vmap_over_an_axis_with_explicit_sharding_matches_the_whole_batch(mask):
+    with jax.set_mesh(jax.make_mesh((4,), ("a",), axis_types=(AxisType.Explicit,))):
+        x, g = (jax.device_put(v, P("a")) for v in (X, G))
+        m = None if MASKS[mask] is None else jax.device_put(MASKS[mask], P("a"))
+
+        def step(params, x, mask, g):
+            in_axes = (0, None if mask is None else 0, 0)
+            one = jax.vmap(lambda x, m, g: loss(params, x, m, g, axis_name="i"), in_axes, axis_name="i")
+            value, (y, new) = one(x, mask, g)
+            return jnp.sum(value), (y, new)
+
+        (value, (y, new)), gradients = jax.jit(jax.value_and_grad(step, (0, 1), has_aux=True))(PARAMS, x, m, g)
+    first = jax.tree.map(lambda s: np.asarray(s)[0], new)
+    assert_matches_the_oracle(((value, (y, first)), gradients), MASKS[mask])
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize(("x_spec", "state_spec"), [(P("a", "b"), P()), (P("a"), P("b"))])
+def test_explicitly_sharded_features_need_not_be_sharded_alike(x_spec, state_spec, mask):
+    with jax.set_mesh(jax.make_mesh((2, 3), ("a", "b"), axis_types=(AxisType.Explicit,) * 2)):
+        x, g = (jax.device_put(v, x_spec) for v in (X, G))
+        m = None if MASKS[mask] is None else jax.device_put(MASKS[mask], P("a"))
+        params, state = jax.device_put((PARAMS, STATE), NamedSharding(jax.sharding.get_mesh(), state_spec))
+        step = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))
+        result = step(params, x, m, g, state)
+    assert_matches_the_oracle(result, MASKS[mask])
+
+
+def test_vmap_inside_checked_shard_map_says_what_to_do():
+    mesh = jax.make_mesh((4,), ("a",), axis_types=(AxisType.Auto,))
+
+    def f(x):
+        return jax.vmap(lambda x: bnjax.batch_moments(x, axis_name=("a", "i")).mean, axis_name="i")(x)
+
+    x = split(X, 8, 2)
+    with pytest.raises(ValueError, match=r"axis_name='i': .* Pass check_vma=False"):
+        jax.shard_map(f, mesh=mesh, in_specs=P("a"), out_specs=P("a"))(x)
+    unchecked = jax.shard_map(f, mesh=mesh, in_specs=P("a"), out_specs=P("a"), check_vma=False)
+    np.testing.assert_allclose(unchecked(x), np.broadcast_to(reference.moments(X)[1], (8, 3)), rtol=1e-6)
+
+
 def test_a_replicated_x_counts_once_per_device():
     mesh = jax.make_mesh((4,), ("a",), axis_types=(AxisType.Auto,))
     f = jax.shard_map(lambda x: bnjax.batch_moments(x, axis_name="a"), mesh=mesh, in_specs=P(), out_specs=P())
