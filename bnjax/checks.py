@@ -1,7 +1,7 @@
 """Arguments checked while tracing: shapes, dtypes and Python values, never array contents.
 
-Every message names the call and the argument, then what came, what was expected, and what to do. The checks return
-their argument in canonical form, so the mathematics behind them handles one spelling of each option.
+Every message names the call and the argument, then what came, what was expected, and what to do. Options that have
+several spellings come back in one, the only one that the mathematics handles.
 """
 
 import math
@@ -221,7 +221,7 @@ def variables(call: str, params: Any, state: Any, x: Array, features: tuple[int,
         if not (value is None and name == "state") and not all(hasattr(value, field) for field in fields):
             raise TypeError(
                 f"{call}({name}=...): expected bnjax.BN{name.title()}{fields}, got {type(value).__name__}. "
-                f"Pass what bn_init returned."
+                "Pass what bn_init returned."
             )
     arrays = {f"params.{k}": v for k, v in zip(("scale", "bias"), params, strict=True) if v is not None}
     if state is not None:

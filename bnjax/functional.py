@@ -20,7 +20,7 @@ from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 
 from bnjax import checks
-from bnjax.moments import supported_moments, wider
+from bnjax.moments import supported_moments, valid, wider
 
 Momentum = float | Array | Callable[[Array], Array]
 
@@ -319,7 +319,7 @@ def _normalize_jvp(epsilon, primals, tangents):
     centered = x - mean.astype(x.dtype)
     if mask is not None:
         # At a masked place a NaN times a zero cotangent would be a NaN for the whole feature.
-        centered = jnp.where((mask if mask.dtype == bool else mask > 0) | jnp.isfinite(x), centered, 0)
+        centered = jnp.where(valid(mask, x) | jnp.isfinite(x), centered, 0)
     dy = _sum(None if dx is None else slope * dx, None if k is None else centered * k)
     dy = jnp.zeros_like(x) if dy is None else dy
     return normalize(*primals, epsilon), dy if c is None else dy + c

@@ -195,7 +195,7 @@ def _moments_jvp(axes, names, groups, primals, tangents):
     dx, _ = tangents
     centered = x - jnp.expand_dims(moments.mean, axes)
     if mask is not None:
-        centered = jnp.where(_valid(mask, x), centered, 0)  # a NaN there times a zero cotangent would be a NaN
+        centered = jnp.where(valid(mask, x), centered, 0)  # a NaN there times a zero cotangent would be a NaN
     dsquare = 2 * jnp.real(jnp.conj(centered) * dx)
     sums = jnp.stack([jnp.sum(_weigh(mask, t), axes).astype(x.dtype) for t in (dx, dsquare)])
     dmean, dvar = (t / _nonzero(moments.weight).astype(x.dtype) for t in _total(sums, names, groups))
@@ -220,8 +220,8 @@ def _pool(weight, mean, var, axes):
     return Moments(total, pivot + shift, var - lax.stop_gradient(jnp.minimum(var, 0)))
 
 
-def _valid(weight, values):
-    # Sharded as `values`, which select requires under explicit sharding.
+def valid(weight, values):
+    """Where the weight is not 0, sharded as `values`, which select requires under explicit sharding."""
     return (weight if weight.dtype == bool else weight > 0) & lax.full_like(values, True, bool)
 
 
@@ -230,7 +230,7 @@ def _weigh(weight, values):
     if weight is None:
         return values
     weighed = values if weight.dtype == bool else weight.astype(values.dtype) * values
-    return jnp.where(_valid(weight, values), weighed, 0)
+    return jnp.where(valid(weight, values), weighed, 0)
 
 
 def _sum_as(shape, values, axes, like):
@@ -294,7 +294,7 @@ def _gather(rows, names, groups):
 
 def _varying(rows, names):
     """`rows`, typed as varying over mesh axes as collectives want them; they are not where x is replicated."""
-    return rows + (0 * lax.axis_index(names)).astype(rows.dtype) if _on_mesh(names[0]) else rows
+    return rows + (0 * lax.axis_index(names)).astype(rows.dtype)
 
 
 def _on_mesh(name):
