@@ -20,7 +20,7 @@ from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 
 from bnjax import checks
-from bnjax.moments import supported_moments, valid, wider
+from bnjax.moments import Moments, Support, merge, supported_moments, valid, wider
 
 Momentum = float | Array | Callable[[Array], Array]
 
@@ -38,6 +38,13 @@ class BNState(NamedTuple):
     mean: Array
     var: Array
     count: Array  # pyright: ignore[reportIncompatibleMethodOverride]  a tuple counts too
+
+
+class Collected(NamedTuple):
+    """What a layer saw: the moments, and what stands behind their weight."""
+
+    moments: Moments
+    support: Support
 
 
 for _tuple in BNParams, BNState:
@@ -210,34 +217,75 @@ def bn_apply(
       >>> y.round(3).tolist(), state.mean.round(3).tolist()
       ([[-1.0, -1.0], [1.0, 1.0]], [0.2..., 2.0])
     """
+    return bn_collect(
+        params,
+        state,
+        x,
+        train,
+        axis=axis,
+        momentum=momentum,
+        epsilon=epsilon,
+        mask=mask,
+        axis_name=axis_name,
+        axis_index_groups=axis_index_groups,
+        unbiased_var=unbiased_var,
+        collect=False,
+    )[:2]
+
+
+def bn_collect(
+    params: Any,
+    state: BNState | None,
+    x: Array,
+    train: bool,
+    *,
+    axis: Any,
+    momentum: Any,
+    epsilon: float,
+    mask: Array | None,
+    axis_name: Any,
+    axis_index_groups: Any,
+    unbiased_var: bool,
+    collect: bool,
+    earlier: Collected | None = None,
+) -> tuple[Array, BNState | None, Collected | None]:
+    """`bn_apply`, and in training, if `collect`, the batch's moments.
+
+    `earlier` moments, of other parts of one larger batch, are merged with those of this part: it is the moments of all
+    parts that the state absorbs and that come back. The output is normalized by this part's own.
+    """
     checks.boolean("bn_apply", "train", train)
     checks.boolean("bn_apply", "unbiased_var", unbiased_var)
-    schedule = momentum if callable(momentum) else None
-    rate = None if callable(momentum) else checks.momentum("bn_apply", momentum)
     return _bn_apply(
         params,
         state,
         x,
         mask,
-        rate,
-        schedule=schedule,
+        None if callable(momentum) else checks.momentum("bn_apply", momentum),
+        earlier,
+        schedule=momentum if callable(momentum) else None,
         train=train,
         axis=checks.static_axis(axis),
         epsilon=checks.positive("bn_apply", "epsilon", epsilon),
         names=checks.axis_names(axis_name),
         groups=checks.index_groups(axis_index_groups),
         unbiased_var=unbiased_var,
+        collect=collect,
     )
 
 
-@partial(
-    jax.jit, static_argnames=("schedule", "train", "axis", "epsilon", "names", "groups", "unbiased_var"), inline=True
-)
-def _bn_apply(params, state, x, mask, rate, *, schedule, train, axis, epsilon, names, groups, unbiased_var):
+_OPTIONS = ("schedule", "train", "axis", "epsilon", "names", "groups", "unbiased_var", "collect")
+
+
+@partial(jax.jit, static_argnames=_OPTIONS, inline=True)
+def _bn_apply(
+    params, state, x, mask, rate, earlier, *, schedule, train, axis, epsilon, names, groups, unbiased_var, collect
+):
     checks.inexact("bn_apply", "x", x)
     features = checks.feature_axes("bn_apply", x, axis)
     checks.variables("bn_apply", params, state, x, features, axis)
     checks.weights("bn_apply", mask, x)
+    collected = None
     wide = x.astype(wider(x.dtype))  # once: the parts of its gradient are summed before they are rounded
     if state is not None and not train:
         mean, var = state.mean, state.var.real
@@ -252,18 +300,27 @@ def _bn_apply(params, state, x, mask, rate, *, schedule, train, axis, epsilon, n
                 else (state.mean.astype(mean.dtype), state.var.real.astype(var.dtype))
             )
             mean, var = (_select(batch.weight > 0, new, old) for new, old in zip((mean, var), idle, strict=True))
+        everything = Collected(batch, support) if earlier is None else _joined(earlier, batch, support)
+        if collect:
+            collected = everything
         if state is not None:
             if schedule is not None:
                 rate = checks.momentum("bn_apply", schedule(state.count))
             checks.rate("bn_apply", rate, state.count)
-            state = _absorb(state, batch, support, rate, unbiased_var)
+            state = _absorb(state, *everything, rate, unbiased_var)
     axes = tuple(a for a in range(x.ndim) if a not in features)
 
     def aligned(v):  # with x's rank; conditional scale and bias have it
         return v if v is None or v.ndim == x.ndim else jnp.expand_dims(v, axes)
 
     y = normalize(wide, *(aligned(v) for v in (mean, var, params.scale, params.bias)), mask, epsilon)
-    return y.astype(x.dtype), state
+    return y.astype(x.dtype), state, collected
+
+
+def _joined(earlier, batch, support):
+    """Moments and support of two parts together."""
+    moments, before = earlier
+    return Collected(merge(moments, batch), Support(before.valid + support.valid, before.square + support.square))
 
 
 def _absorb(state, batch, support, rate, unbiased_var):

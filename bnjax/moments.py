@@ -23,10 +23,14 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.ad_checkpoint import checkpoint_name
 
 from bnjax import checks
 
 Groups = tuple[tuple[int, ...], ...] | None
+
+# The name of the statistics for `jax.checkpoint`: a policy that saves it keeps the backward from reducing x again.
+CHECKPOINT_NAME = "bnjax_statistics"
 
 
 class Moments(NamedTuple):
@@ -168,7 +172,7 @@ def supported_moments(
     if mapped:
         # Axes of vmap stay outside the derivative rule: under jit it is traced where their names are out of scope. No
         # data move along them, so that autodiff may transpose this merge as it likes.
-        moments, support = _merge_over(mapped, groups, moments, support)
+        moments, support = checkpoint_name(_merge_over(mapped, groups, moments, support), CHECKPOINT_NAME)
     return moments, Support(moments.weight, moments.weight) if support is None else support
 
 
@@ -191,7 +195,7 @@ def _moments_jvp(axes, names, groups, primals, tangents):
     # dmean = E[dx] and dvar = 2 E[Re(conj(x - mean) dx)]: the pivots of `_pool` drop out, and what is left transposes
     # to one elementwise pass. Both sums travel in one psum, forward and, transposed, backward.
     x, mask = primals
-    moments, support = _moments(x, mask, axes, names, groups)
+    moments, support = checkpoint_name(_moments(x, mask, axes, names, groups), CHECKPOINT_NAME)
     dx, _ = tangents
     centered = x - jnp.expand_dims(moments.mean, axes)
     if mask is not None:

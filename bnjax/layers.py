@@ -1,0 +1,66 @@
+"""What the Linen and the NNX layer share: Flax's conventions for axes, masks and dtypes, around the pure function."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array
+
+from bnjax import checks
+from bnjax.functional import BNParams, BNState, Collected, bn_collect
+
+
+def feature_axes(x: Array, axis: Any) -> tuple[int, ...]:
+    """`axis`, one or several, as increasing non-negative integers; as in Flax one may be named twice."""
+    axes = axis if isinstance(axis, Iterable) else (axis,)
+    return tuple(sorted({checks.feature_axes("BatchNorm", x, a)[0] for a in axes}))
+
+
+def batch_norm(
+    params: BNParams,
+    mean: Array,
+    var: Array,
+    count: Array | None,
+    x: Array,
+    train: bool,
+    *,
+    dtype: Any,
+    mask: Any,
+    axis_name: Any,
+    axis_index_groups: Any,
+    **options: Any,
+) -> tuple[Array, BNState, Collected | None]:
+    """`bn_collect` by Flax's conventions.
+
+    Args:
+      params: scale and bias of any dtype.
+      mean, var: running statistics of any dtype.
+      count: None where nobody counts.
+      x: floating, complex or integer.
+      train: whether the batch's statistics serve.
+      dtype: of the output.
+      mask: broadcastable to `x`, of any rank up to x's.
+      axis_name, axis_index_groups: groups without an axis are nothing, as in Flax.
+      **options: of `bn_collect`.
+
+    Returns:
+      y, the state, and what was collected.
+    """
+    wide = jnp.result_type(x, *(v for v in (mean, *params) if v is not None))
+    if jnp.issubdtype(wide, jnp.complexfloating):
+        mean = mean.astype(jnp.promote_types(mean.dtype, jnp.complex64))
+    if mask is not None:
+        mask = jnp.asarray(mask)
+        mask = mask.reshape((1,) * (x.ndim - mask.ndim) + mask.shape)
+    y, state, collected = bn_collect(
+        params,
+        BNState(mean, var, jnp.zeros(mean.shape, jnp.int32) if count is None else count),
+        x.astype(wide),
+        train,
+        mask=mask,
+        axis_name=axis_name,
+        axis_index_groups=None if axis_name is None else axis_index_groups,
+        **options,
+    )
+    assert state is not None
+    return y.astype(dtype), state, collected

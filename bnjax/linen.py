@@ -1,0 +1,165 @@
+"""Flax Linen layers. They hold variables; the mathematics is in `functional.py`.
+
+`BatchNorm` takes the place of `flax.linen.BatchNorm` by a changed import. `exact_batch_norm` is for models that cannot
+be edited: under `flax.linen.intercept_methods` their own BatchNorm layers compute through bnjax.
+"""
+
+import inspect
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from flax.core.scope import DenyList
+from flax.linen.dtypes import canonicalize_dtype
+from jax import Array
+
+from bnjax import checks, layers
+from bnjax.functional import BNParams, Collected, Momentum
+
+
+class BatchNorm(nn.BatchNorm):
+    """Batch normalization (Ioffe & Szegedy, 2015), in place of `flax.linen.BatchNorm`.
+
+        y = scale * (x - mean) / sqrt(var + epsilon) + bias
+        running = momentum * running + (1 - momentum) * batch          for mean and var, in training
+
+    Arguments, defaults, variables, dtypes and initialization are Flax's, and checkpoints serve both, either way.
+    Where it departs from Flax, on purpose:
+
+    * The variance is exact: taken around the mean, never as E[x^2] - E[x]^2. Reductions are float32 or wider.
+      `use_fast_variance` is accepted and makes no difference, nor does `force_float32_reductions=False`, but for the
+      dtype in which statistics are stored.
+    * Running statistics stay as they are for a feature with fewer than two valid values, or whose batch statistics are
+      not finite. Without a valid value `x` is normalized by the running statistics, where Flax gives NaN.
+    * Devices and masks are merged by weight: unequal and empty shards are exact. Flax takes the mean of means.
+    * A mask that is not boolean holds weights, 0 or more. Flax takes what is not 0 for True.
+    * Bad arguments are errors while tracing: a momentum outside [0, 1], an axis out of range.
+
+    Args:
+      momentum: weight of the OLD value, or a function of the number of updates, such as `bnjax.cumulative_average` or
+        `bnjax.debiased(0.99)`. Only a function adds a variable `count`, of the shape of the features, to `batch_stats`;
+        statistics that come without one start at 0.
+      axis: the feature axis, or several.
+      axis_name: mapped axis, or several, whose devices or examples share statistics.
+      unbiased_var: the running variance is that of n - 1, as in PyTorch; the output is normalized by the biased one.
+      **others: as in `flax.linen.BatchNorm`.
+
+    In training, if `mutable` names the collection `batch_moments`, `moments` there become the batch's `bnjax.Moments`,
+    and `support` the number of valid values and the sum of squared weights. If the collection comes in with moments,
+    those of the batch are merged into them, and the running statistics absorb the moments of all: what gradient
+    accumulation needs (`bnjax.training.train_step`). `mutable=True` does not name it, and gives Flax's collections.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> import bnjax.linen
+      >>> layer = bnjax.linen.BatchNorm(momentum=0.9)
+      >>> x = jnp.array([[1.0, 10.0], [3.0, 30.0]])
+      >>> variables = layer.init(jax.random.key(0), x, use_running_average=False)
+      >>> y, updates = layer.apply(variables, x, use_running_average=False, mutable=["batch_stats"])
+      >>> y.round(3).tolist(), updates["batch_stats"]["mean"].round(3).tolist()
+      ([[-1.0, -1.0], [1.0, 1.0]], [0.2..., 2.0])
+    """
+
+    axis: int | tuple[int, ...] = -1  # pyright: ignore[reportIncompatibleVariableOverride]
+    momentum: Momentum = 0.99  # pyright: ignore[reportIncompatibleVariableOverride]
+    axis_name: checks.AxisName | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
+    unbiased_var: bool = False
+
+    @nn.compact
+    def __call__(self, x: Any, use_running_average: bool | None = None, *, mask: Any = None) -> Array:
+        """Normalize `x`.
+
+        Args:
+          x: floating, complex or integer, any shape.
+          use_running_average: True normalizes by the running statistics, False by the batch's, which the running
+            statistics absorb unless the module is initializing. Given here or to the constructor.
+          mask: broadcastable to `x`, boolean or weights >= 0. Places of weight 0 do not enter the statistics,
+            whatever stands there.
+
+        Returns:
+          Of x's shape, and of `dtype`, or without one of the dtype to which x, scale and bias promote.
+        """
+        return _batch_norm(self, x, use_running_average, mask=mask)
+
+
+def exact_batch_norm(next_function: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+    """Interceptor for `flax.linen.intercept_methods` under which every `flax.linen.BatchNorm` computes through bnjax.
+
+    Variables, arguments and results are those of `BatchNorm` above.
+
+    Example:
+      >>> import flax.linen as nn, jax, jax.numpy as jnp
+      >>> import bnjax.linen
+      >>> model = nn.BatchNorm(use_running_average=False)
+      >>> x = 1e4 + jax.random.normal(jax.random.key(0), (256, 1))
+      >>> with nn.intercept_methods(bnjax.linen.exact_batch_norm):
+      ...     y, _ = model.init_with_output(jax.random.key(0), x)
+      >>> y.std().round(2).tolist()
+      1.0
+    """
+    # By the function, not the class: a subclass that calls super().__call__ keeps what it adds.
+    if getattr(context.orig_method, "func", None) is _FLAX_CALL:
+        return _batch_norm(context.module, *args, **kwargs)
+    return next_function(*args, **kwargs)
+
+
+_FLAX_CALL = inspect.unwrap(nn.BatchNorm.__call__)
+
+
+def _batch_norm(layer: Any, x: Any, use_running_average: bool | None = None, *, mask: Any = None) -> Array:
+    """The call of `layer`, a BatchNorm of Flax or of bnjax, in its scope."""
+    use_running_average = nn.merge_param("use_running_average", layer.use_running_average, use_running_average)
+    train = not use_running_average
+    x = jnp.asarray(x)
+    axes = layers.feature_axes(x, layer.axis)
+    shape = [x.shape[a] for a in axes]
+    stored = jnp.float32 if layer.force_float32_reductions else layer.param_dtype
+    mean = layer.variable("batch_stats", "mean", jnp.zeros, shape, stored)
+    var = layer.variable("batch_stats", "var", jnp.ones, shape, stored)
+    count = None
+    if callable(layer.momentum) and (train or layer.is_initializing()):
+        count = layer.variable("batch_stats", "count", jnp.zeros, shape, jnp.int32)
+    scale = layer.param("scale", layer.scale_init, shape, layer.param_dtype) if layer.use_scale else None
+    bias = layer.param("bias", layer.bias_init, shape, layer.param_dtype) if layer.use_bias else None
+
+    means, variances = mean.value, var.value
+    if train:  # Flax stores what the average of old and new promotes to
+        new = jnp.result_type(x if layer.dtype is None else layer.dtype, stored)
+        means = means.astype(jnp.promote_types(means.dtype, new))
+        variances = variances.astype(jnp.promote_types(variances.dtype, jnp.finfo(new).dtype))
+    # By name only: with mutable=True a program that feeds back all it gets would accumulate moments unawares.
+    mutable = layer.scope.mutable
+    collect = train and not isinstance(mutable, bool | DenyList) and layer.is_mutable_collection("batch_moments")
+    y, state, collected = layers.batch_norm(
+        BNParams(scale, bias),
+        means,
+        variances,
+        None if count is None else count.value,
+        x,
+        train,
+        dtype=canonicalize_dtype(x, scale, bias, dtype=layer.dtype),
+        axis=axes,
+        momentum=layer.momentum,
+        epsilon=layer.epsilon,
+        mask=mask,
+        axis_name=None if layer.is_initializing() else layer.axis_name,
+        axis_index_groups=layer.axis_index_groups,
+        unbiased_var=getattr(layer, "unbiased_var", False),
+        collect=collect,
+        earlier=_earlier(layer) if collect else None,
+    )
+    if train and not layer.is_initializing():
+        mean.value, var.value = state.mean, state.var
+        if count is not None:
+            count.value = state.count
+    if collected is not None:
+        for name, value in collected._asdict().items():
+            layer.put_variable("batch_moments", name, value)
+    return y
+
+
+def _earlier(layer):
+    """The moments that came in, if any did."""
+    if not layer.has_variable("batch_moments", "moments"):
+        return None
+    return Collected(*(layer.get_variable("batch_moments", name) for name in Collected._fields))
