@@ -4,10 +4,10 @@ from bnjax.functional import BNParams as BNParams
 from bnjax.functional import BNState as BNState
 from bnjax.functional import bn_apply as bn_apply
 from bnjax.functional import bn_init as bn_init
-from bnjax.functional import cumulative_average as cumulative_average
-from bnjax.functional import debiased as debiased
 from bnjax.moments import Moments as Moments
 from bnjax.moments import batch_moments as batch_moments
 from bnjax.moments import merge as merge
+from bnjax.momentum import cumulative_average as cumulative_average
+from bnjax.momentum import debiased as debiased
 
 __version__ = "0.1.0"

@@ -47,6 +47,7 @@ def batch_norm(
       y, the state, and what was collected.
     """
     wide = jnp.result_type(x, *(v for v in (mean, *params) if v is not None))
+    real = jnp.isrealobj(x) and jnp.isrealobj(mean)  # complex scale and bias do not make the mean complex
     if jnp.issubdtype(wide, jnp.complexfloating):
         mean = mean.astype(jnp.promote_types(mean.dtype, jnp.complex64))
     if mask is not None:
@@ -63,4 +64,6 @@ def batch_norm(
         **options,
     )
     assert state is not None
+    if real:
+        state = state._replace(mean=state.mean.real)
     return y.astype(dtype), state, collected

@@ -14,7 +14,8 @@ from flax.linen.dtypes import canonicalize_dtype
 from jax import Array
 
 from bnjax import checks, layers
-from bnjax.functional import BNParams, Collected, Momentum
+from bnjax.functional import BNParams, Collected
+from bnjax.momentum import Momentum
 
 
 class BatchNorm(nn.BatchNorm):

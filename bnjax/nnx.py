@@ -14,7 +14,8 @@ from flax.nnx.nn import dtypes, initializers
 from jax import Array
 
 from bnjax import checks, layers
-from bnjax.functional import BNParams, Momentum
+from bnjax.functional import BNParams
+from bnjax.momentum import Momentum
 
 Model = TypeVar("Model")
 _zeros, _ones = initializers.zeros_init(), initializers.ones_init()
@@ -135,7 +136,8 @@ class BatchNorm(nnx.BatchNorm):
         mean, var = self.mean[...], self.var[...]
         stored = (None if v is None else v[...] for v in (self.scale, self.bias))
         # The running statistics stay as they are stored: in half precision they would lose what they are kept for.
-        x, _, _, scale, bias = self.promote_dtype((x, mean, var, *stored), dtype=self.dtype)
+        promoted, _, _, scale, bias = self.promote_dtype((x, mean, var, *stored), dtype=self.dtype)
+        x = promoted if jnp.iscomplexobj(x) else promoted.real  # complex parameters leave the mean of real data real
         count = self.count if callable(self.momentum) else None
         y, state, collected = layers.batch_norm(
             BNParams(scale, bias),
@@ -144,7 +146,7 @@ class BatchNorm(nnx.BatchNorm):
             None if count is None else count[...],
             x,
             train,
-            dtype=dtypes.canonicalize_dtype(x, scale, bias, dtype=self.dtype),
+            dtype=dtypes.canonicalize_dtype(promoted, scale, bias, dtype=self.dtype),
             axis=layers.feature_axes(x, self.axis),
             momentum=self.momentum,
             epsilon=self.epsilon,

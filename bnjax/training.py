@@ -1,6 +1,6 @@
 """Training with optax: running statistics carried along, gradients accumulated, layers rematerialized.
 
-A model here is any function with the call of Linen's `Module.apply`, `apply_fn(variables, *args, mutable=..., rngs=...)`;
+A model here is any function with the call of Linen's `Module.apply`: `apply_fn(variables, *args, mutable=, rngs=)`.
 `bnjax.nnx.functional` makes one of an NNX model. The loop, the data and the loss stay the user's.
 """
 
@@ -26,8 +26,8 @@ def save_statistics(prim: Any, *args: Any, **params: Any) -> Any:
     """Policy for `jax.checkpoint`: save the batches' statistics, and what dots and convolutions give.
 
     The backward then computes the normalization and the activation again, which are elementwise, but never a reduction
-    over the batch and never a collective. One activation is saved for each block of a convolution, batch normalization
-    and an activation function.
+    over the batch and never a collective. Put around a whole network (a `jax.checkpoint` for each block saves the
+    blocks' inputs too), it saves one activation for each convolution with its batch normalization and nonlinearity.
 
     Args:
       prim, *args, **params: what `jax.checkpoint` asks about.
@@ -72,6 +72,11 @@ class TrainState(train_state.TrainState):
     batch_stats: Any = struct.field(default_factory=dict)
     rngs: Any = None
 
+    @classmethod
+    def create(cls, *, apply_fn: Any, params: Any, tx: Any, **kwargs: Any) -> "TrainState":
+        """A state at step 0. It holds copies: a step that donates it leaves the variables that made it alone."""
+        return jax.tree.map(jnp.copy, super().create(apply_fn=apply_fn, params=params, tx=tx, **kwargs))
+
 
 class Model:
     """What a loss calls: the model with its variables. Each call sees the statistics that the one before left.
@@ -107,8 +112,7 @@ def train_step(
         arrays of the batch are divided along their first axis, whose size `accumulate` divides: micro-batch i has the
         rows i, i + accumulate, ..., so that a batch sharded over devices is divided where it lies.
       policy: a policy of `jax.checkpoint` for the whole loss, such as `save_statistics`.
-      donate: whether the memory of the state that comes in is used for the one that goes out. What it held,
-        `variables` of `model.init` included, is deleted by the first step.
+      donate: whether the memory of the state that comes in is used for the one that goes out. It is deleted then.
 
     Returns:
       `step(state, batch)`: the new state, and `{"loss": ..., **metrics}`. Over sharded arrays it is global by itself.
@@ -130,7 +134,7 @@ def train_step(
       ...     return jnp.mean((model(batch["x"], train) - batch["y"]) ** 2)
       >>> batch = {"x": jnp.arange(8.0).reshape(8, 1), "y": jnp.ones((8, 1))}
       >>> variables = Network().init(jax.random.key(0), batch["x"], False)
-      >>> state = TrainState.create(apply_fn=Network().apply, tx=optax.adam(1e-2), **variables)
+      >>> state = TrainState.create(apply_fn=Network().apply, tx=optax.sgd(1e-2), **variables)
       >>> state, metrics = train_step(loss, accumulate=2)(state, batch)
       >>> sorted(metrics), int(state.step), eval_step(loss)(state, batch)["loss"].shape
       (['loss'], 1, ())
