@@ -6,7 +6,7 @@ OLDEST := .venv-oldest
 OLDEST_JAX := 0.10.0
 INSTALL := -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo test test-oldest lint format wheel clean
+.PHONY: help demo test test-oldest test-flax lint format wheel clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -36,8 +36,16 @@ test-oldest: ## the library's tests on the oldest supported jax
 	$(OLDEST)/bin/python $(INSTALL) --editable '.[test]' 'jax==$(OLDEST_JAX)' 'jaxlib==$(OLDEST_JAX)'
 	$(OLDEST)/bin/python -m pytest --numprocesses 2
 
+FLAX = .flax/flax-$(shell $(BIN)/python -c 'from importlib.metadata import version; print(version("flax"))')
+
+test-flax: $(VENV)/.installed ## Flax's own tests of what uses BatchNorm, with ours in its place
+	$(BIN)/python -m pip download --quiet --no-deps --no-binary flax --dest .flax flax==$(FLAX:.flax/flax-%=%)
+	tar -xzf $(FLAX).tar.gz -C .flax
+	cd $(FLAX)/tests && PYTHONPATH=$(CURDIR) $(CURDIR)/$(BIN)/python -m pytest -p tests.flax_swapped -W ignore -k 'norm or Norm or batch or Batch' \
+		$$(grep -rl BatchNorm . --include='*_test.py')
+
 wheel: $(VENV)/.installed ## build the wheel under dist/
 	$(BIN)/python -m build --wheel
 
 clean: ## remove everything that was made
-	rm -rf $(VENV) $(OLDEST) dist results .pytest_cache .hypothesis .ruff_cache
+	rm -rf $(VENV) $(OLDEST) .flax dist results .pytest_cache .hypothesis .ruff_cache
