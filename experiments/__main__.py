@@ -4,7 +4,7 @@ import sys
 
 import tyro
 
-from experiments import convergence, data
+from experiments import convergence, data, runtime
 
 EXPERIMENTS = {"convergence": convergence.run}
 
@@ -26,4 +26,4 @@ def main(args: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    runtime.exit_with(main)

@@ -5,16 +5,15 @@ normalization before each nonlinearity; everything else is equal. Measured: the 
 plain network's best test accuracy, and the accuracy at the end.
 """
 
-import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import optax
-from tqdm import tqdm
 
-from experiments import data, networks, plot, train
+from experiments import checkpoints, data, networks, plot, records, train
+from experiments.runtime import Runtime, is_primary
 
 
 @dataclass(frozen=True)
@@ -41,9 +40,10 @@ class Convergence:
     """folder of the four IDX files of MNIST or Fashion-MNIST; by default scikit-learn's digits"""
     out: Path = Path("results")
     """folder for config.json, metrics.jsonl and the figure, in a folder of their own"""
+    runtime: Runtime = field(default_factory=Runtime)
 
     def __post_init__(self) -> None:
-        train.check_positive(
+        records.check_positive(
             self, "hidden", "batch_size", "steps", "learning_rate", "weight_std", "seeds", "eval_every"
         )
         if not 0 <= self.momentum <= 1:
@@ -53,6 +53,8 @@ class Convergence:
 def run(config: Convergence) -> None:
     """Training with and without batch normalization: steps to the plain network's best test accuracy."""
     dataset = data.load(config.data_dir)
+    config.runtime.start()
+    saved = checkpoints.claim(config, "convergence", dataset)
     sizes = (dataset.train_images[0].size, *config.hidden, dataset.classes)
     runs = {
         network: train.fit(
@@ -64,28 +66,20 @@ def run(config: Convergence) -> None:
             steps=config.steps,
             batch_size=config.batch_size,
             eval_every=config.eval_every,
+            runtime=config.runtime,
+            checkpoints=saved and saved / network.replace(" ", "-"),
         )
         for network in plot.COLOURS
     }
     folder = config.out / "convergence"
-    train.write_config(folder, config, dataset=dataset.name)
-    with (
-        (folder / "metrics.jsonl").open("w") as metrics,
-        tqdm(total=2 * config.steps, unit="step", mininterval=0.5, desc=f"{config.seeds} x {dataset.name}") as progress,
-    ):
-        for network, evaluations in runs.items():
-            before = 0
-            for evaluation in evaluations:
-                metrics.writelines(json.dumps(record) + "\n" for record in train.records(network, evaluation))
-                progress.set_postfix_str(f"{network}: test accuracy {np.mean(evaluation.accuracy):.3f}")
-                progress.update(evaluation.step - before)
-                before = evaluation.step
-    print(report(folder))
+    records.write_run(folder, config, dataset, runs, config.steps)
+    if is_primary():
+        print(report(folder))
 
 
 def report(folder: Path) -> str:
     """The table of a finished run, whose figure is drawn beside it."""
-    curves = train.read_curves(folder)
+    curves = records.read_curves(folder)
     best = np.fmax.reduce(curves["plain"][1], axis=1)  # nan only where all evaluations are
     reached = {network: _first(steps, accuracy, best) for network, (steps, accuracy) in curves.items()}
     plain, normalized = reached.values()

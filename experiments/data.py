@@ -8,7 +8,6 @@ each dimension as a big-endian 32-bit integer, then the elements.
 import gzip
 import math
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -115,8 +114,34 @@ def read_idx(path: Path, dimensions: int) -> np.ndarray:
     return np.frombuffer(content, np.uint8, offset=header).reshape(shape)
 
 
-def batches(number: int, batch_size: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
-    """Indices of batches without end: each epoch in a new order, its incomplete last batch left out."""
-    while True:
-        order = rng.permutation(number).astype(np.int32)
-        yield from order[: number - number % batch_size].reshape(-1, batch_size)
+def batches(
+    number: int, batch_size: int, seed: int, first: int, steps: int, size: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """The batches of some steps, each epoch in a new order; those of a step are the same whatever was asked before.
+
+    The last batch of an epoch holds what is left. All are padded to one size, by an index that each has already.
+
+    Args:
+      number: examples in the training set.
+      batch_size: examples per batch.
+      seed: of the order; each epoch has a permutation of its own, from (seed, epoch).
+      first: the first step, counted from 0.
+      steps: how many.
+      size: what batches are padded to, at least and by default `batch_size`.
+
+    Returns:
+      Indices, int32, and weights, float32, both of shape (steps, size). The weight of an example is 1 / number of
+      examples in its batch, so that a weighted sum is the mean; that of padding is 0.
+    """
+    size = batch_size if size is None else size
+    per_epoch = -(-number // batch_size)
+    column = np.arange(size)
+    place = batch_size * np.arange(per_epoch)[:, None] + column
+    valid = (column < batch_size) & (place < number)
+    place = np.where(valid, place, place[:, :1])
+    weights = (valid / valid.sum(1, keepdims=True)).astype(np.float32)
+    epochs = range(first // per_epoch, -(-(first + steps) // per_epoch))
+    orders = [np.random.default_rng((seed, epoch)).permutation(number).astype(np.int32) for epoch in epochs]
+    rows = np.arange(first, first + steps)
+    indices = np.concatenate([order[place] for order in orders])[rows - epochs.start * per_epoch]
+    return indices, weights[rows % per_epoch]

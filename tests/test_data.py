@@ -1,7 +1,6 @@
 """Reading data sets: the digits, and IDX files whole and broken."""
 
 import gzip
-import itertools
 
 import numpy as np
 import pytest
@@ -107,10 +106,19 @@ def test_digits_are_split_once_and_for_all():
     np.testing.assert_allclose(np.bincount(dataset.test_labels), np.bincount(dataset.train_labels) / 4, atol=1)
 
 
-def test_batches_hold_every_index_once_an_epoch():
-    stream = data.batches(10, 3, np.random.default_rng(0))
-    epochs = [np.concatenate(list(itertools.islice(stream, 3))) for _ in range(4)]
+def test_batches_hold_every_index_once_an_epoch_and_the_last_is_padded():
+    indices, weights = data.batches(10, 3, seed=0, first=0, steps=12, size=4)
+    assert indices.shape == weights.shape == (12, 4)
+    epochs = [indices[i : i + 4][weights[i : i + 4] > 0] for i in (0, 4, 8)]
     for epoch in epochs:
-        assert len(set(epoch.tolist())) == 9
-        assert set(epoch.tolist()) <= set(range(10))
+        assert sorted(epoch.tolist()) == list(range(10))
     assert not np.array_equal(epochs[0], epochs[1])
+    np.testing.assert_array_equal(weights[:4], np.float32([[1 / 3] * 3 + [0]] * 3 + [[1, 0, 0, 0]]))
+    np.testing.assert_array_equal(indices[weights == 0], np.repeat(indices[:, 0], (weights == 0).sum(1)))
+    assert not np.array_equal(indices, data.batches(10, 3, seed=1, first=0, steps=12, size=4)[0])
+
+
+@pytest.mark.parametrize(("first", "steps"), [(0, 1), (3, 1), (3, 6), (8, 4)])
+def test_batches_of_a_step_are_the_same_whatever_was_asked_before(first, steps):
+    for part, whole in zip(data.batches(10, 3, 7, first, steps), data.batches(10, 3, 7, 0, 12), strict=True):
+        np.testing.assert_array_equal(part, whole[first : first + steps])

@@ -2,7 +2,6 @@
 
 import json
 from functools import partial
-from itertools import islice
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +9,9 @@ import numpy as np
 import optax
 import pytest
 
-from experiments import convergence, data, networks, plot, train
+from experiments import convergence, data, networks, plot, records, train
 from experiments.__main__ import main
+from experiments.runtime import Runtime
 from tests import reference
 
 INIT = partial(networks.mlp_init, sizes=(64, 8, 10), weight_std=0.5, batch_norm=True)
@@ -28,6 +28,7 @@ def fit(seeds, steps=40, eval_every=20):
             steps=steps,
             batch_size=60,
             eval_every=eval_every,
+            runtime=Runtime(devices=1),
         )
     )
 
@@ -47,23 +48,23 @@ def test_mlp_matches_the_oracle_in_training_and_evaluation(rng):
 
 
 def test_fit_matches_a_plain_loop():
-    digits, steps = data.digits(), 20
+    digits, steps = data.digits(), 25  # the 24th batch is the last of its epoch and has 57 images
     params, state = INIT(jax.random.key(1))
-    order = data.batches(len(digits.train_images), 60, np.random.default_rng(1))
 
     def loss(params, state, x, y):
         logits, state = networks.mlp_apply(params, state, x, True)
-        return -jnp.mean(jax.nn.log_softmax(logits)[np.arange(60), y]), state
+        return -jnp.mean(jax.nn.log_softmax(logits)[np.arange(len(y)), y]), state
 
     gradient_of = jax.jit(jax.value_and_grad(loss, has_aux=True))
     losses = []
-    for indices in islice(order, steps):
-        x, y = digits.train_images[indices].reshape(60, 64), digits.train_labels[indices]
+    for indices, weights in zip(*data.batches(len(digits.train_images), 60, 1, 0, steps), strict=True):
+        indices = indices[weights > 0]
+        x, y = digits.train_images[indices].reshape(-1, 64), digits.train_labels[indices]
         (value, state), gradient = gradient_of(params, state, x, y)
         params = jax.tree.map(lambda p, g: p - 0.5 * g, params, gradient)
         losses.append(value)
     logits, _ = networks.mlp_apply(params, state, digits.test_images.reshape(-1, 64), False)
-    last = fit(seeds=2, steps=steps)[-1]
+    last = fit(seeds=2, steps=steps, eval_every=steps)[-1]
     np.testing.assert_allclose(last.loss[1], np.mean(losses), rtol=1e-4)
     # Rounding may move an image or two of the 360 over a boundary.
     np.testing.assert_allclose(last.accuracy[1], np.mean(logits.argmax(-1) == digits.test_labels), atol=2.1 / 360)
@@ -81,13 +82,13 @@ def test_fit_evaluates_at_every_interval_and_at_the_end():
 @pytest.fixture(scope="module")
 def convergence_run(tmp_path_factory):
     out = tmp_path_factory.mktemp("results")
-    flags = {"steps": 60, "seeds": 2, "eval-every": 20, "hidden": 16, "batch-size": 50, "out": out}
+    flags = {"steps": 60, "seeds": 2, "eval-every": 20, "hidden": 16, "batch-size": 50, "devices": 1, "out": out}
     assert main(["convergence", *(str(word) for name, value in flags.items() for word in (f"--{name}", value))]) == 0
     return out / "convergence"
 
 
 def test_convergence_writes_its_configuration_metrics_and_figure(convergence_run):
-    config = train.read_config(convergence_run)
+    config = records.read_config(convergence_run)
     assert config["config"]["steps"] == 60
     assert config["config"]["hidden"] == [16]
     assert config["dataset"] == "scikit-learn digits"
@@ -143,7 +144,7 @@ def test_a_diverged_network_has_no_accuracy():
             INIT, networks.mlp_apply, optax.sgd(1e38), data.digits(), seeds=1, steps=5, batch_size=60, eval_every=5
         )
     )[-1]
-    (record,) = train.records("plain", evaluation)
+    (record,) = records.records("plain", evaluation)
     assert record["test_accuracy"] is None
 
 
@@ -155,6 +156,13 @@ BAD_FLAGS = {
     "momentum": "2",
     "learning-rate": "nan",
     "batch-size": "5000",
+    "devices": "9",
+    "checkpoint-every": "0",
+    "checkpoint-keep": "-1",
+    "process-timeout": "0",
+    "num-processes": "2",
+    "process-id": "0",
+    "coordinator": "somewhere",
 }
 
 
