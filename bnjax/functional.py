@@ -3,8 +3,7 @@
     y = scale * (x - mean) / sqrt(var + epsilon) + bias
 
 In training `mean` and `var` are the batch's moments, which the running statistics absorb; in evaluation they are the
-running statistics. `normalize` is the one place where the formula stands, and its derivative rule stands under it.
-The moments and their derivative are in `moments.py`.
+running statistics. The formula and its derivative are in `normalize.py`, the moments and theirs in `moments.py`.
 """
 
 from collections.abc import Sequence
@@ -15,11 +14,11 @@ import jax
 import jax.export
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.custom_derivatives import SymbolicZero
 
 from bnjax import checks
-from bnjax.moments import Moments, Support, merge, supported_moments, valid, wider
+from bnjax.moments import Moments, Support, merge, supported_moments, wider
 from bnjax.momentum import Momentum
+from bnjax.normalize import normalize
 
 
 class BNParams(NamedTuple):
@@ -194,77 +193,116 @@ def bn_collect(
     `earlier` moments, of other parts of one larger batch, are merged with those of this part: it is the moments of all
     parts that the state absorbs and that come back. The output is normalized by this part's own.
     """
-    checks.boolean("bn_apply", "train", train)
-    checks.boolean("bn_apply", "unbiased_var", unbiased_var)
-    return _bn_apply(
-        params,
-        state,
-        x,
-        mask,
-        None if callable(momentum) else checks.momentum("bn_apply", momentum),
-        earlier,
-        schedule=momentum if callable(momentum) else None,
-        train=train,
-        axis=checks.static_axis(axis),
-        epsilon=checks.positive("bn_apply", "epsilon", epsilon),
-        names=checks.axis_names(axis_name),
-        groups=checks.index_groups(axis_index_groups),
-        unbiased_var=unbiased_var,
-        collect=collect,
+    options, rate = canonical(
+        "bn_apply", train, axis, momentum, epsilon, axis_name, axis_index_groups, unbiased_var, collect
     )
+    return _bn_apply(params, state, x, mask, rate, earlier, options=options)
 
 
-_OPTIONS = ("schedule", "train", "axis", "epsilon", "names", "groups", "unbiased_var", "collect")
+class Options(NamedTuple):
+    """What is static in a call, checked and in one spelling."""
+
+    call: str
+    train: bool
+    axis: Any
+    schedule: Any
+    epsilon: float
+    names: tuple[Any, ...]
+    groups: Any
+    unbiased_var: bool
+    collect: bool
 
 
-@partial(jax.jit, static_argnames=_OPTIONS, inline=True)
-def _bn_apply(
-    params, state, x, mask, rate, earlier, *, schedule, train, axis, epsilon, names, groups, unbiased_var, collect
-):
-    checks.inexact("bn_apply", "x", x)
-    features = checks.feature_axes("bn_apply", x, axis)
-    checks.variables("bn_apply", params, state, x, features, axis)
-    checks.weights("bn_apply", mask, x)
+def canonical(
+    call, train, axis, momentum, epsilon, axis_name, axis_index_groups, unbiased_var, collect
+) -> tuple[Options, Any]:
+    """The options, and the momentum with its complement, None if it is a function."""
+    checks.boolean(call, "train", train)
+    checks.boolean(call, "unbiased_var", unbiased_var)
+    options = Options(
+        call,
+        train,
+        checks.static_axis(axis),
+        momentum if callable(momentum) else None,
+        checks.positive(call, "epsilon", epsilon),
+        checks.axis_names(axis_name),
+        checks.index_groups(axis_index_groups),
+        unbiased_var,
+        collect,
+    )
+    return options, None if callable(momentum) else checks.momentum(call, momentum)
+
+
+@partial(jax.jit, static_argnames="options", inline=True)
+def _bn_apply(params, state, x, mask, rate, earlier, *, options):
+    features, wide = widened(params, state, x, mask, options)
     collected = None
-    wide = x.astype(wider(x.dtype))  # once: the parts of its gradient are summed before they are rounded
-    if state is not None and not train:
+    if state is not None and not options.train:
         mean, var = state.mean, state.var.real
     else:
-        checks.bound_axes("bn_apply", names, groups)
-        batch, support = supported_moments(wide, mask, features, names, groups)
-        mean, var = batch.mean, batch.var
-        if mask is not None or 0 in x.shape:
-            idle = (
-                (jnp.zeros_like(mean), jnp.ones_like(var))
-                if state is None
-                else (state.mean.astype(mean.dtype), state.var.real.astype(var.dtype))
-            )
-            mean, var = (_select(batch.weight > 0, new, old) for new, old in zip((mean, var), idle, strict=True))
-        everything = Collected(batch, support) if earlier is None else _joined(earlier, batch, support)
-        if collect:
-            collected = everything
-        if state is not None:
-            if schedule is not None:
-                rate = checks.momentum("bn_apply", schedule(state.count))
-            checks.rate("bn_apply", rate, state.count)
-            state = _absorb(state, *everything, rate, unbiased_var)
-    axes = tuple(a for a in range(x.ndim) if a not in features)
-
-    def aligned(v):  # with x's rank; conditional scale and bias have it
-        return v if v is None or v.ndim == x.ndim else jnp.expand_dims(v, axes)
-
-    y = normalize(wide, *(aligned(v) for v in (mean, var, params.scale, params.bias)), mask, epsilon)
+        batch = Collected(*supported_moments(wide, mask, features, options.names, options.groups))
+        mean, var = usable(batch.moments, state, x, mask)
+        state, collected = absorbed(state, batch, earlier, rate, options)
+    scale, bias = params
+    y = normalize(wide, *(aligned(v, x, features) for v in (mean, var, scale, bias)), mask, options.epsilon)
     return y.astype(x.dtype), state, collected
 
 
-def _joined(earlier, batch, support):
+def widened(params, state, x, mask, options):
+    """The feature axes, and `x` in 32 bits or more: once, so that the parts of its gradient are summed before they are
+    rounded. All arguments are checked."""
+    checks.inexact(options.call, "x", x)
+    features = checks.feature_axes(options.call, x, options.axis)
+    checks.variables(options.call, params, state, x, features, options.axis)
+    checks.weights(options.call, mask, x)
+    if options.train or state is None:
+        checks.bound_axes(options.call, options.names, options.groups)
+    return features, x.astype(wider(x.dtype))
+
+
+def aligned(v, x, features):
+    """`v`, of the shape of the features, with x's rank; conditional scale and bias have it."""
+    if v is None or v.ndim == x.ndim:
+        return v
+    return jnp.expand_dims(v, tuple(a for a in range(x.ndim) if a not in features))
+
+
+def usable(batch, state, x, mask):
+    """The mean and variance to normalize by: the batch's, or the running ones for a feature without a valid value."""
+    mean, var = batch.mean, batch.var
+    if mask is None and 0 not in x.shape:
+        return mean, var
+    idle = (
+        (jnp.zeros_like(mean), jnp.ones_like(var))
+        if state is None
+        else (state.mean.astype(mean.dtype), state.var.real.astype(var.dtype))
+    )
+    return (_select(batch.weight > 0, new, old) for new, old in zip((mean, var), idle, strict=True))
+
+
+def absorbed(state, batch, earlier, rate, options, std_epsilon=None):
+    """The state after an update by this batch, and what was collected, both with the earlier parts if there are any."""
+    if earlier is not None:
+        batch = joined(earlier, batch)
+    if state is not None:
+        if options.schedule is not None:
+            rate = checks.momentum(options.call, options.schedule(state.count))
+        checks.rate(options.call, rate, state.count)
+        state = _absorb(state, *batch, rate, options.unbiased_var, std_epsilon)
+    return state, batch if options.collect else None
+
+
+def joined(first, second):
     """Moments and support of two parts together."""
-    moments, before = earlier
-    return Collected(merge(moments, batch), Support(before.valid + support.valid, before.square + support.square))
+    support = Support(*(a + b for a, b in zip(first.support, second.support, strict=True)))
+    return Collected(merge(first.moments, second.moments), support)
 
 
-def _absorb(state, batch, support, rate, unbiased_var):
-    """`state` after one update, where the batch carries information; dtypes stay."""
+def _absorb(state, batch, support, rate, unbiased_var, std_epsilon):
+    """`state` after one update, where the batch carries information; dtypes stay.
+
+    Averages are those of mean and var, or of mean and sqrt(var + std_epsilon).
+    """
     var = batch.var
     enough = support.valid >= 2
     if unbiased_var:
@@ -273,74 +311,26 @@ def _absorb(state, batch, support, rate, unbiased_var):
         var = var * jnp.where(enough, batch.weight / jnp.where(enough, divisor, 1), 1)
     enough &= jnp.isfinite(batch.mean) & jnp.isfinite(var)
 
-    def moved(old, new):
+    def average(old, new):
         dtype = wider(old.dtype, new.dtype)
         keep, take = (jnp.asarray(r).astype(dtype) for r in rate)
         excess = (keep - 1) + take  # both are rounded: without this a constant would drift by excess / take
-        average = keep * old.astype(dtype) + (take * new.astype(dtype) - excess * old.astype(dtype))
-        return _select(enough, average.astype(old.dtype), old)
+        return keep * old.astype(dtype) + (take * new.astype(dtype) - excess * old.astype(dtype))
 
-    return BNState(moved(state.mean, batch.mean), moved(state.var, var), state.count + enough.astype(state.count.dtype))
+    mean = average(state.mean, batch.mean)
+    if std_epsilon is None:
+        var = average(state.var, var)
+    else:
+        std = average(*(jnp.sqrt(v.astype(var.dtype) + std_epsilon) for v in (state.var, var)))
+        var = jnp.maximum(std * std - std_epsilon, 0)
+    return BNState(
+        _select(enough, mean.astype(state.mean.dtype), state.mean),
+        _select(enough, var.astype(state.var.dtype), state.var),
+        state.count + enough.astype(state.count.dtype),
+    )
 
 
 def _select(which, new, old):
     """`new` where `which`, else `old`, arrays of one shape, brought to one sharding as explicit sharding asks."""
     zero = lax.full_like(new, 0) + lax.full_like(old, 0)
     return jnp.where(which | (zero != 0), new + zero, old + zero)
-
-
-def autodiff_normalize(x, mean, var, scale, bias, mask, epsilon):
-    """`normalize` without its derivative rule: the tests' oracle for it."""
-    y = (x - mean.astype(x.dtype)) * _slope(x, var, scale, epsilon)[1]
-    return y if bias is None else y + bias.astype(x.dtype)
-
-
-# scale * (x - mean) / sqrt(var + epsilon) + bias, with all arguments of x's rank; scale, bias and mask may be None.
-normalize = jax.custom_jvp(autodiff_normalize, nondiff_argnums=(6,))
-
-
-@partial(normalize.defjvp, symbolic_zeros=True)
-def _normalize_jvp(epsilon, primals, tangents):
-    # dy = a dx + (x - mean) k + c with a, k and c per feature. Transposed, this is one elementwise pass and the two
-    # reductions sum g and sum g (x - mean), which serve scale, bias, mean and var alike. Written any other way, each of
-    # the four has a reduction of its own.
-    x, mean, var, scale, _, mask = primals
-    rstd, slope = _slope(x, var, scale, epsilon)
-    dx, dmean, dvar, dscale, dbias = (
-        None if t is None or isinstance(t, SymbolicZero) else t.astype(x.dtype) for t in tangents[:5]
-    )
-    k = _sum(None if dscale is None else rstd * dscale, None if dvar is None else -0.5 * slope * rstd * rstd * dvar)
-    c = _sum(dbias, None if dmean is None else -slope * dmean)
-    if jax.sharding.get_abstract_mesh().manual_axes:
-        k, c = _varying_like(x, k, c)
-    centered = x - mean.astype(x.dtype)
-    if mask is not None:
-        # At a masked place a NaN times a zero cotangent would be a NaN for the whole feature.
-        centered = jnp.where(valid(mask, x) | jnp.isfinite(x), centered, 0)
-    dy = _sum(None if dx is None else slope * dx, None if k is None else centered * k)
-    dy = jnp.zeros_like(x) if dy is None else dy
-    return normalize(*primals, epsilon), dy if c is None else dy + c
-
-
-def _varying_like(x: Array, *terms: Array | None) -> list[Any]:
-    """The terms, which shard_map may hold replicated, as varying over the mesh like `x`.
-
-    Before they are broadcast, and together, so that they transpose to one psum of a few numbers per feature. Left to
-    itself, shard_map would sum the broadcast terms: arrays of x's size.
-    """
-    some = [t for t in terms if t is not None]
-    if not some:
-        return list(terms)
-    stack = jnp.stack(jnp.broadcast_arrays(*some))
-    parts = iter(stack + lax.full_like(x, 0, stack.dtype, shape=stack.shape))
-    return [None if t is None else next(parts) for t in terms]
-
-
-def _slope(x, var, scale, epsilon):
-    """1 / sqrt(var + epsilon), and scale times it, in x's dtype."""
-    rstd = lax.rsqrt(var.astype(jnp.finfo(x.dtype).dtype) + epsilon).astype(x.dtype)
-    return rstd, rstd if scale is None else scale.astype(x.dtype) * rstd
-
-
-def _sum(a, b):
-    return a if b is None else b if a is None else a + b

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import bnjax
-from bnjax import functional, moments
+from bnjax import moments, normalize
 
 AXIS = 1
 SHAPE = (7, 3, 2)
@@ -193,7 +193,7 @@ def test_normalize_derivative_matches_its_autodiff_version(rng):
     tangents = tuple(rng.standard_normal(np.shape(a)) for a in args)
     got, want = (
         jax.jvp(lambda *a, f=f: f(*a, None, EPSILON), args, tangents)
-        for f in (functional.normalize, functional.autodiff_normalize)
+        for f in (normalize.normalize, normalize.autodiff_normalize)
     )
     chex.assert_trees_all_close(got, want, rtol=1e-12)
 
