@@ -102,9 +102,7 @@ class Runtime:
                 f"distributed={self.distributed}: JAX could not start ({error}). Pass the first three, process 0 on "
                 "the coordinator's host and at a free port, or start under SLURM, Kubernetes, MPI or on a TPU pod."
             ) from error
-        resume = (
-            f"resume from {self.checkpoint_dir}" if self.checkpoint_dir else "start anew (no checkpoint_dir is set)"
-        )
+        resume = f"go on from {self.checkpoint_dir}" if self.checkpoint_dir else "start anew (no checkpoint_dir is set)"
         _last_words(
             f"error: process {jax.process_index()} of {jax.process_count()} stopped before the end: by an error shown "
             f"above, or because another process stopped or gave no sign of life for {self.process_timeout} s. "

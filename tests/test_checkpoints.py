@@ -24,9 +24,11 @@ SAVING = shlex.split("--checkpoint-every 5 --checkpoint-keep 2")
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
 
 
-def start(out, *flags):
-    command = [sys.executable, "-m", "experiments", *FLAGS, "--out", str(out), *flags]
-    return subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+def start(folder, out, *flags):
+    command = [sys.executable, "-m", "experiments", *FLAGS, "--out", str(folder / out), *flags]
+    compiled = {"JAX_COMPILATION_CACHE_DIR": str(folder), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1"}
+    environment = ENVIRONMENT | compiled
+    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
 def names(folder):
@@ -34,10 +36,10 @@ def names(folder):
 
 
 def test_a_run_killed_at_random_moments_has_the_metrics_of_one_that_was_not(tmp_path):
-    whole = start(tmp_path / "whole")
+    whole = start(tmp_path, "whole")
     delay, saved = random.Random(0), tmp_path / "saved" / "convergence"
     for network in "plain", "batch-normalization":
-        stopped = start(tmp_path / "stopped", "--checkpoint-dir", str(tmp_path / "saved"), *SAVING)
+        stopped = start(tmp_path, "stopped", "--checkpoint-dir", str(tmp_path / "saved"), *SAVING)
         while not any(name.isdecimal() for name in names(saved / network)):
             assert stopped.poll() is None, stopped.stderr.read()
             time.sleep(0.01)
@@ -46,7 +48,7 @@ def test_a_run_killed_at_random_moments_has_the_metrics_of_one_that_was_not(tmp_
         stopped.kill()
         stopped.communicate()
         assert "60" not in names(saved / network)
-    resumed = start(tmp_path / "stopped", "--checkpoint-dir", str(tmp_path / "saved"), *SAVING)
+    resumed = start(tmp_path, "stopped", "--checkpoint-dir", str(tmp_path / "saved"), *SAVING)
     for process in resumed, whole:
         messages = process.communicate()[1]
         assert process.returncode == 0, messages
