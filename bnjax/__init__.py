@@ -9,5 +9,12 @@ from bnjax.moments import batch_moments as batch_moments
 from bnjax.moments import merge as merge
 from bnjax.momentum import cumulative_average as cumulative_average
 from bnjax.momentum import debiased as debiased
+from bnjax.variants import RENORM_D_MAX as RENORM_D_MAX
+from bnjax.variants import RENORM_R_MAX as RENORM_R_MAX
+from bnjax.variants import ghost_bn_apply as ghost_bn_apply
+from bnjax.variants import indexed_bn_apply as indexed_bn_apply
+from bnjax.variants import indexed_bn_init as indexed_bn_init
+from bnjax.variants import ramp as ramp
+from bnjax.variants import renorm_bn_apply as renorm_bn_apply
 
 __version__ = "0.1.0"

@@ -186,6 +186,8 @@ def positive(call: str, name: str, value: Any) -> float:
 
 def momentum(call: str, value: Any) -> tuple[Any, Any]:
     """`value` and its complement; a Python number is in [0, 1]."""
+    if isinstance(value, np.ndarray) and value.ndim:
+        value = jnp.asarray(value)
     if isinstance(value, Array):
         return value, 1 - value
     if isinstance(value, bool) or not isinstance(value, int | float | np.number | np.ndarray) or np.ndim(value):

@@ -196,7 +196,7 @@ def bn_collect(
     options, rate = canonical(
         "bn_apply", train, axis, momentum, epsilon, axis_name, axis_index_groups, unbiased_var, collect
     )
-    return _bn_apply(params, state, x, mask, rate, earlier, options=options)
+    return apply_canonical(params, state, x, mask, rate, earlier, options=options)
 
 
 class Options(NamedTuple):
@@ -234,7 +234,7 @@ def canonical(
 
 
 @partial(jax.jit, static_argnames="options", inline=True)
-def _bn_apply(params, state, x, mask, rate, earlier, *, options):
+def apply_canonical(params, state, x, mask, rate, earlier, *, options):
     features, wide = widened(params, state, x, mask, options)
     collected = None
     if state is not None and not options.train:

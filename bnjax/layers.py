@@ -4,10 +4,12 @@ from collections.abc import Iterable
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from bnjax import checks
 from bnjax.functional import BNParams, BNState, Collected, bn_collect
+from bnjax.moments import Moments, Support
 
 
 def feature_axes(x: Array, axis: Any) -> tuple[int, ...]:
@@ -46,12 +48,18 @@ def batch_norm(
     Returns:
       y, the state, and what was collected.
     """
-    wide = jnp.result_type(x, *(v for v in (mean, *params) if v is not None))
+    inexact = x.dtype if jnp.issubdtype(x.dtype, jnp.inexact) else jnp.float32  # half precision cannot hold integers
+    wide = jnp.result_type(inexact, *(v for v in (mean, *params) if v is not None))
     real = jnp.isrealobj(x) and jnp.isrealobj(mean)  # complex scale and bias do not make the mean complex
     if jnp.issubdtype(wide, jnp.complexfloating):
         mean = mean.astype(jnp.promote_types(mean.dtype, jnp.complex64))
     if mask is not None:
         mask = jnp.asarray(mask)
+        if not _broadcasts(mask.shape, x.shape):
+            raise ValueError(
+                f"BatchNorm(mask=...): mask has shape {mask.shape}, which does not broadcast to that of x, {x.shape}. "
+                "Reshape it so that its last axes are x's."
+            )
         mask = mask.reshape((1,) * (x.ndim - mask.ndim) + mask.shape)
     y, state, collected = bn_collect(
         params,
@@ -67,3 +75,16 @@ def batch_norm(
     if real:
         state = state._replace(mean=state.mean.real)
     return y.astype(dtype), state, collected
+
+
+def nothing(mean: Array, var: Array) -> Collected:
+    """What a layer has seen before it has seen anything."""
+    zeros = jnp.zeros_like(var.real)
+    return Collected(Moments(zeros, jnp.zeros_like(mean), zeros), Support(zeros, zeros))
+
+
+def _broadcasts(shape, target):
+    try:
+        return np.broadcast_shapes(shape, target) == target
+    except ValueError:
+        return False

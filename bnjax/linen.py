@@ -34,12 +34,15 @@ class BatchNorm(nn.BatchNorm):
       not finite. Without a valid value `x` is normalized by the running statistics, where Flax gives NaN.
     * Devices and masks are merged by weight: unequal and empty shards are exact. Flax takes the mean of means.
     * A mask that is not boolean holds weights, 0 or more. Flax takes what is not 0 for True.
-    * Bad arguments are errors while tracing: a momentum outside [0, 1], an axis out of range.
+    * The mean of complex `x` is stored as complex, and running statistics normalize as they are stored, also where Flax
+      first casts them to a `dtype` or `param_dtype` that cannot hold them.
+    * Bad arguments are errors while tracing: a momentum outside [0, 1], an epsilon that is not positive in float32, an
+      axis out of range.
 
     Args:
       momentum: weight of the OLD value, or a function of the number of updates, such as `bnjax.cumulative_average` or
         `bnjax.debiased(0.99)`. Only a function adds a variable `count`, of the shape of the features, to `batch_stats`;
-        statistics that come without one start at 0.
+        statistics that come to `apply` without one start at 0.
       axis: the feature axis, or several.
       axis_name: mapped axis, or several, whose devices or examples share statistics.
       unbiased_var: the running variance is that of n - 1, as in PyTorch; the output is normalized by the biased one.
@@ -48,7 +51,8 @@ class BatchNorm(nn.BatchNorm):
     In training, if `mutable` names the collection `batch_moments`, `moments` there become the batch's `bnjax.Moments`,
     and `support` the number of valid values and the sum of squared weights. If the collection comes in with moments,
     those of the batch are merged into them, and the running statistics absorb the moments of all: what gradient
-    accumulation needs (`bnjax.training.train_step`). `mutable=True` does not name it, and gives Flax's collections.
+    accumulation needs (`bnjax.training.train_step`). `mutable=True` does not name it, and gives Flax's collections; a
+    lifted transform such as `nn.scan` does if it lists it.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -125,12 +129,17 @@ def _batch_norm(layer: Any, x: Any, use_running_average: bool | None = None, *, 
 
     means, variances = mean.value, var.value
     if train:  # Flax stores what the average of old and new promotes to
-        new = jnp.result_type(x if layer.dtype is None else layer.dtype, stored)
+        new = x.dtype if layer.dtype is None else layer.dtype
+        new = jnp.promote_types(new if jnp.issubdtype(new, jnp.inexact) else jnp.float32, stored)
         means = means.astype(jnp.promote_types(means.dtype, new))
         variances = variances.astype(jnp.promote_types(variances.dtype, jnp.finfo(new).dtype))
     # By name only: with mutable=True a program that feeds back all it gets would accumulate moments unawares.
-    mutable = layer.scope.mutable
-    collect = train and not isinstance(mutable, bool | DenyList) and layer.is_mutable_collection("batch_moments")
+    collect = (
+        not layer.is_initializing()
+        and not isinstance(layer.scope.mutable, bool | DenyList)
+        and layer.is_mutable_collection("batch_moments")
+    )
+    earlier = _earlier(layer) if collect else None
     y, state, collected = layers.batch_norm(
         BNParams(scale, bias),
         means,
@@ -147,13 +156,15 @@ def _batch_norm(layer: Any, x: Any, use_running_average: bool | None = None, *, 
         axis_index_groups=layer.axis_index_groups,
         unbiased_var=getattr(layer, "unbiased_var", False),
         collect=collect,
-        earlier=_earlier(layer) if collect else None,
+        earlier=earlier,
     )
     if train and not layer.is_initializing():
         mean.value, var.value = state.mean, state.var
         if count is not None:
             count.value = state.count
-    if collected is not None:
+    if collect:
+        if collected is None:  # in evaluation nothing is added
+            collected = earlier or layers.nothing(means, variances)
         for name, value in collected._asdict().items():
             layer.put_variable("batch_moments", name, value)
     return y

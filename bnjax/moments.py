@@ -161,19 +161,40 @@ def supported_moments(
     if mask is not None and mask.dtype != bool:
         mask = lax.stop_gradient(mask.astype(jnp.finfo(x.dtype).dtype))
     axes = tuple(a for a in range(x.ndim) if a not in features)
+    mesh, mapped = _kinds(names, groups)
+    moments, support = _moments(x, mask, axes, mesh, groups if mesh else None)
+    if mapped:
+        # Axes of vmap stay outside the derivative rule: under jit it is traced where their names are out of scope. No
+        # data move along them, so that autodiff may transpose this merge as it likes.
+        moments, support = _named(_merge_over(mapped, groups, moments, support))
+    return moments, Support(moments.weight, moments.weight) if support is None else support
+
+
+def merge_along(moments: Moments, support: Support, axis: int) -> tuple[Moments, Support]:
+    """Those of the parts of a batch that lie along an array axis, together."""
+    return _pool(*moments, (axis,)), Support(*(jnp.sum(leaf, axis) for leaf in support))
+
+
+def merge_over(
+    moments: Moments, support: Support | None, names: tuple[Hashable, ...], groups: Groups
+) -> tuple[Moments, Support]:
+    """Those of all indices of named axes together; without a support that differs from the weight less is sent."""
+    for kind in _kinds(names, groups):
+        if kind:
+            moments, support = _merge_over(kind, groups, moments, support)
+    return moments, Support(moments.weight, moments.weight) if support is None else support
+
+
+def _kinds(names, groups):
+    """The names of axes of a mesh, and those of axes of vmap."""
     mesh = tuple(name for name in names if _on_mesh(name))
-    mapped = tuple(name for name in names if not _on_mesh(name))
+    mapped = tuple(name for name in names if name not in mesh)
     if groups is not None and mesh and mapped:
         raise ValueError(
             f"axis_index_groups={groups}: the axes {mesh} lie on a mesh and {mapped} are mapped by vmap. "
             "Pass groups over axes of one kind."
         )
-    moments, support = _moments(x, mask, axes, mesh, groups if mesh else None)
-    if mapped:
-        # Axes of vmap stay outside the derivative rule: under jit it is traced where their names are out of scope. No
-        # data move along them, so that autodiff may transpose this merge as it likes.
-        moments, support = checkpoint_name(_merge_over(mapped, groups, moments, support), CHECKPOINT_NAME)
-    return moments, Support(moments.weight, moments.weight) if support is None else support
+    return mesh, mapped
 
 
 def autodiff_moments(x, mask, axes, names, groups):
@@ -195,7 +216,7 @@ def _moments_jvp(axes, names, groups, primals, tangents):
     # dmean = E[dx] and dvar = 2 E[Re(conj(x - mean) dx)]: the pivots of `_pool` drop out, and what is left transposes
     # to one elementwise pass. Both sums travel in one psum, forward and, transposed, backward.
     x, mask = primals
-    moments, support = checkpoint_name(_moments(x, mask, axes, names, groups), CHECKPOINT_NAME)
+    moments, support = _named(_moments(x, mask, axes, names, groups))
     dx, _ = tangents
     centered = x - jnp.expand_dims(moments.mean, axes)
     if mask is not None:
@@ -211,17 +232,20 @@ def _pool(weight, mean, var, axes):
     """Moments over `axes` of values `mean` with weights (None: 1 each) and variances (None: 0 each)."""
     plain = jnp.sum(_weigh(weight, mean), axes)
     ones = jnp.ones((1,) * mean.ndim if weight is None else weight.shape, plain.real.dtype)
-    total = _sum_as(mean.shape, _weigh(weight, ones), axes, plain.real)
+    total = _named(_sum_as(mean.shape, _weigh(weight, ones), axes, plain.real))
     share = (1 / _nonzero(total)).astype(mean.dtype)
-    pivot = plain * share
+    pivot = _named(plain * share)
     centered = mean - jnp.expand_dims(pivot, axes)
     square = _abs_square(centered) if var is None else var + _abs_square(centered)
     # The pivot carries the rounding of a plain sum; the mean around it carries the rounding of one that is near 0.
-    shift = jnp.sum(_weigh(weight, centered), axes) * share
+    shift = _named(jnp.sum(_weigh(weight, centered), axes) * share)
     spread = jnp.sum(_weigh(weight, square), axes) * share.real
     var = spread - _abs_square(shift)
     # Rounding may leave it below 0. Not jnp.maximum, whose derivative is a half at 0 and nothing below.
     return Moments(total, pivot + shift, var - lax.stop_gradient(jnp.minimum(var, 0)))
+
+
+_named = partial(checkpoint_name, name=CHECKPOINT_NAME)
 
 
 def valid(weight, values):

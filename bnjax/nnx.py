@@ -41,13 +41,15 @@ class BatchNorm(nnx.BatchNorm):
     * Devices and masks are merged by weight: unequal and empty shards are exact. Flax takes the mean of means.
     * A mask that is not boolean holds weights, 0 or more.
     * With a half-precision `dtype` the running statistics normalize as they are stored. Flax rounds them to `dtype`.
-    * The mean of complex `x` is stored as complex. Flax keeps its real part.
-    * Bad arguments are errors while tracing: a momentum outside [0, 1], an axis out of range.
+    * The mean of complex `x` is stored as complex, so that the first call changes its dtype. Flax keeps its real part.
+    * Bad arguments are errors while tracing: a momentum outside [0, 1], an epsilon that is not positive in float32, an
+      axis out of range.
 
     Args:
       num_features: number of features.
       momentum: weight of the OLD value, or a function of the number of updates, such as `bnjax.cumulative_average` or
-        `bnjax.debiased(0.99)`. Only a function adds a `BatchStat` `count`, of shape (num_features,), which starts at 0.
+        `bnjax.debiased(0.99)`. Only a function adds a `BatchStat` `count`, of shape (num_features,), which starts at 0;
+        if it is set later, on a layer that exists, the first call adds it.
       axis_name: mapped axis, or several, whose devices or examples share statistics.
       unbiased_var: the running variance is that of n - 1, as in PyTorch; the output is normalized by the biased one.
       **others: as in `flax.nnx.BatchNorm`.
@@ -111,7 +113,10 @@ class BatchNorm(nnx.BatchNorm):
         )
         self.unbiased_var = unbiased_var
         if callable(momentum):
-            self.count = nnx.BatchStat(jnp.zeros((num_features,), jnp.int32))
+            self._add_count()
+
+    def _add_count(self):
+        self.count = nnx.BatchStat(jnp.zeros(self.mean[...].shape, jnp.int32))
 
     def __call__(self, x: Any, use_running_average: bool | None = None, *, mask: Any = None) -> Array:
         """Normalize `x`.
@@ -138,7 +143,10 @@ class BatchNorm(nnx.BatchNorm):
         # The running statistics stay as they are stored: in half precision they would lose what they are kept for.
         promoted, _, _, scale, bias = self.promote_dtype((x, mean, var, *stored), dtype=self.dtype)
         x = promoted if jnp.iscomplexobj(x) else promoted.real  # complex parameters leave the mean of real data real
-        count = self.count if callable(self.momentum) else None
+        counting = train and callable(self.momentum)
+        if counting and not hasattr(self, "count"):
+            self._add_count()
+        count = self.count if counting else None
         y, state, collected = layers.batch_norm(
             BNParams(scale, bias),
             mean,
@@ -163,7 +171,7 @@ class BatchNorm(nnx.BatchNorm):
             if count is not None:
                 _store(count, state.count)
         if collected is not None and self.batch_moments is not None:
-            self.batch_moments.set_value(collected)
+            self.batch_moments.set_value(collected)  # pyright: ignore[reportArgumentType]
         return y
 
 
@@ -180,7 +188,8 @@ def convert(model: Model, *, axis_name: checks.AxisName | None = None) -> Model:
 
     What `convert_sync_batchnorm` is to PyTorch. The layers stay the objects that they were, of another class: values,
     options and metadata are kept, and lists, vmapped stacks and shared layers need no care. Instances of subclasses of
-    `flax.nnx.BatchNorm` are left as they are.
+    `flax.nnx.BatchNorm` are left as they are. Convert outside of transforms, and before `nnx.view` and
+    `nnx.cached_partial`, which hold on to the layers as they find them.
 
     Args:
       model: an NNX module, or any container of modules.
@@ -214,8 +223,8 @@ def functional(model: nnx.Module) -> tuple[Callable[..., Any], dict[str, Any]]:
       apply: `apply(variables, *args, mutable=(), rngs=None, **kwargs)`: what the model returns, and, if `mutable` names
         collections, those as well. The model is in training mode (`model.train()`) if it does, else in evaluation
         (`model.eval()`). `rngs`, keys by name, seed the model's own streams.
-      variables: `params` and `batch_stats` as nnx.State; what else the model holds stays with `apply`. To have
-        them in the model again: `nnx.update(model, state.params, state.batch_stats)`.
+      variables: `params` and `batch_stats` as nnx.State; what else the model holds stays as it is, and changes to it
+        are lost. To have the variables in the model again: `nnx.update(model, state.params, state.batch_stats)`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -228,18 +237,24 @@ def functional(model: nnx.Module) -> tuple[Callable[..., Any], dict[str, Any]]:
       [0.0..., 0.2...]
     """
     graphdef, params, batch_stats, rest = nnx.split(model, nnx.Param, nnx.BatchStat, ...)
+    streams = {node.tag for _, node in nnx.iter_graph(model) if isinstance(node, nnx.RngStream)}
 
     def apply(variables: Mapping[str, Any], *args: Any, mutable: Sequence[str] = (), rngs: Any = None, **kwargs: Any):
         model = nnx.merge(graphdef, variables["params"], variables["batch_stats"], rest, copy=True)
-        if rngs:
-            nnx.reseed(model, **rngs)
         if not mutable:
             model.eval()
             return model(*args, **kwargs)
         model.train()
+        if still := streams - set(rngs or ()):
+            raise ValueError(
+                f"apply(rngs=...): the model draws random numbers from {sorted(still)}, which without keys are "
+                "the same in each call. Pass a key for each, or rngs={...: key} to TrainState.create."
+            )
+        nnx.reseed(model, **(rngs or {}))
         collecting = _layers(model) if "batch_moments" in mutable else {}
         for path, layer in collecting.items():
-            layer.batch_moments = BatchMoments(variables.get("batch_moments", {}).get(path))
+            nothing = layers.nothing(layer.mean[...], layer.var[...])
+            layer.batch_moments = BatchMoments(variables.get("batch_moments", {}).get(path, nothing))
         output = model(*args, **kwargs)
         updates: dict[str, Any] = {"batch_stats": nnx.state(model, nnx.BatchStat)}
         if collecting:

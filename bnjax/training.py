@@ -10,10 +10,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import struct
+from flax.core import unfreeze
 from flax.training import train_state
 from jax import Array
 
-from bnjax.moments import CHECKPOINT_NAME, Moments
+from bnjax.moments import CHECKPOINT_NAME
 
 Loss = Callable[["Model", Any, bool], Array | tuple[Array, Mapping[str, Array]]]
 
@@ -75,6 +76,8 @@ class TrainState(train_state.TrainState):
     @classmethod
     def create(cls, *, apply_fn: Any, params: Any, tx: Any, **kwargs: Any) -> "TrainState":
         """A state at step 0. It holds copies: a step that donates it leaves the variables that made it alone."""
+        if "batch_stats" in kwargs:
+            kwargs["batch_stats"] = unfreeze(kwargs["batch_stats"])  # as every step returns them
         return jax.tree.map(jnp.copy, super().create(apply_fn=apply_fn, params=params, tx=tx, **kwargs))
 
 
@@ -108,9 +111,10 @@ def train_step(
       loss: `loss(model, batch, train)` calls `model` as the module is called and returns the loss, or the loss and a
         dictionary of metrics. `train` is True here and False in `eval_step`.
       accumulate: number of micro-batches, run one after the other, whose gradients and metrics are averaged. Each is
-        normalized by its own statistics; the running statistics move once, by the merged moments of all of them. All
-        arrays of the batch are divided along their first axis, whose size `accumulate` divides: micro-batch i has the
-        rows i, i + accumulate, ..., so that a batch sharded over devices is divided where it lies.
+        normalized by its own statistics; the running statistics move once, by the merged moments of all of them (a
+        layer that is called several times in a forward pass moves as often, by the moments merged so far). All arrays
+        of the batch are divided along their first axis, whose size `accumulate` divides: micro-batch i has the rows i,
+        i + accumulate, ..., so that a batch sharded over devices is divided where it lies.
       policy: a policy of `jax.checkpoint` for the whole loss, such as `save_statistics`.
       donate: whether the memory of the state that comes in is used for the one that goes out. It is deleted then.
 
@@ -171,11 +175,12 @@ def train_step(
         def add(carry, inputs):
             total, left = carry
             one, left = part(state, left["batch_moments"], *inputs)
-            return (jax.tree.map(jnp.add, total, one), left), None
+            return (jax.tree.map(lambda sum, leaf: sum + leaf.astype(sum.dtype), total, one), left), None
 
-        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-        (total, left), _ = jax.lax.scan(add, zeros, (batches, jnp.arange(accumulate)))
-        return jax.tree.map(lambda leaf: leaf / accumulate, total), left
+        sums = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, _summable(leaf.dtype)), shapes[0])
+        nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes[1])
+        (total, left), _ = jax.lax.scan(add, (sums, nothing), (batches, jnp.arange(accumulate)))
+        return jax.tree.map(lambda sum, leaf: _mean(sum, accumulate, leaf.dtype), total, shapes[0]), left
 
     def step(state, batch):
         (gradients, metrics), left = part(state, None, batch, 0) if accumulate == 1 else whole(state, batch)
@@ -202,7 +207,8 @@ def decay_mask(params: Any) -> Any:
     """Which parameters weight decay is for: all but those named scale or bias, of whatever rank and wherever they are.
 
     Args:
-      params: any tree of dictionaries, namedtuples (`BNParams`) or NNX states.
+      params: any tree of dictionaries, namedtuples (`BNParams`) or NNX states. The last name in a parameter's path
+        counts, in keys that are tuples or joined by "/" as well; Haiku's `offset` is a bias.
 
     Returns:
       The same tree with True where decay applies, for `optax.masked` and the `mask` of `optax.adamw`.
@@ -217,11 +223,10 @@ def decay_mask(params: Any) -> Any:
     """
 
     def decays(path, _):
-        names = [str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", None)))) for key in path]
-        return not names or (names[-2] if names[-1] == "value" and len(names) > 1 else names[-1]) not in (
-            "scale",
-            "bias",
-        )
+        keys = [getattr(key, "key", getattr(key, "name", None)) for key in path]
+        names = [name for key in keys for name in (key if isinstance(key, tuple) else str(key).split("/"))]
+        named = [name for name in names if isinstance(name, str) and name not in ("None", "value")]
+        return not named or named[-1] not in ("scale", "bias", "offset")
 
     return jax.tree_util.tree_map_with_path(decays, params)
 
@@ -235,7 +240,18 @@ def _keys(state, index):
 
 def _with_metrics(result):
     value, metrics = result if isinstance(result, tuple) else (result, {})
-    return value, {"loss": value, **metrics}
+    if "loss" in metrics:
+        raise ValueError("loss(...): its metrics hold a 'loss', but that names what it returns. Name it otherwise.")
+    return value, {"loss": value, **{name: jnp.asarray(metric) for name, metric in metrics.items()}}
+
+
+def _summable(dtype):
+    """The dtype to add up values of `dtype` in."""
+    return jnp.promote_types(dtype, jnp.float32) if jnp.issubdtype(dtype, jnp.inexact) else jnp.float32
+
+
+def _mean(total, number, dtype):
+    return (total / number).astype(dtype if jnp.issubdtype(dtype, jnp.inexact) else total.dtype)
 
 
 def _divided(leaf, accumulate):
@@ -250,15 +266,18 @@ def _divided(leaf, accumulate):
 
 def _check_collected(batch_stats, batch_moments):
     """Every layer with a running mean and variance gave its moments."""
-    names = {}
-    for path, _ in jax.tree_util.tree_leaves_with_path(batch_stats):
-        keys = jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value").split("/")
-        names.setdefault("/".join(keys[:-1]), set()).add(keys[-1])
-    layers = [layer for layer, variables in names.items() if {"mean", "var"} <= variables]
-    given = jax.tree.leaves(batch_moments, is_leaf=lambda node: isinstance(node, Moments))
-    if len(given) < len(layers):
+
+    def layers(tree, name):
+        leaves = jax.tree_util.tree_leaves_with_path(tree)
+        paths = ["/" + jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
+        paths = [path.removesuffix("/value") for path in paths]  # of an NNX variable
+        return {path.removesuffix(name) for path in paths if path.endswith(name)}
+
+    given = layers(batch_moments, "/moments/weight")
+    if missing := layers(batch_stats, "/mean") & layers(batch_stats, "/var") - given:
+        names = ", ".join(sorted(layer.strip("/") or "the model itself" for layer in missing))
         raise ValueError(
-            f"train_step(accumulate=...): {len(layers)} layers have running statistics ({', '.join(layers)}), but only "
-            f"{len(given)} gave the moments of the batch. Use BatchNorm of bnjax.linen or bnjax.nnx, and name the "
-            "collection batch_moments in nn.scan, nn.vmap and nn.remat beside batch_stats."
+            f"train_step(accumulate=...): layers with running statistics that gave no moments of the batch: {names}. "
+            "Use BatchNorm of bnjax.linen or bnjax.nnx, and list the collection batch_moments beside batch_stats in "
+            "nn.scan, nn.vmap and nn.remat."
         )

@@ -97,11 +97,11 @@ def test_many_steps_trace_once():
 
 
 def test_eager_calls_with_other_momenta_compile_once():
-    from bnjax.functional import _bn_apply
+    from bnjax.functional import apply_canonical
 
     params, state = jax.tree.map(jnp.asarray, (PARAMS, STATE))
     _, state = bnjax.bn_apply(params, state, X, True, momentum=0.5)
-    before = _bn_apply._cache_size()
+    before = apply_canonical._cache_size()
     for momentum in (0.9, 0.99, 1, np.float32(0.3)):
         _, state = bnjax.bn_apply(params, state, X, True, momentum=momentum)
-    assert _bn_apply._cache_size() == before
+    assert apply_canonical._cache_size() == before

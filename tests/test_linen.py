@@ -103,6 +103,14 @@ def test_training_and_evaluation_match_flax(options, dtype, rng):
     assert_same(ours, flax, tolerance, tolerance)
 
 
+@pytest.mark.parametrize("stored", [jnp.bfloat16, jnp.float16])
+def test_integers_are_reduced_in_float32_whatever_the_statistics_are_stored_in(stored):
+    x = jnp.array([[100001], [100003], [100008]], jnp.int32)
+    options = {"param_dtype": stored, "force_float32_reductions": False, "momentum": 0.0, "use_running_average": False}
+    results = [layer.apply(layer.init(KEY, x), x, mutable=["batch_stats"]) for layer in pair(**options)]
+    assert_same(*results[::-1], 1e-4, 1e-4)
+
+
 @pytest.mark.parametrize("shape", [(), (5,), (4, 1), (6, 1, 1), (1, 4, 5), (6, 4, 5)])
 @pytest.mark.parametrize("kind", [bool, np.int32, np.float32])
 def test_a_mask_of_any_rank_matches_flax(shape, kind, rng):
@@ -260,6 +268,31 @@ def test_moments_are_collected_where_the_collection_is_named(rng):
     np.testing.assert_allclose(second["batch_moments"]["moments"], bnjax.batch_moments(x), rtol=1e-5)
     _, whole = layer.apply(variables, x, mutable=["batch_stats"])
     assert_same(second["batch_stats"], whole["batch_stats"], 1e-5)
+
+
+def test_a_mask_that_does_not_fit_is_refused_in_its_own_shape():
+    layer = bnjax.linen.BatchNorm(use_running_average=False)
+    with pytest.raises(ValueError, match=r"BatchNorm\(mask=\.\.\.\): mask has shape \(8,\).*\(8, 3\)"):
+        layer.init(KEY, jnp.ones((8, 3)), mask=np.ones(8, bool))
+
+
+def test_a_layer_in_evaluation_collects_nothing_and_forgets_nothing(rng):
+    x = rng.normal(3, 2, (10, 2)).astype(np.float32)
+    layer = bnjax.linen.BatchNorm()
+    variables = layer.init(KEY, x, use_running_average=True)
+    mutable = ["batch_stats", "batch_moments"]
+    _, empty = layer.apply(variables, x, use_running_average=True, mutable=mutable)
+    assert not np.any(empty["batch_moments"]["moments"].weight)
+    _, full = layer.apply({**variables, **empty}, x, use_running_average=False, mutable=mutable)
+    np.testing.assert_allclose(full["batch_moments"]["moments"], bnjax.batch_moments(x), rtol=1e-6)
+    _, kept = layer.apply({**variables, **full}, x, use_running_average=True, mutable=mutable)
+    jax.tree.map(np.testing.assert_array_equal, kept["batch_moments"], full["batch_moments"])
+
+
+def test_initialization_leaves_no_moments_even_where_a_lifted_transform_lists_them():
+    axes = {"params": 0, "batch_stats": 0, "batch_moments": 0}
+    layer = nn.vmap(bnjax.linen.BatchNorm, variable_axes=axes, split_rngs={"params": True})
+    assert set(layer(use_running_average=False).init(KEY, jnp.ones((2, 4, 3)))) == {"params", "batch_stats"}
 
 
 def test_lifted_transforms_carry_the_layer(rng):

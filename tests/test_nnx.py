@@ -164,6 +164,16 @@ def test_momentum_as_a_function_adds_a_count_which_starts_at_0_without_one(rng):
     np.testing.assert_allclose(layer.var[...], batches.var(1).mean(0), rtol=1e-5)
 
 
+def test_a_momentum_function_set_later_counts_from_then_on(rng):
+    x = rng.normal(1, 2, (2, 32, 3)).astype(np.float32)
+    layer = bnjax.nnx.convert(nnx.BatchNorm(3, rngs=nnx.Rngs(0)))
+    layer.momentum = bnjax.cumulative_average
+    for batch in x:
+        layer(batch)
+    np.testing.assert_allclose(layer.mean[...], x.mean((0, 1)), rtol=1e-5)
+    np.testing.assert_array_equal(layer.count[...], 2)
+
+
 def test_unbiased_var_and_several_axis_names(rng):
     x = rng.normal(1, 2, (2, 4, 5, 3)).astype(np.float32)
     layer = bnjax.nnx.BatchNorm(3, momentum=0.0, unbiased_var=True, axis_name=("a", "b"), rngs=nnx.Rngs(0))
@@ -275,3 +285,15 @@ def test_a_functional_model_computes_what_the_model_computes(rng):
     np.testing.assert_allclose(updates["batch_moments"]["stem/layers/1"].moments.var, stem.var, rtol=1e-4)
     model.eval()
     assert_same(apply({**variables, **updates}, x), model(x), 1e-4, 1e-4)
+
+
+def test_a_functional_model_wants_a_key_for_each_stream_of_random_numbers():
+    apply, variables = bnjax.nnx.functional(nnx.Dropout(0.5, rngs=nnx.Rngs(dropout=0)))
+    x = jnp.ones((1000,))
+    with pytest.raises(ValueError, match=r"random numbers from \['dropout'\]"):
+        apply(variables, x, mutable=["batch_stats"])
+    first, second = (
+        apply(variables, x, mutable=["batch_stats"], rngs={"dropout": jax.random.key(i)})[0] for i in range(2)
+    )
+    assert not np.array_equal(first, second)
+    np.testing.assert_array_equal(apply(variables, x), x)

@@ -4,6 +4,7 @@ import contextlib
 import io
 import re
 
+import flax.core
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -105,8 +106,6 @@ def test_accumulation_averages_gradients_and_absorbs_the_merged_moments_once(bat
     model = Network()
     variables = model.init(KEY, batch["x"], False)
     parts = [{k: v[i::accumulate] for k, v in batch.items()} for i in range(accumulate)]
-    _, metrics = training.train_step(loss, donate=False)(start(model, batch, optax.sgd(1.0)), parts[0])
-
     state, metrics = training.train_step(loss, accumulate=accumulate)(start(model, batch, optax.sgd(1.0)), batch)
     seen = list(moments_of_layers(model, variables, [part["x"] for part in parts]))
     for name, before in variables["batch_stats"].items():
@@ -214,6 +213,50 @@ def test_a_step_over_sharded_arrays_is_the_step_of_one_device(batch):
         assert_same(results[-1], results[-2], 1e-4, 1e-5)
 
 
+def test_a_frozen_layer_stays_while_another_accumulates(rng):
+    x = rng.normal(2, 3, (8, 3)).astype(np.float32)
+    model = nn.Sequential(
+        [
+            bnjax.linen.BatchNorm(use_running_average=True),
+            bnjax.linen.BatchNorm(use_running_average=False, momentum=0.0),
+        ]
+    )
+    variables = model.init(KEY, x)
+    state = training.TrainState.create(apply_fn=model.apply, tx=optax.sgd(0.0), **variables)
+    state, _ = training.train_step(lambda model, x, train: model(x).mean(), accumulate=2)(state, x)
+    frozen, trained = state.batch_stats["layers_0"], state.batch_stats["layers_1"]
+    assert_same(frozen, variables["batch_stats"]["layers_0"], 0, 0)
+    np.testing.assert_allclose(trained["mean"], x.mean(0), rtol=1e-4)
+    np.testing.assert_allclose(trained["var"], x.var(0), rtol=1e-4)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2, 4])
+def test_metrics_of_any_dtype_are_averaged(accumulate):
+    model = bnjax.linen.BatchNorm(use_running_average=False)
+    x = np.arange(24, dtype=np.float32).reshape(8, 3)
+
+    def mean(model, x, train):
+        some = {"true": jnp.bool_(True), "int": jnp.int8(100), "half": jnp.float16(40000.0), "share": jnp.mean(x < 12)}
+        return model(x).mean(), some
+
+    state = training.TrainState.create(apply_fn=model.apply, tx=optax.sgd(0.0), **model.init(KEY, x))
+    _, metrics = training.train_step(mean, accumulate=accumulate)(state, x)
+    assert [float(metrics[name]) for name in ("true", "int", "half", "share")] == [1, 100, 40000, 0.5]
+
+
+def test_a_state_of_frozen_dicts_keeps_its_structure(batch):
+    variables = flax.core.freeze(Network().init(KEY, batch["x"], False))
+    state = training.TrainState.create(apply_fn=Network().apply, tx=optax.sgd(0.1), **variables)
+    after, _ = training.train_step(loss, donate=False)(state, batch)
+    assert jax.tree.structure(after) == jax.tree.structure(state)
+
+
+def test_a_metric_may_not_take_the_name_of_the_loss(batch):
+    step = training.train_step(lambda model, batch, train: (model(batch["x"], train).mean(), {"loss": 0.0}))
+    with pytest.raises(ValueError, match="metrics hold a 'loss'"):
+        step(start(Network(), batch), batch)
+
+
 def test_decay_mask_leaves_out_scale_and_bias_by_path():
     params = {
         "conv": {"kernel": jnp.ones((3, 3, 2, 4)), "bias": jnp.ones(4)},
@@ -222,6 +265,9 @@ def test_decay_mask_leaves_out_scale_and_bias_by_path():
         "vector": jnp.ones(4),
         "list": [jnp.ones(2), {"bias": jnp.ones(())}],
         "scale": {"kernel": jnp.ones(2)},
+        "block/~/bn": {"offset": jnp.ones(2), "scale": [jnp.ones(2)]},
+        "flat/bn/bias": jnp.ones(2),
+        "flat/kernel": jnp.ones(2),
     }
     assert training.decay_mask(params) == {
         "conv": {"kernel": True, "bias": False},
@@ -230,6 +276,13 @@ def test_decay_mask_leaves_out_scale_and_bias_by_path():
         "vector": True,
         "list": [True, {"bias": False}],
         "scale": {"kernel": True},
+        "block/~/bn": {"offset": False, "scale": [False]},
+        "flat/bn/bias": False,
+        "flat/kernel": True,
+    }
+    assert training.decay_mask({("bn", "scale"): 1.0, ("dense", "kernel"): 1.0}) == {
+        ("bn", "scale"): False,
+        ("dense", "kernel"): True,
     }
     model = nnx.Sequential(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), nnx.BatchNorm(3, rngs=nnx.Rngs(0)))
     state = nnx.state(model, nnx.Param)
@@ -259,8 +312,13 @@ def test_train_step_rejects_what_it_cannot_accumulate(batch):
     step = training.train_step(loss, accumulate=5)
     with pytest.raises(ValueError, match=r"shape \(24, 5\).*multiple of 5"):
         step(start(Network(), batch), batch)
-    with pytest.raises(ValueError, match=r"2 layers have running statistics \(BatchNorm_0, BatchNorm_1\), but only 0"):
+    with pytest.raises(ValueError, match=r"gave no moments of the batch: BatchNorm_0, BatchNorm_1\. Use"):
         training.train_step(loss, accumulate=2)(start(Network(norm=nn.BatchNorm), batch), batch)
+    mixed = nn.Sequential([bnjax.linen.BatchNorm(use_running_average=False), nn.BatchNorm(use_running_average=False)])
+    state = training.TrainState.create(apply_fn=mixed.apply, tx=optax.sgd(0.1), **mixed.init(KEY, batch["x"]))
+    step = training.train_step(lambda model, batch, train: model(batch["x"]).mean(), accumulate=2)
+    with pytest.raises(ValueError, match=r"gave no moments of the batch: layers_1\. Use"):
+        step(state, batch)
     step = training.train_step(loss, accumulate=2)
     with nn.intercept_methods(bnjax.linen.exact_batch_norm):  # then Flax's own layers collect as well
         state, _ = step(start(Network(norm=nn.BatchNorm), batch), batch)
@@ -318,19 +376,23 @@ def test_the_policy_saves_one_activation_a_block_and_the_statistics(kernels, ima
     assert len([line for line in residuals(True, kernels, images) if "[8,6,6,4]" in line]) >= 2 * len(kernels)
 
 
-@pytest.mark.parametrize("mapped", [False, True])
+@pytest.mark.parametrize("mapped", ["jit", "shard_map", "vmap"])
 def test_the_policy_recomputes_no_reduction_and_no_collective(mapped, kernels, images):
     """The StableHLO of the gradient has as many of both as without a checkpoint; the gradients are the same."""
     mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
 
     def gradient(policy):
         def grad(kernels, x):
-            names = {"axis_name": "data"} if mapped else {}
+            names = {} if mapped == "jit" else {"axis_name": "data"}
             value, gradients = jax.value_and_grad(lambda k: network(k, x, policy, **names))(kernels)
-            return jax.lax.psum(value, "data") if mapped else value, gradients  # the value keeps the forward alive
+            # The value keeps the forward alive.
+            return jax.lax.psum(value, "data") if mapped == "shard_map" else value, gradients
 
-        specs = {"mesh": mesh, "in_specs": (P(), P("data")), "out_specs": P()}
-        return jax.jit(jax.shard_map(grad, **specs) if mapped else grad)
+        if mapped == "shard_map":
+            return jax.jit(jax.shard_map(grad, mesh=mesh, in_specs=(P(), P("data")), out_specs=P()))
+        if mapped == "vmap":
+            return jax.jit(lambda k, x: jax.vmap(grad, (None, 0), axis_name="data")(k, x.reshape(4, 2, *x.shape[1:])))
+        return jax.jit(grad)
 
     def operations(policy):
         text = gradient(policy).lower(kernels, images).as_text()
@@ -345,7 +407,7 @@ def test_the_policy_recomputes_no_reduction_and_no_collective(mapped, kernels, i
     assert plain["reduce"] > 0
     assert nothing["reduce"] > plain["reduce"]  # what a plain checkpoint costs
     assert nothing["convolution"] > plain["convolution"]
-    if mapped:
+    if mapped == "shard_map":
         assert plain["all_gather"] == 3
         assert nothing["all_gather"] > 3
     assert_same(gradient(training.save_statistics)(kernels, images), gradient(True)(kernels, images), 1e-4, 1e-4)

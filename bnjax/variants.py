@@ -1,0 +1,392 @@
+"""Variants of batch normalization for its known limits, each a pure function with the call of `bn_apply`.
+
+    ghost            each group of examples by its own statistics      Hoffer, Hubara & Soudry (2017), algorithm 1
+    renormalized     the batch's, corrected towards the running ones   Ioffe (2017), algorithm 1
+    indexed          running statistics for each of several indices    Cooijmans et al. (2017), section 3
+
+They choose statistics and what the running ones absorb; formula, moments, masks, devices and derivatives are those of
+`bn_apply`. In evaluation all of them are `bn_apply`.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from bnjax import checks
+from bnjax.functional import (
+    BNParams,
+    BNState,
+    Collected,
+    absorbed,
+    aligned,
+    apply_canonical,
+    bn_apply,
+    bn_init,
+    canonical,
+    joined,
+    usable,
+    widened,
+)
+from bnjax.moments import merge_along, merge_over, supported_moments
+from bnjax.momentum import Momentum
+from bnjax.normalize import normalize
+
+Limit = float | Array | Callable[[Array], Array]
+
+
+@dataclass(frozen=True)
+class ramp:  # noqa: N801  a function with its parameters bound, which hashes and compares by value
+    """A number that stays, then rises linearly with the count of updates, then stays again.
+
+    Args:
+      low, high: its values at first and at last.
+      start, stop: the counts between which it rises.
+
+    Example:
+      >>> import bnjax, jax.numpy as jnp
+      >>> bnjax.RENORM_R_MAX(jnp.array([0, 5_000, 22_500, 40_000, 50_000])).tolist()
+      [1.0, 1.0, 2.0, 3.0, 3.0]
+    """
+
+    low: float
+    high: float
+    start: int
+    stop: int
+
+    def __call__(self, count: Array) -> Array:
+        rise = jnp.clip((jnp.asarray(count).astype(float) - self.start) / (self.stop - self.start), 0, 1)
+        return self.low + (self.high - self.low) * rise
+
+
+# The schedule of Ioffe (2017, section 4): batch normalization for 5000 steps, then more and more correction.
+RENORM_R_MAX = ramp(1.0, 3.0, 5_000, 40_000)
+RENORM_D_MAX = ramp(0.0, 5.0, 5_000, 25_000)
+
+
+def ghost_bn_apply(
+    params: BNParams,
+    state: BNState | None,
+    x: Array,
+    train: bool,
+    *,
+    ghost_size: int,
+    axis: checks.Axis = -1,
+    momentum: Momentum = 0.99,
+    epsilon: float = 1e-5,
+    mask: Array | None = None,
+    axis_name: checks.AxisName | None = None,
+    axis_index_groups: Sequence[Sequence[int]] | None = None,
+    unbiased_var: bool = False,
+) -> tuple[Array, BNState | None]:
+    """Ghost batch normalization (Hoffer, Hubara & Soudry, 2017, algorithm 1): a large batch, the noise of small ones.
+
+        y = scale * (x - mean_g) / sqrt(var_g + epsilon) + bias          for each group g of `ghost_size` examples
+
+    Groups are contiguous along the first axis that is not a feature axis; the last one may be smaller. The running
+    statistics absorb, once, the merged moments of all groups: those of the whole batch.
+
+    Args:
+      ghost_size: examples in a group, > 0. With that of the batch or more it is `bn_apply`.
+      axis_name: mapped axis, or several, over which the running statistics are merged; the groups stay on their device.
+      params, state, x, train and the rest: as in `bnjax.bn_apply`.
+
+    Returns:
+      y and the state, as `bnjax.bn_apply` does. A group without a valid value of a feature is normalized by the running
+      statistics. Under sharded jit a group that lies on one device needs no communication for its normalization.
+
+    Raises:
+      TypeError, ValueError: as `bnjax.bn_apply`, and for a `ghost_size` that is not a positive integer.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import bnjax
+      >>> params, state = bnjax.bn_init(1)
+      >>> x = jnp.array([[1.0], [3.0], [10.0], [30.0]])
+      >>> y, state = bnjax.ghost_bn_apply(params, state, x, train=True, ghost_size=2, momentum=0.0)
+      >>> y[:, 0].round(3).tolist(), state.mean.tolist()
+      ([-1.0, 1.0, -1.0, 1.0], [11.0])
+    """
+    return ghost_bn_collect(
+        params,
+        state,
+        x,
+        train,
+        ghost_size=ghost_size,
+        axis=axis,
+        momentum=momentum,
+        epsilon=epsilon,
+        mask=mask,
+        axis_name=axis_name,
+        axis_index_groups=axis_index_groups,
+        unbiased_var=unbiased_var,
+        collect=False,
+    )[:2]
+
+
+def ghost_bn_collect(params, state, x, train, *, ghost_size, mask, earlier=None, **options) -> Any:
+    """`ghost_bn_apply`, and what `bn_collect` collects."""
+    if isinstance(ghost_size, bool) or not isinstance(ghost_size, int | np.integer) or ghost_size < 1:
+        raise ValueError(
+            f"ghost_bn_apply(ghost_size={ghost_size!r}): expected a positive integer. Pass the number of examples that "
+            "share statistics, 32 say."
+        )
+    options, rate = canonical("ghost_bn_apply", train, **options)
+    return _ghost_bn_apply(params, state, x, mask, rate, earlier, size=int(ghost_size), options=options)
+
+
+@partial(jax.jit, static_argnames=("size", "options"), inline=True)
+def _ghost_bn_apply(params, state, x, mask, rate, earlier, *, size, options):
+    features, wide = widened(params, state, x, mask, options)
+    batch_axis = next((a for a in range(x.ndim) if a not in features), None)
+    if batch_axis is None or size >= x.shape[batch_axis] or not (options.train or state is None):
+        return apply_canonical(params, state, x, mask, rate, earlier, options=options)
+    number = x.shape[batch_axis]
+    whole = number - number % size
+    y, batch = _grouped(params, state, wide, mask, features, batch_axis, slice(0, whole), size, options)
+    if whole < number:
+        rest = slice(whole, number)
+        y_rest, batch_rest = _grouped(params, state, wide, mask, features, batch_axis, rest, number - whole, options)
+        y, batch = lax.concatenate([y, y_rest], batch_axis), joined(batch, batch_rest)
+    support = None if mask is None or mask.dtype == bool else batch.support
+    batch = Collected(*merge_over(batch.moments, support, options.names, options.groups))
+    state, collected = absorbed(state, batch, earlier, rate, options)
+    return y.astype(x.dtype), state, collected
+
+
+def _grouped(params, state, x, mask, features, batch_axis, part, size, options):
+    """A part of the batch in groups of one size: normalized, and the moments of all groups together."""
+
+    def grouped(v) -> Any:  # of x's rank
+        if v is None or v.shape[batch_axis] == 1:
+            return v if v is None else jnp.expand_dims(v, batch_axis)
+        v = v[(slice(None),) * batch_axis + (part,)]
+        return v.reshape(*v.shape[:batch_axis], -1, size, *v.shape[batch_axis + 1 :])
+
+    mask, scale, bias = (grouped(v) for v in (mask, *(aligned(v, x, features) for v in params)))
+    groups = grouped(x)
+    # A group is one more feature axis, before the axis of its examples.
+    position = sum(a < batch_axis for a in features)
+    features = (*features[:position], batch_axis, *(a + 1 for a in features[position:]))
+    batch = Collected(*supported_moments(groups, mask, features, (), None))
+    if state is not None:
+        running = (jnp.expand_dims(v, position) for v in state)
+        state = BNState(*(jnp.broadcast_to(v, batch.moments.weight.shape) for v in running))
+    mean, var = (aligned(v, groups, features) for v in usable(batch.moments, state, x, mask))
+    y = normalize(groups, mean, var, scale, bias, mask, options.epsilon)
+    shape = (*x.shape[:batch_axis], -1, *x.shape[batch_axis + 1 :])
+    return y.reshape(shape), Collected(*merge_along(*batch, position))
+
+
+def renorm_bn_apply(
+    params: BNParams,
+    state: BNState,
+    x: Array,
+    train: bool,
+    *,
+    r_max: Limit,
+    d_max: Limit,
+    axis: checks.Axis = -1,
+    momentum: Momentum = 0.99,
+    epsilon: float = 1e-5,
+    mask: Array | None = None,
+    axis_name: checks.AxisName | None = None,
+    axis_index_groups: Sequence[Sequence[int]] | None = None,
+    unbiased_var: bool = False,
+) -> tuple[Array, BNState]:
+    """Batch renormalization (Ioffe, 2017, algorithm 1): for small batches and batches that are not independent.
+
+        std = sqrt(var + epsilon)                         of the batch, and likewise of the running statistics
+        r = clip(std / running std, 1 / r_max, r_max)     d = clip((mean - running mean) / running std, -d_max, d_max)
+        y = scale * ((x - mean) / std * r + d) + bias
+
+    with r and d constants to the gradient. Unclipped, y is what evaluation gives. The running mean and the running
+    STANDARD DEVIATION are averaged: the state keeps var = max(running std^2 - epsilon, 0).
+
+    Args:
+      r_max: bound of r, >= 1; 1 is batch normalization. A number, or a function of `state.count`.
+      d_max: bound of d, >= 0; likewise. `bnjax.RENORM_R_MAX` and `bnjax.RENORM_D_MAX` are the paper's schedule.
+      state: running statistics; None is an error, since there would be nothing to correct towards.
+      params, x, train and the rest: as in `bnjax.bn_apply`; `x` is real.
+
+    Returns:
+      y and the state, as `bnjax.bn_apply` does.
+
+    Raises:
+      TypeError, ValueError: as `bnjax.bn_apply`, and for a state that is None, complex `x`, r_max < 1 or d_max < 0.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import bnjax
+      >>> params, state = bnjax.bn_init(1)
+      >>> x = jnp.array([[1.0], [3.0]])
+      >>> y, state = bnjax.renorm_bn_apply(params, state, x, train=True, r_max=3.0, d_max=0.5)
+      >>> y[:, 0].round(3).tolist()  # d = 2 is clipped to 0.5
+      [-0.5, 1.5...]
+    """
+    return renorm_bn_collect(
+        params,
+        state,
+        x,
+        train,
+        r_max=r_max,
+        d_max=d_max,
+        axis=axis,
+        momentum=momentum,
+        epsilon=epsilon,
+        mask=mask,
+        axis_name=axis_name,
+        axis_index_groups=axis_index_groups,
+        unbiased_var=unbiased_var,
+        collect=False,
+    )[:2]
+
+
+def renorm_bn_collect(params, state, x, train, *, r_max, d_max, mask, earlier=None, **options) -> Any:
+    """`renorm_bn_apply`, and what `bn_collect` collects."""
+    if state is None:
+        raise ValueError("renorm_bn_apply(state=None): there is nothing to correct towards. Pass the state of bn_init.")
+    options, rate = canonical("renorm_bn_apply", train, **options)
+    limits = (_checked_limit("r_max", r_max, 1), _checked_limit("d_max", d_max, 0))
+    schedules = tuple(limit if callable(limit) else None for limit in limits)
+    numbers = tuple(None if callable(limit) else limit for limit in limits)
+    return _renorm_bn_apply(params, state, x, mask, rate, earlier, numbers, schedules=schedules, options=options)
+
+
+@partial(jax.jit, static_argnames=("schedules", "options"), inline=True)
+def _renorm_bn_apply(params, state, x, mask, rate, earlier, limits, *, schedules, options):
+    if not options.train:
+        return apply_canonical(params, state, x, mask, rate, earlier, options=options)
+    features, wide = widened(params, state, x, mask, options)
+    if jnp.iscomplexobj(x):
+        raise TypeError(f"renorm_bn_apply(x=...): x is {x.dtype}, but d is clipped to an interval. Pass a real x.")
+    batch = Collected(*supported_moments(wide, mask, features, options.names, options.groups))
+    mean, var = usable(batch.moments, state, x, mask)
+    running_std, std = (jnp.sqrt(v.astype(var.dtype) + options.epsilon) for v in (state.var, var))
+    r_max, d_max = (
+        jnp.asarray(limit if schedule is None else schedule(state.count)).astype(std.dtype)
+        for limit, schedule in zip(limits, schedules, strict=True)
+    )
+    r = lax.stop_gradient(jnp.clip(std / running_std, 1 / r_max, r_max))
+    d = lax.stop_gradient(jnp.clip((mean - state.mean.astype(mean.dtype)) / running_std, -d_max, d_max))
+    # scale * (xhat * r + d) + bias is the formula with another scale and bias.
+    mean, var, r, d, scale, bias = (aligned(v, x, features) for v in (mean, var, r, d, *params))
+    scale, shift = (r, d) if scale is None else (scale.astype(r.dtype) * r, scale.astype(r.dtype) * d)
+    bias = shift if bias is None else bias.astype(d.dtype) + shift
+    y = normalize(wide, mean, var, scale, bias, mask, options.epsilon)
+    state, collected = absorbed(state, batch, earlier, rate, options, std_epsilon=options.epsilon)
+    return y.astype(x.dtype), state, collected
+
+
+def _checked_limit(name, limit, least):
+    if callable(limit) or isinstance(limit, Array):
+        return limit
+    if isinstance(limit, bool) or not isinstance(limit, int | float | np.number) or not limit >= least:
+        raise ValueError(
+            f"renorm_bn_apply({name}={limit!r}): expected a number of {least} or more, or a function of state.count. "
+            f"{name}={least} is batch normalization."
+        )
+    return float(limit)
+
+
+def indexed_bn_init(
+    features: int | Sequence[int],
+    num_indices: int,
+    *,
+    scale: Any | None = 1.0,
+    bias: Any | None = 0.0,
+    dtype: Any = jnp.float32,
+    indexed_params: bool = False,
+) -> tuple[BNParams, BNState]:
+    """Variables for `indexed_bn_apply`: running statistics for each of several indices.
+
+    Args:
+      features: as in `bnjax.bn_init`.
+      num_indices: number of timesteps, domains or kinds of data, > 0.
+      scale, bias, dtype: as in `bnjax.bn_init`.
+      indexed_params: whether each index has a scale and a bias of its own; by default they share one.
+
+    Returns:
+      `BNParams`, and a `BNState` whose arrays have shape (num_indices, *features); so have scale and bias if indexed.
+
+    Raises:
+      TypeError, ValueError: as `bnjax.bn_init`, and for a `num_indices` that is not a positive integer.
+
+    Example:
+      >>> import bnjax
+      >>> params, state = bnjax.indexed_bn_init(64, 10)
+      >>> params.scale.shape, state.mean.shape
+      ((64,), (10, 64))
+    """
+    if isinstance(num_indices, bool) or not isinstance(num_indices, int | np.integer) or num_indices < 1:
+        raise ValueError(f"indexed_bn_init(num_indices={num_indices!r}): expected a positive integer.")
+    params, state = bn_init(features, scale=scale, bias=bias, dtype=dtype)
+
+    def stacked(v):
+        return jnp.repeat(v[None], num_indices, 0)
+
+    return jax.tree.map(stacked, params) if indexed_params else params, jax.tree.map(stacked, state)
+
+
+def indexed_bn_apply(
+    params: BNParams, state: BNState, x: Array, train: bool, *, index: Any, **options: Any
+) -> tuple[Array, BNState]:
+    """Batch normalization with running statistics for each index (for timesteps: Cooijmans et al., 2017, section 3).
+
+        y, state[index] = bn_apply(params, state[index], x, train)
+
+    One index a timestep is recurrent batch normalization; one a domain, domain-specific batch normalization (Chang et
+    al., 2019); one for clean and one for adversarial examples, AdvProp (Xie et al., 2020).
+
+    Args:
+      params, state: those of `indexed_bn_init`. A scale or bias of the state's shape is one per index.
+      index: an integer, or a scalar integer array, which may be traced. An array is clamped to [0, num_indices), so
+        that timesteps past the last use the last one's statistics.
+      x, train, **options: as in `bnjax.bn_apply`.
+
+    Returns:
+      y and the state, of which only the arrays at `index` may have moved.
+
+    Raises:
+      TypeError, ValueError: as `bnjax.bn_apply`, and for an index that is no integer, or known to be out of range.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import bnjax
+      >>> params, state = bnjax.indexed_bn_init(1, 3)
+      >>> x = jnp.array([[1.0], [3.0]])
+      >>> y, state = bnjax.indexed_bn_apply(params, state, x, train=True, index=1, momentum=0.0)
+      >>> state.mean[:, 0].tolist(), state.count[:, 0].tolist()
+      ([0.0, 2.0, 0.0], [0, 1, 0])
+    """
+    shape = np.shape(state.mean)
+    at = _clamped(index, shape[0])
+
+    def own(v):
+        return lax.dynamic_index_in_dim(v, at, 0, keepdims=False)
+
+    params = BNParams(*(own(v) if v is not None and np.shape(v) == shape else v for v in params))
+    y, new = bn_apply(params, BNState(*map(own, state)), x, train, **options)
+    if train and new is not None:
+        state = BNState(*(lax.dynamic_update_index_in_dim(*pair, at, 0) for pair in zip(state, new, strict=True)))
+    return y, state
+
+
+def _clamped(index, number):
+    """`index` in [0, number); one that is known has to be there already."""
+    if isinstance(index, bool) or not jnp.issubdtype(jnp.result_type(index), jnp.integer) or np.ndim(index):
+        raise TypeError(
+            f"indexed_bn_apply(index=...): expected an integer or a scalar integer array, got {index!r}. "
+            "For an index per example, vmap over the examples."
+        )
+    if not isinstance(index, Array) and not 0 <= index < number:
+        raise ValueError(
+            f"indexed_bn_apply(index={index}): the state has {number} indices. Pass 0 to {number - 1}, or an array, "
+            "which is clamped."
+        )
+    return jnp.clip(jnp.asarray(index), 0, number - 1)
