@@ -91,9 +91,8 @@ def fit(
         params, state = init(jax.random.key(seed))
         return Learner(params, state, optimizer.init(params), jnp.zeros(()))
 
-    # Not under jit, where random numbers would take XLA longer to compile than training does.
-    learner = jax.vmap(start)(jnp.arange(seeds))
-    learner = jax.tree.map(lambda leaf: put(np.asarray(leaf), mesh), learner)
+    # One by one: random numbers under vmap or jit would take XLA longer to compile than training does.
+    learner = jax.tree.map(lambda *leaves: put(np.stack(leaves), mesh), *[start(seed) for seed in range(seeds)])
     evaluate = _evaluator(apply, dataset, mesh)
     store = None if checkpoints is None else Checkpoints(checkpoints, runtime.checkpoint_keep)
     found = store.restore(learner) if store else None

@@ -77,10 +77,9 @@ def assert_same_metrics(folder, one_process):
     np.testing.assert_allclose(*losses, rtol=1e-4)
 
 
-@pytest.mark.parametrize("parallel", ["jit", "shard_map"])
-def test_two_processes_give_the_metrics_of_one(parallel, start, one_process, tmp_path):
+def test_two_processes_give_the_metrics_of_one(start, one_process, tmp_path):
     address = free_address()
-    running = [start(address, i, "--out", tmp_path, "--parallel", parallel) for i in (0, 1)]
+    running = [start(address, i, "--out", tmp_path) for i in (0, 1)]
     ended = [finish(process) for process in running]
     assert [status for status, _, _ in ended] == [0, 0], ended
     assert "final test accuracy" in ended[0][1]
@@ -90,11 +89,10 @@ def test_two_processes_give_the_metrics_of_one(parallel, start, one_process, tmp
     assert_same_metrics(tmp_path / "convergence", one_process)
 
 
-@pytest.mark.parametrize(
-    ("victim", "sent"), [(1, signal.SIGKILL), (0, signal.SIGKILL), (1, signal.SIGSTOP), (0, signal.SIGSTOP)]
-)
+@pytest.mark.parametrize(("victim", "sent"), [(1, signal.SIGKILL), (0, signal.SIGKILL), (1, signal.SIGSTOP)])
 def test_a_lost_process_stops_the_other_with_a_message(victim, sent, start, one_process, tmp_path):
-    address, flags = free_address(), ["--out", tmp_path, "--checkpoint-dir", tmp_path / "saved"]
+    address = free_address()
+    flags = ["--out", tmp_path, "--checkpoint-dir", tmp_path / "saved", "--parallel", "shard_map"]
     running = [start(address, i, *flags) for i in (0, 1)]
     while not list(tmp_path.glob("saved/convergence/plain/*/sha256.json")):
         assert all(process.poll() is None for process in running), [finish(process) for process in running]
