@@ -45,7 +45,9 @@ def claim(config: Any, experiment: str, dataset: Dataset) -> Path | None:
     }
     text = json.dumps(identity, indent=2, default=str)
     if not runtime.same_everywhere(hashlib.sha256(text.encode()).digest()):
-        raise InputError(f"The processes of this run have different configurations or data; this one has {text}")
+        raise InputError(
+            f"The processes of this run have different configurations or data; this one has {json.dumps(json.loads(text))}."
+        )
     if config.runtime.checkpoint_dir is None:
         return None
     folder = config.runtime.checkpoint_dir.absolute() / experiment
