@@ -45,9 +45,8 @@ def claim(config: Any, experiment: str, dataset: Dataset) -> Path | None:
     }
     text = json.dumps(identity, indent=2, default=str)
     if not runtime.same_everywhere(hashlib.sha256(text.encode()).digest()):
-        raise InputError(
-            f"The processes of this run have different configurations or data; this one has {json.dumps(json.loads(text))}."
-        )
+        here = json.dumps(json.loads(text))
+        raise InputError(f"The processes of this run have different configurations or data; this one has {here}.")
     if config.runtime.checkpoint_dir is None:
         return None
     folder = config.runtime.checkpoint_dir.absolute() / experiment
