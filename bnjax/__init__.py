@@ -9,6 +9,12 @@ from bnjax.moments import batch_moments as batch_moments
 from bnjax.moments import merge as merge
 from bnjax.momentum import cumulative_average as cumulative_average
 from bnjax.momentum import debiased as debiased
+from bnjax.recurrent import BNLSTMCarry as BNLSTMCarry
+from bnjax.recurrent import BNLSTMParams as BNLSTMParams
+from bnjax.recurrent import BNLSTMState as BNLSTMState
+from bnjax.recurrent import bn_lstm_apply as bn_lstm_apply
+from bnjax.recurrent import bn_lstm_carry as bn_lstm_carry
+from bnjax.recurrent import bn_lstm_init as bn_lstm_init
 from bnjax.variants import RENORM_D_MAX as RENORM_D_MAX
 from bnjax.variants import RENORM_R_MAX as RENORM_R_MAX
 from bnjax.variants import ghost_bn_apply as ghost_bn_apply

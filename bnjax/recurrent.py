@@ -1,0 +1,149 @@
+"""Recurrent batch normalization: the BN-LSTM (Cooijmans et al., 2017).
+
+    (f, i, o, g) = BN(W_h h; gamma_h, 0) + BN(W_x x; gamma_x, 0) + b                                        (6)
+    c' = sigmoid(f) * c + sigmoid(i) * tanh(g)                                                              (7)
+    h' = sigmoid(o) * tanh(BN(c'; gamma_c, beta_c))                                                         (8)
+
+Input and recurrent terms are normalized apart, and every timestep by statistics of its own; the steps past the last one
+use the last one's. The scales start at 0.1, which keeps the gradient of tanh from vanishing (section 4).
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from bnjax.functional import BNParams, BNState
+from bnjax.variants import indexed_bn_apply, indexed_bn_init
+
+SCALE = 0.1
+"""Initial scale of all three normalizations."""
+
+
+class BNLSTMParams(NamedTuple):
+    """Kernels of shapes (inputs, 4 features) and (features, 4 features), columns in the order f, i, o, g; a bias."""
+
+    input_kernel: Array
+    recurrent_kernel: Array
+    bias: Array
+    input_bn: BNParams
+    recurrent_bn: BNParams
+    cell_bn: BNParams
+
+
+class BNLSTMState(NamedTuple):
+    """Running statistics per timestep of the three normalizations."""
+
+    input_bn: BNState
+    recurrent_bn: BNState
+    cell_bn: BNState
+
+
+class BNLSTMCarry(NamedTuple):
+    """Cell and output, of shape (batch, features); the timestep, a scalar; and each sequence's length, None for all."""
+
+    cell: Array
+    output: Array
+    step: Array
+    length: Array | None
+
+
+def bn_lstm_norms(features: int, num_steps: int, dtype: Any = jnp.float32) -> dict[str, tuple[BNParams, BNState]]:
+    """Variables of the three normalizations, by the name of their field; only that of the cell has a bias."""
+    return {
+        "input_bn": indexed_bn_init(4 * features, num_steps, scale=SCALE, bias=None, dtype=dtype),
+        "recurrent_bn": indexed_bn_init(4 * features, num_steps, scale=SCALE, bias=None, dtype=dtype),
+        "cell_bn": indexed_bn_init(features, num_steps, scale=SCALE, dtype=dtype),
+    }
+
+
+def bn_lstm_init(
+    key: Array, inputs: int, features: int, num_steps: int, *, dtype: Any = jnp.float32
+) -> tuple[BNLSTMParams, BNLSTMState]:
+    """Variables of a BN-LSTM: an input kernel of variance 1 / inputs, an orthogonal recurrent kernel, no bias.
+
+    Args:
+      key: a jax.random key.
+      inputs, features: number of inputs and of units.
+      num_steps: timesteps that have statistics of their own, > 0.
+      dtype: of the parameters.
+
+    Returns:
+      BNLSTMParams and BNLSTMState.
+
+    Example:
+      >>> import bnjax, jax
+      >>> params, state = bnjax.bn_lstm_init(jax.random.key(0), 3, 8, num_steps=10)
+      >>> params.recurrent_kernel.shape, state.cell_bn.mean.shape
+      ((8, 32), (10, 8))
+    """
+    keys = jax.random.split(key)
+    norms = bn_lstm_norms(features, num_steps, dtype)
+    params = BNLSTMParams(
+        jax.nn.initializers.lecun_normal()(keys[0], (inputs, 4 * features), dtype),
+        jax.nn.initializers.orthogonal()(keys[1], (features, 4 * features), dtype),
+        jnp.zeros(4 * features, dtype),
+        **{name: params for name, (params, _) in norms.items()},
+    )
+    return params, BNLSTMState(**{name: state for name, (_, state) in norms.items()})
+
+
+def bn_lstm_carry(batch: int, features: int, *, length: Array | None = None, dtype: Any = jnp.float32) -> BNLSTMCarry:
+    """The carry before the first timestep.
+
+    Args:
+      batch, features: its shape.
+      length: number of timesteps of each sequence, of shape (batch,); None if all are whole.
+      dtype: floating.
+    """
+    zeros = jnp.zeros((batch, features), dtype)
+    return BNLSTMCarry(zeros, zeros, jnp.zeros((), jnp.int32), length)
+
+
+def bn_lstm_apply(
+    params: BNLSTMParams, state: BNLSTMState, carry: BNLSTMCarry, x: Array, train: bool, **options: Any
+) -> tuple[BNLSTMCarry, BNLSTMState]:
+    """One timestep of a BN-LSTM (Cooijmans et al., 2017, equations 6 to 8).
+
+    A sequence that has ended keeps its carry, and does not enter the statistics.
+
+    Args:
+      params, state: those of `bn_lstm_init`.
+      carry: that of `bn_lstm_carry`, or of the timestep before.
+      x: of shape (batch, inputs).
+      train, **options: as in `bnjax.bn_apply` (momentum, epsilon, axis_name, axis_index_groups, unbiased_var).
+
+    Returns:
+      The carry, whose `output` is h, and the state; in a scan over timesteps both are carried.
+
+    Raises:
+      TypeError, ValueError: as `bnjax.bn_apply`.
+
+    Example:
+      >>> import bnjax, jax, jax.numpy as jnp
+      >>> params, state = bnjax.bn_lstm_init(jax.random.key(0), 3, 8, num_steps=5)
+      >>> x = jax.random.normal(jax.random.key(1), (5, 16, 3))  # time, batch, inputs
+      >>> def step(carry, x):
+      ...     carry, state = bnjax.bn_lstm_apply(params, carry[1], carry[0], x, train=True)
+      ...     return (carry, state), carry.output
+      >>> (carry, state), outputs = jax.lax.scan(step, (bnjax.bn_lstm_carry(16, 8), state), x)
+      >>> outputs.shape, state.cell_bn.count[:, 0].tolist()
+      ((5, 16, 8), [1, 1, 1, 1, 1])
+    """
+    going = None if carry.length is None else (carry.step < carry.length)[:, None]
+    new_state = {}
+
+    def norm(name, values):
+        values, new_state[name] = indexed_bn_apply(
+            getattr(params, name), getattr(state, name), values, train, index=carry.step, mask=going, **options
+        )
+        return values
+
+    gates = norm("recurrent_bn", carry.output @ params.recurrent_kernel) + norm("input_bn", x @ params.input_kernel)
+    f, i, o, g = jnp.split(gates + params.bias[None].astype(gates.dtype), 4, -1)
+    cell = jax.nn.sigmoid(f) * carry.cell + jax.nn.sigmoid(i) * jnp.tanh(g)
+    output = jax.nn.sigmoid(o) * jnp.tanh(norm("cell_bn", cell))
+    if going is not None:
+        cell, output = jnp.where(going, cell, carry.cell), jnp.where(going, output, carry.output)
+    return BNLSTMCarry(cell, output, carry.step + 1, carry.length), BNLSTMState(**new_state)
