@@ -364,7 +364,7 @@ def indexed_bn_apply(
       >>> state.mean[:, 0].tolist(), state.count[:, 0].tolist()
       ([0.0, 2.0, 0.0], [0, 1, 0])
     """
-    shape = np.shape(getattr(state, "mean", None))
+    shape = state.mean.shape if isinstance(state, BNState) else ()
     if not shape:
         raise TypeError("indexed_bn_apply(state=...): expected the state of indexed_bn_init, with an axis of indices.")
     at = _clamped(index, shape[0])
