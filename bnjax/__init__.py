@@ -17,6 +17,7 @@ from bnjax.recurrent import bn_lstm_carry as bn_lstm_carry
 from bnjax.recurrent import bn_lstm_init as bn_lstm_init
 from bnjax.variants import RENORM_D_MAX as RENORM_D_MAX
 from bnjax.variants import RENORM_R_MAX as RENORM_R_MAX
+from bnjax.variants import conditional_params as conditional_params
 from bnjax.variants import ghost_bn_apply as ghost_bn_apply
 from bnjax.variants import indexed_bn_apply as indexed_bn_apply
 from bnjax.variants import indexed_bn_init as indexed_bn_init

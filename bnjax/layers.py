@@ -1,6 +1,6 @@
 """What the Linen and the NNX layer share: Flax's conventions for axes, masks and dtypes, around the pure function."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax.numpy as jnp
@@ -30,9 +30,10 @@ def batch_norm(
     mask: Any,
     axis_name: Any,
     axis_index_groups: Any,
+    apply: Callable[..., Any] = bn_collect,
     **options: Any,
 ) -> tuple[Array, BNState, Collected | None]:
-    """`bn_collect` by Flax's conventions.
+    """`bn_collect`, or a variant of it, by Flax's conventions.
 
     Args:
       params: scale and bias of any dtype.
@@ -43,7 +44,8 @@ def batch_norm(
       dtype: of the output.
       mask: broadcastable to `x`, of any rank up to x's.
       axis_name, axis_index_groups: groups without an axis are nothing, as in Flax.
-      **options: of `bn_collect`.
+      apply: `bn_collect`, or what a variant has in its place.
+      **options: of `apply`.
 
     Returns:
       y, the state, and what was collected.
@@ -61,7 +63,7 @@ def batch_norm(
                 "Reshape it so that its last axes are x's."
             )
         mask = mask.reshape((1,) * (x.ndim - mask.ndim) + mask.shape)
-    y, state, collected = bn_collect(
+    y, state, collected = apply(
         params,
         BNState(mean, var, jnp.zeros(mean.shape, jnp.int32) if count is None else count),
         x.astype(wide),

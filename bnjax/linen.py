@@ -1,4 +1,4 @@
-"""Flax Linen layers. They hold variables; the mathematics is in `functional.py`.
+"""Flax Linen layers. They hold variables; the mathematics is in `functional.py` and beside it.
 
 `BatchNorm` takes the place of `flax.linen.BatchNorm` by a changed import. `exact_batch_norm` is for models that cannot
 be edited: under `flax.linen.intercept_methods` their own BatchNorm layers compute through bnjax.
@@ -9,82 +9,17 @@ from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
-from flax.core.scope import DenyList
-from flax.linen.dtypes import canonicalize_dtype
 from jax import Array
 
-from bnjax import checks, layers
-from bnjax.functional import BNParams, Collected
+from bnjax import checks
+from bnjax.linen_norm import BatchNorm as BatchNorm
+from bnjax.linen_norm import ConditionalBatchNorm as ConditionalBatchNorm
+from bnjax.linen_norm import GhostBatchNorm as GhostBatchNorm
+from bnjax.linen_norm import IndexedBatchNorm as IndexedBatchNorm
+from bnjax.linen_norm import RenormBatchNorm as RenormBatchNorm
+from bnjax.linen_norm import batch_norm
 from bnjax.momentum import Momentum
-
-
-class BatchNorm(nn.BatchNorm):
-    """Batch normalization (Ioffe & Szegedy, 2015), in place of `flax.linen.BatchNorm`.
-
-        y = scale * (x - mean) / sqrt(var + epsilon) + bias
-        running = momentum * running + (1 - momentum) * batch          for mean and var, in training
-
-    Arguments, defaults, variables, dtypes and initialization are Flax's, and checkpoints serve both, either way.
-    Where it departs from Flax, on purpose:
-
-    * The variance is exact: taken around the mean, never as E[x^2] - E[x]^2. Reductions are float32 or wider.
-      `use_fast_variance` is accepted and makes no difference, nor does `force_float32_reductions=False`, but for the
-      dtype in which statistics are stored.
-    * Running statistics stay as they are for a feature with fewer than two valid values, or whose batch statistics are
-      not finite. Without a valid value `x` is normalized by the running statistics, where Flax gives NaN.
-    * Devices and masks are merged by weight: unequal and empty shards are exact. Flax takes the mean of means.
-    * A mask that is not boolean holds weights, 0 or more. Flax takes what is not 0 for True.
-    * The mean of complex `x` is stored as complex, and running statistics normalize as they are stored, also where Flax
-      first casts them to a `dtype` or `param_dtype` that cannot hold them.
-    * Bad arguments are errors while tracing: a momentum outside [0, 1], an epsilon that is not positive in float32, an
-      axis out of range.
-
-    Args:
-      momentum: weight of the OLD value, or a function of the number of updates, such as `bnjax.cumulative_average` or
-        `bnjax.debiased(0.99)`. Only a function adds a variable `count`, of the shape of the features, to `batch_stats`;
-        statistics that come to `apply` without one start at 0.
-      axis: the feature axis, or several.
-      axis_name: mapped axis, or several, whose devices or examples share statistics.
-      unbiased_var: the running variance is that of n - 1, as in PyTorch; the output is normalized by the biased one.
-      **others: as in `flax.linen.BatchNorm`.
-
-    In training, if `mutable` names the collection `batch_moments`, `moments` there become the batch's `bnjax.Moments`,
-    and `support` the number of valid values and the sum of squared weights. If the collection comes in with moments,
-    those of the batch are merged into them, and the running statistics absorb the moments of all: what gradient
-    accumulation needs (`bnjax.training.train_step`). `mutable=True` does not name it, and gives Flax's collections; a
-    lifted transform such as `nn.scan` does if it lists it.
-
-    Example:
-      >>> import jax, jax.numpy as jnp
-      >>> import bnjax.linen
-      >>> layer = bnjax.linen.BatchNorm(momentum=0.9)
-      >>> x = jnp.array([[1.0, 10.0], [3.0, 30.0]])
-      >>> variables = layer.init(jax.random.key(0), x, use_running_average=False)
-      >>> y, updates = layer.apply(variables, x, use_running_average=False, mutable=["batch_stats"])
-      >>> y.round(3).tolist(), updates["batch_stats"]["mean"].round(3).tolist()
-      ([[-1.0, -1.0], [1.0, 1.0]], [0.2..., 2.0])
-    """
-
-    axis: int | tuple[int, ...] = -1  # pyright: ignore[reportIncompatibleVariableOverride]
-    momentum: Momentum = 0.99  # pyright: ignore[reportIncompatibleVariableOverride]
-    axis_name: checks.AxisName | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
-    unbiased_var: bool = False
-
-    @nn.compact
-    def __call__(self, x: Any, use_running_average: bool | None = None, *, mask: Any = None) -> Array:
-        """Normalize `x`.
-
-        Args:
-          x: floating, complex or integer, any shape.
-          use_running_average: True normalizes by the running statistics, False by the batch's, which the running
-            statistics absorb unless the module is initializing. Given here or to the constructor.
-          mask: broadcastable to `x`, boolean or weights >= 0. Places of weight 0 do not enter the statistics,
-            whatever stands there.
-
-        Returns:
-          Of x's shape, and of `dtype`, or without one of the dtype to which x, scale and bias promote.
-        """
-        return _batch_norm(self, x, use_running_average, mask=mask)
+from bnjax.recurrent import SCALE, BNLSTMCarry, bn_lstm_carry, norm_layers, step
 
 
 def exact_batch_norm(next_function: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
@@ -104,74 +39,118 @@ def exact_batch_norm(next_function: Any, args: Any, kwargs: Any, context: nn.mod
     """
     # By the function, not the class: a subclass that calls super().__call__ keeps what it adds.
     if getattr(context.orig_method, "func", None) is _FLAX_CALL:
-        return _batch_norm(context.module, *args, **kwargs)
+        return batch_norm(context.module, *args, **kwargs)
     return next_function(*args, **kwargs)
 
 
 _FLAX_CALL = inspect.unwrap(nn.BatchNorm.__call__)
 
 
-def _batch_norm(layer: Any, x: Any, use_running_average: bool | None = None, *, mask: Any = None) -> Array:
-    """The call of `layer`, a BatchNorm of Flax or of bnjax, in its scope."""
-    use_running_average = nn.merge_param("use_running_average", layer.use_running_average, use_running_average)
-    train = not use_running_average
-    x = jnp.asarray(x)
-    axes = layers.feature_axes(x, layer.axis)
-    shape = [x.shape[a] for a in axes]
-    stored = jnp.float32 if layer.force_float32_reductions else layer.param_dtype
-    mean = layer.variable("batch_stats", "mean", jnp.zeros, shape, stored)
-    var = layer.variable("batch_stats", "var", jnp.ones, shape, stored)
-    count = None
-    if callable(layer.momentum) and (train or layer.is_initializing()):
-        count = layer.variable("batch_stats", "count", jnp.zeros, shape, jnp.int32)
-    scale = layer.param("scale", layer.scale_init, shape, layer.param_dtype) if layer.use_scale else None
-    bias = layer.param("bias", layer.bias_init, shape, layer.param_dtype) if layer.use_bias else None
+class BNLSTMCell(nn.RNNCellBase, kw_only=True):
+    """LSTM with recurrent batch normalization (Cooijmans et al., 2017): `bnjax.bn_lstm_apply` as a cell. See `BNLSTM`.
 
-    means, variances = mean.value, var.value
-    if train:  # Flax stores what the average of old and new promotes to
-        new = x.dtype if layer.dtype is None else layer.dtype
-        new = jnp.promote_types(new if jnp.issubdtype(new, jnp.inexact) else jnp.float32, stored)
-        means = means.astype(jnp.promote_types(means.dtype, new))
-        variances = variances.astype(jnp.promote_types(variances.dtype, jnp.finfo(new).dtype))
-    # By name only: with mutable=True a program that feeds back all it gets would accumulate moments unawares.
-    collect = (
-        not layer.is_initializing()
-        and not isinstance(layer.scope.mutable, bool | DenyList)
-        and layer.is_mutable_collection("batch_moments")
-    )
-    earlier = _earlier(layer) if collect else None
-    y, state, collected = layers.batch_norm(
-        BNParams(scale, bias),
-        means,
-        variances,
-        None if count is None else count.value,
-        x,
-        train,
-        dtype=canonicalize_dtype(x, scale, bias, dtype=layer.dtype),
-        axis=axes,
-        momentum=layer.momentum,
-        epsilon=layer.epsilon,
-        mask=mask,
-        axis_name=None if layer.is_initializing() else layer.axis_name,
-        axis_index_groups=layer.axis_index_groups,
-        unbiased_var=getattr(layer, "unbiased_var", False),
-        collect=collect,
-        earlier=earlier,
-    )
-    if train and not layer.is_initializing():
-        mean.value, var.value = state.mean, state.var
-        if count is not None:
-            count.value = state.count
-    if collect:
-        if collected is None:  # in evaluation nothing is added
-            collected = earlier or layers.nothing(means, variances)
-        for name, value in collected._asdict().items():
-            layer.put_variable("batch_moments", name, value)
-    return y
+    Args:
+      features: number of units.
+      num_steps: timesteps that have statistics of their own; those past the last use the last one's.
+      use_running_average: True normalizes by the running statistics, False by the batch's.
+      momentum, epsilon, axis_name, axis_index_groups, param_dtype: as in `BatchNorm`.
+      kernel_init, recurrent_kernel_init, bias_init: of the kernels, whose columns are in the order f, i, o, g.
+    """
+
+    features: int
+    num_steps: int
+    use_running_average: bool
+    momentum: Momentum = 0.99
+    epsilon: float = 1e-5
+    axis_name: checks.AxisName | None = None
+    axis_index_groups: Any = None
+    param_dtype: Any = jnp.float32
+    kernel_init: Any = nn.initializers.lecun_normal()
+    recurrent_kernel_init: Any = nn.initializers.orthogonal()
+    bias_init: Any = nn.initializers.zeros_init()
+
+    @nn.compact
+    def __call__(self, carry: BNLSTMCarry, inputs: Array) -> tuple[BNLSTMCarry, Array]:
+        """The next carry, and its output of shape (batch, features), for inputs of shape (batch, inputs)."""
+        norms = {
+            name: IndexedBatchNorm(
+                num_indices=self.num_steps,
+                use_running_average=self.use_running_average,
+                momentum=self.momentum,
+                epsilon=self.epsilon,
+                axis_name=self.axis_name,
+                axis_index_groups=self.axis_index_groups,
+                param_dtype=self.param_dtype,
+                scale_init=nn.initializers.constant(SCALE),
+                use_bias=bias is not None,
+                name=name,
+            )
+            for name, _, bias in norm_layers(self.features)
+        }
+        width = 4 * self.features
+        carry = step(
+            self.param("input_kernel", self.kernel_init, (inputs.shape[-1], width), self.param_dtype),
+            self.param("recurrent_kernel", self.recurrent_kernel_init, (self.features, width), self.param_dtype),
+            self.param("bias", self.bias_init, (width,), self.param_dtype),
+            carry,
+            inputs,
+            lambda name, values, mask: norms[name](values, index=carry.step, mask=mask),
+        )
+        return carry, carry.output
+
+    @nn.nowrap
+    def initialize_carry(self, rng: Any, input_shape: tuple[int, ...], *, length: Array | None = None) -> BNLSTMCarry:
+        """The carry before the first timestep, for inputs of shape (batch, inputs); `length` of shape (batch,)."""
+        return bn_lstm_carry(input_shape[0], self.features, length=length, dtype=self.param_dtype)
+
+    @property
+    def num_feature_axes(self) -> int:
+        return 1
 
 
-def _earlier(layer):
-    """The moments that came in, if any did."""
-    if not layer.has_variable("batch_moments", "moments"):
-        return None
-    return Collected(*(layer.get_variable("batch_moments", name) for name in Collected._fields))
+class BNLSTM(nn.Module):
+    """A BN-LSTM over sequences: a scan of the cell that carries the running statistics from step to step.
+
+    Args:
+      cell: a `BNLSTMCell`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from bnjax.linen import BNLSTM, BNLSTMCell
+      >>> layer = BNLSTM(BNLSTMCell(features=8, num_steps=5, use_running_average=False))
+      >>> x = jax.random.normal(jax.random.key(0), (16, 5, 3))
+      >>> length = jnp.arange(16) % 5 + 1
+      >>> variables = layer.init(jax.random.key(1), x)
+      >>> (carry, outputs), updates = layer.apply(variables, x, length=length, mutable=["batch_stats"])
+      >>> outputs.shape, updates["batch_stats"]["cell"]["cell_bn"]["mean"].shape
+      ((16, 5, 8), (5, 8))
+    """
+
+    cell: BNLSTMCell
+
+    @nn.compact
+    def __call__(
+        self, inputs: Array, *, length: Array | None = None, initial_carry: BNLSTMCarry | None = None
+    ) -> tuple[BNLSTMCarry, Array]:
+        """The last carry, and the outputs of shape (batch, time, features).
+
+        Args:
+          inputs: of shape (batch, time, inputs).
+          length: timesteps of each sequence, of shape (batch,). One that has ended keeps its carry, repeats its output,
+            and does not enter the statistics.
+          initial_carry: that of `cell.initialize_carry`, or a last carry to go on from, `length` included.
+        """
+        carry = initial_carry
+        if carry is None:
+            carry = bn_lstm_carry(len(inputs), self.cell.features, length=length, dtype=self.cell.param_dtype)
+        if self.is_initializing():
+            self.cell(carry, inputs[:, 0])  # a scan carries only variables that exist
+        over_time = nn.scan(
+            lambda cell, carry, x: cell(carry, x),
+            variable_broadcast="params",
+            variable_carry="batch_stats",
+            split_rngs={"params": False},
+            in_axes=1,
+            out_axes=1,
+        )
+        return over_time(self.cell, carry, inputs)

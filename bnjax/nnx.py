@@ -1,186 +1,28 @@
-"""Flax NNX layers. They hold variables; the mathematics is in `functional.py`.
+"""Flax NNX layers. They hold variables; the mathematics is in `functional.py` and beside it.
 
 `BatchNorm` takes the place of `flax.nnx.BatchNorm` by a changed import, and `convert` puts it into a model that exists.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from types import MappingProxyType
 from typing import Any, TypeVar
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
-from flax.nnx.nn import dtypes, initializers
 from jax import Array
 
 from bnjax import checks, layers
-from bnjax.functional import BNParams
 from bnjax.momentum import Momentum
+from bnjax.nnx_norm import BatchMoments as BatchMoments
+from bnjax.nnx_norm import BatchNorm as BatchNorm
+from bnjax.nnx_norm import ConditionalBatchNorm as ConditionalBatchNorm
+from bnjax.nnx_norm import GhostBatchNorm as GhostBatchNorm
+from bnjax.nnx_norm import IndexedBatchNorm as IndexedBatchNorm
+from bnjax.nnx_norm import RenormBatchNorm as RenormBatchNorm
+from bnjax.recurrent import SCALE, BNLSTMCarry, bn_lstm_carry, norm_layers, step
 
 Model = TypeVar("Model")
-_zeros, _ones = initializers.zeros_init(), initializers.ones_init()
-
-
-class BatchMoments(nnx.Variable):
-    """The moments of the batch, where someone asks for them."""
-
-
-class BatchNorm(nnx.BatchNorm):
-    """Batch normalization (Ioffe & Szegedy, 2015), in place of `flax.nnx.BatchNorm`.
-
-        y = scale * (x - mean) / sqrt(var + epsilon) + bias
-        running = momentum * running + (1 - momentum) * batch          for mean and var, in training
-
-    Arguments, defaults, variables, dtypes and initialization are Flax's, and checkpoints serve both, either way.
-    Where it departs from Flax, on purpose:
-
-    * The variance is exact: taken around the mean, never as E[x^2] - E[x]^2. `use_fast_variance` is accepted and makes
-      no difference.
-    * Running statistics stay as they are for a feature with fewer than two valid values, or whose batch statistics are
-      not finite. Without a valid value `x` is normalized by the running statistics, where Flax gives NaN.
-    * Devices and masks are merged by weight: unequal and empty shards are exact. Flax takes the mean of means.
-    * A mask that is not boolean holds weights, 0 or more.
-    * With a half-precision `dtype` the running statistics normalize as they are stored. Flax rounds them to `dtype`.
-    * The mean of complex `x` is stored as complex, so that the first call changes its dtype. Flax keeps its real part.
-    * Bad arguments are errors while tracing: a momentum outside [0, 1], an epsilon that is not positive in float32, an
-      axis out of range.
-
-    Args:
-      num_features: number of features.
-      momentum: weight of the OLD value, or a function of the number of updates, such as `bnjax.cumulative_average` or
-        `bnjax.debiased(0.99)`. Only a function adds a `BatchStat` `count`, of shape (num_features,), which starts at 0;
-        if it is set later, on a layer that exists, the first call adds it.
-      axis_name: mapped axis, or several, whose devices or examples share statistics.
-      unbiased_var: the running variance is that of n - 1, as in PyTorch; the output is normalized by the biased one.
-      **others: as in `flax.nnx.BatchNorm`.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from flax import nnx
-      >>> import bnjax.nnx
-      >>> layer = bnjax.nnx.BatchNorm(2, momentum=0.9, rngs=nnx.Rngs(0))
-      >>> y = layer(jnp.array([[1.0, 10.0], [3.0, 30.0]]))
-      >>> y.round(3).tolist(), layer.mean[...].round(3).tolist()
-      ([[-1.0, -1.0], [1.0, 1.0]], [0.2..., 2.0])
-    """
-
-    # An instance that has one writes its moments there; `functional` gives it one.
-    batch_moments: BatchMoments | None = None
-    unbiased_var: bool = False
-
-    def __init__(
-        self,
-        num_features: int,
-        *,
-        use_running_average: bool | None = False,
-        axis: int = -1,
-        momentum: Momentum = 0.99,
-        epsilon: float = 1e-5,
-        dtype: Any = None,
-        param_dtype: Any = jnp.float32,
-        use_bias: bool = True,
-        use_scale: bool = True,
-        bias_init: Any = _zeros,
-        scale_init: Any = _ones,
-        axis_name: checks.AxisName | None = None,
-        axis_index_groups: Any = None,
-        use_fast_variance: bool = True,
-        promote_dtype: Any = dtypes.promote_dtype,
-        rngs: nnx.Rngs,
-        bias_metadata: Mapping[str, Any] = MappingProxyType({}),
-        scale_metadata: Mapping[str, Any] = MappingProxyType({}),
-        unbiased_var: bool = False,
-    ):
-        super().__init__(
-            num_features,
-            use_running_average=use_running_average,
-            axis=axis,
-            momentum=momentum,  # pyright: ignore[reportArgumentType]  Flax only keeps it
-            epsilon=epsilon,
-            dtype=dtype,
-            param_dtype=param_dtype,
-            use_bias=use_bias,
-            use_scale=use_scale,
-            bias_init=bias_init,
-            scale_init=scale_init,
-            axis_name=axis_name,  # pyright: ignore[reportArgumentType]  likewise
-            axis_index_groups=axis_index_groups,
-            use_fast_variance=use_fast_variance,
-            promote_dtype=promote_dtype,
-            rngs=rngs,
-            bias_metadata=bias_metadata,
-            scale_metadata=scale_metadata,
-        )
-        self.unbiased_var = unbiased_var
-        if callable(momentum):
-            self._add_count()
-
-    def _add_count(self):
-        self.count = nnx.BatchStat(jnp.zeros(self.mean[...].shape, jnp.int32))
-
-    def __call__(self, x: Any, use_running_average: bool | None = None, *, mask: Any = None) -> Array:
-        """Normalize `x`.
-
-        Args:
-          x: floating, complex or integer, any shape.
-          use_running_average: True normalizes by the running statistics, False by the batch's, which the running
-            statistics absorb. What is given here goes before what the constructor was given.
-          mask: broadcastable to `x`, boolean or weights >= 0. Places of weight 0 do not enter the statistics,
-            whatever stands there.
-
-        Returns:
-          Of x's shape, and of `dtype`, or without one of the dtype to which x, scale, bias and float32 promote.
-        """
-        frozen = self.use_running_average if use_running_average is None else use_running_average
-        if frozen is None:
-            raise ValueError(
-                "BatchNorm(use_running_average=None): neither the layer nor the call says which statistics to use. "
-                "Call model.train() or model.eval(), or pass use_running_average to the call or to the constructor."
-            )
-        train = not frozen
-        mean, var = self.mean[...], self.var[...]
-        stored = (None if v is None else v[...] for v in (self.scale, self.bias))
-        # The running statistics stay as they are stored: in half precision they would lose what they are kept for.
-        promoted, _, _, scale, bias = self.promote_dtype((x, mean, var, *stored), dtype=self.dtype)
-        x = promoted if jnp.iscomplexobj(x) else promoted.real  # complex parameters leave the mean of real data real
-        counting = train and callable(self.momentum)
-        if counting and not hasattr(self, "count"):
-            self._add_count()
-        count = self.count if counting else None
-        y, state, collected = layers.batch_norm(
-            BNParams(scale, bias),
-            mean,
-            var,
-            None if count is None else count[...],
-            x,
-            train,
-            dtype=dtypes.canonicalize_dtype(promoted, scale, bias, dtype=self.dtype),
-            axis=layers.feature_axes(x, self.axis),
-            momentum=self.momentum,
-            epsilon=self.epsilon,
-            mask=mask,
-            axis_name=self.axis_name,
-            axis_index_groups=self.axis_index_groups,
-            unbiased_var=self.unbiased_var,
-            collect=train and self.batch_moments is not None,
-            earlier=None if self.batch_moments is None else self.batch_moments.get_value(),
-        )
-        if train:
-            _store(self.mean, state.mean)
-            _store(self.var, state.var)
-            if count is not None:
-                _store(count, state.count)
-        if collected is not None and self.batch_moments is not None:
-            self.batch_moments.set_value(collected)  # pyright: ignore[reportArgumentType]
-        return y
-
-
-def _store(variable, value):
-    value = jax.lax.stop_gradient(value)  # as in Flax: NNX does not follow derivatives through its variables
-    if value.dtype == variable[...].dtype:
-        variable[...] = value
-    else:  # complex for the first time
-        variable.set_value(value)
+_kernel, _orthogonal = nnx.initializers.lecun_normal(), nnx.initializers.orthogonal()
+_zeros = nnx.initializers.zeros_init()
 
 
 def convert(model: Model, *, axis_name: checks.AxisName | None = None) -> Model:
@@ -267,3 +109,87 @@ def functional(model: nnx.Module) -> tuple[Callable[..., Any], dict[str, Any]]:
 def _layers(model) -> dict[str, Any]:
     """The layers of bnjax in a model, by path."""
     return {"/".join(map(str, path)): layer for path, layer in nnx.iter_graph(model) if isinstance(layer, BatchNorm)}
+
+
+class BNLSTMCell(nnx.RNNCellBase):
+    """LSTM with recurrent batch normalization (Cooijmans et al., 2017): `bnjax.bn_lstm_apply` as a cell.
+
+    For `flax.nnx.RNN`, which carries its statistics from step to step. For sequences of several lengths, start it with
+    `initial_carry=cell.initialize_carry(shape, length=lengths)`: a sequence that has ended keeps its carry, repeats its
+    output, and does not enter the statistics.
+
+    Args:
+      in_features, hidden_features: number of inputs and of units.
+      num_steps: timesteps that have statistics of their own; those past the last use the last one's.
+      momentum, epsilon, axis_name, axis_index_groups, use_running_average, param_dtype: as in `BatchNorm`.
+      kernel_init, recurrent_kernel_init, bias_init: of the kernels, whose columns are in the order f, i, o, g.
+      rngs: keys of the stream `params`.
+
+    Example:
+      >>> import jax
+      >>> from flax import nnx
+      >>> import bnjax.nnx
+      >>> cell = bnjax.nnx.BNLSTMCell(3, 8, num_steps=5, rngs=nnx.Rngs(0))
+      >>> outputs = nnx.RNN(cell)(jax.random.normal(jax.random.key(0), (16, 5, 3)))  # batch, time, inputs
+      >>> outputs.shape, cell.cell_bn.mean.shape
+      ((16, 5, 8), (5, 8))
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        hidden_features: int,
+        *,
+        num_steps: int,
+        momentum: Momentum = 0.99,
+        epsilon: float = 1e-5,
+        axis_name: checks.AxisName | None = None,
+        axis_index_groups: Any = None,
+        use_running_average: bool | None = False,
+        param_dtype: Any = jnp.float32,
+        kernel_init: Any = _kernel,
+        recurrent_kernel_init: Any = _orthogonal,
+        bias_init: Any = _zeros,
+        rngs: nnx.Rngs,
+    ):
+        width = 4 * hidden_features
+        self.input_kernel = nnx.Param(kernel_init(rngs.params(), (in_features, width), param_dtype))
+        recurrent = recurrent_kernel_init(rngs.params(), (hidden_features, width), param_dtype)
+        self.recurrent_kernel = nnx.Param(recurrent)
+        self.bias = nnx.Param(bias_init(rngs.params(), (width,), param_dtype))
+        for name, size, bias in norm_layers(hidden_features):
+            norm = IndexedBatchNorm(
+                size,
+                num_indices=num_steps,
+                momentum=momentum,
+                epsilon=epsilon,
+                axis_name=axis_name,
+                axis_index_groups=axis_index_groups,
+                use_running_average=use_running_average,
+                param_dtype=param_dtype,
+                scale_init=nnx.initializers.constant(SCALE),
+                use_bias=bias is not None,
+                rngs=rngs,
+            )
+            setattr(self, name, norm)
+        self.hidden_features, self.param_dtype = hidden_features, param_dtype
+
+    def __call__(self, carry: BNLSTMCarry, inputs: Array) -> tuple[BNLSTMCarry, Array]:  # pyright: ignore
+        """The next carry, and its output of shape (batch, hidden_features), for inputs (batch, in_features)."""
+
+        def norm(name, values, mask):
+            return getattr(self, name)(values, index=carry.step, mask=mask)
+
+        kernels = (self.input_kernel[...], self.recurrent_kernel[...], self.bias[...])
+        carry = step(*kernels, carry, inputs, norm)
+        return carry, carry.output
+
+    def initialize_carry(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, input_shape: tuple[int, ...], rngs: Any = None, *, length: Array | None = None
+    ) -> BNLSTMCarry:
+        """The carry before the first timestep, for inputs of shape (batch, in_features); `length` of shape (batch,)."""
+        return bn_lstm_carry(input_shape[0], self.hidden_features, length=length, dtype=self.param_dtype)
+
+    @property
+    def num_feature_axes(self) -> int:
+        return 1

@@ -8,6 +8,7 @@ Input and recurrent terms are normalized apart, and every timestep by statistics
 use the last one's. The scales start at 0.1, which keeps the gradient of tanh from vanishing (section 4).
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from bnjax.functional import BNParams, BNState
-from bnjax.variants import indexed_bn_apply, indexed_bn_init
+from bnjax.indexed import indexed_bn_apply, indexed_bn_init
 
 SCALE = 0.1
 """Initial scale of all three normalizations."""
@@ -40,6 +41,11 @@ class BNLSTMState(NamedTuple):
     cell_bn: BNState
 
 
+def norm_layers(features: int) -> list[tuple[str, int, float | None]]:
+    """The three normalizations: name, features and initial bias; b stands for those of input and recurrent terms."""
+    return [("input_bn", 4 * features, None), ("recurrent_bn", 4 * features, None), ("cell_bn", features, 0.0)]
+
+
 class BNLSTMCarry(NamedTuple):
     """Cell and output, of shape (batch, features); the timestep, a scalar; and each sequence's length, None for all."""
 
@@ -47,15 +53,6 @@ class BNLSTMCarry(NamedTuple):
     output: Array
     step: Array
     length: Array | None
-
-
-def bn_lstm_norms(features: int, num_steps: int, dtype: Any = jnp.float32) -> dict[str, tuple[BNParams, BNState]]:
-    """Variables of the three normalizations, by the name of their field; only that of the cell has a bias."""
-    return {
-        "input_bn": indexed_bn_init(4 * features, num_steps, scale=SCALE, bias=None, dtype=dtype),
-        "recurrent_bn": indexed_bn_init(4 * features, num_steps, scale=SCALE, bias=None, dtype=dtype),
-        "cell_bn": indexed_bn_init(features, num_steps, scale=SCALE, dtype=dtype),
-    }
 
 
 def bn_lstm_init(
@@ -79,7 +76,10 @@ def bn_lstm_init(
       ((8, 32), (10, 8))
     """
     keys = jax.random.split(key)
-    norms = bn_lstm_norms(features, num_steps, dtype)
+    norms = {
+        name: indexed_bn_init(size, num_steps, scale=SCALE, bias=bias, dtype=dtype)
+        for name, size, bias in norm_layers(features)
+    }
     params = BNLSTMParams(
         jax.nn.initializers.lecun_normal()(keys[0], (inputs, 4 * features), dtype),
         jax.nn.initializers.orthogonal()(keys[1], (features, 4 * features), dtype),
@@ -131,19 +131,33 @@ def bn_lstm_apply(
       >>> outputs.shape, state.cell_bn.count[:, 0].tolist()
       ((5, 16, 8), [1, 1, 1, 1, 1])
     """
-    going = None if carry.length is None else (carry.step < carry.length)[:, None]
     new_state = {}
 
-    def norm(name, values):
+    def norm(name, values, mask):
         values, new_state[name] = indexed_bn_apply(
-            getattr(params, name), getattr(state, name), values, train, index=carry.step, mask=going, **options
+            getattr(params, name), getattr(state, name), values, train, index=carry.step, mask=mask, **options
         )
         return values
 
-    gates = norm("recurrent_bn", carry.output @ params.recurrent_kernel) + norm("input_bn", x @ params.input_kernel)
-    f, i, o, g = jnp.split(gates + params.bias[None].astype(gates.dtype), 4, -1)
+    carry = step(params.input_kernel, params.recurrent_kernel, params.bias, carry, x, norm)
+    return carry, BNLSTMState(**new_state)
+
+
+def step(
+    input_kernel: Array,
+    recurrent_kernel: Array,
+    bias: Array,
+    carry: BNLSTMCarry,
+    x: Array,
+    norm: Callable[[str, Array, Array | None], Array],
+) -> BNLSTMCarry:
+    """Equations 6 to 8; `norm` normalizes values by the name of their layer, under a mask."""
+    going = None if carry.length is None else (carry.step < carry.length)[:, None]
+    recurrent = norm("recurrent_bn", carry.output @ recurrent_kernel, going)
+    gates = recurrent + norm("input_bn", x @ input_kernel, going)
+    f, i, o, g = jnp.split(gates + jnp.expand_dims(bias, 0).astype(gates.dtype), 4, -1)
     cell = jax.nn.sigmoid(f) * carry.cell + jax.nn.sigmoid(i) * jnp.tanh(g)
-    output = jax.nn.sigmoid(o) * jnp.tanh(norm("cell_bn", cell))
+    output = jax.nn.sigmoid(o) * jnp.tanh(norm("cell_bn", cell, going))
     if going is not None:
         cell, output = jnp.where(going, cell, carry.cell), jnp.where(going, output, carry.output)
-    return BNLSTMCarry(cell, output, carry.step + 1, carry.length), BNLSTMState(**new_state)
+    return BNLSTMCarry(cell, output, carry.step + 1, carry.length)

@@ -26,13 +26,14 @@ from bnjax.functional import (
     absorbed,
     aligned,
     apply_canonical,
-    bn_apply,
-    bn_init,
     canonical,
     joined,
     usable,
     widened,
 )
+from bnjax.indexed import conditional_params as conditional_params
+from bnjax.indexed import indexed_bn_apply as indexed_bn_apply
+from bnjax.indexed import indexed_bn_init as indexed_bn_init
 from bnjax.moments import merge_along, merge_over, supported_moments
 from bnjax.momentum import Momentum
 from bnjax.normalize import normalize
@@ -292,103 +293,3 @@ def _checked_limit(name, limit, least):
             f"{name}={least} is batch normalization."
         )
     return float(limit)
-
-
-def indexed_bn_init(
-    features: int | Sequence[int],
-    num_indices: int,
-    *,
-    scale: Any | None = 1.0,
-    bias: Any | None = 0.0,
-    dtype: Any = jnp.float32,
-    indexed_params: bool = False,
-) -> tuple[BNParams, BNState]:
-    """Variables for `indexed_bn_apply`: running statistics for each of several indices.
-
-    Args:
-      features: as in `bnjax.bn_init`.
-      num_indices: number of timesteps, domains or kinds of data, > 0.
-      scale, bias, dtype: as in `bnjax.bn_init`.
-      indexed_params: whether each index has a scale and a bias of its own; by default they share one.
-
-    Returns:
-      `BNParams`, and a `BNState` whose arrays have shape (num_indices, *features); so have scale and bias if indexed.
-
-    Raises:
-      TypeError, ValueError: as `bnjax.bn_init`, and for a `num_indices` that is not a positive integer.
-
-    Example:
-      >>> import bnjax
-      >>> params, state = bnjax.indexed_bn_init(64, 10)
-      >>> params.scale.shape, state.mean.shape
-      ((64,), (10, 64))
-    """
-    if isinstance(num_indices, bool) or not isinstance(num_indices, int | np.integer) or num_indices < 1:
-        raise ValueError(f"indexed_bn_init(num_indices={num_indices!r}): expected a positive integer.")
-    params, state = bn_init(features, scale=scale, bias=bias, dtype=dtype)
-
-    def stacked(v):
-        return jnp.repeat(v[None], num_indices, 0)
-
-    return jax.tree.map(stacked, params) if indexed_params else params, jax.tree.map(stacked, state)
-
-
-def indexed_bn_apply(
-    params: BNParams, state: BNState, x: Array, train: bool, *, index: Any, **options: Any
-) -> tuple[Array, BNState]:
-    """Batch normalization with running statistics for each index (for timesteps: Cooijmans et al., 2017, section 3).
-
-        y, state[index] = bn_apply(params, state[index], x, train)
-
-    One index a timestep is recurrent batch normalization; one a domain, domain-specific batch normalization (Chang et
-    al., 2019); one for clean and one for adversarial examples, AdvProp (Xie et al., 2020).
-
-    Args:
-      params, state: those of `indexed_bn_init`. A scale or bias of the state's shape is one per index.
-      index: an integer, or a scalar integer array, which may be traced. An array is clamped to [0, num_indices), so
-        that timesteps past the last use the last one's statistics.
-      x, train, **options: as in `bnjax.bn_apply`.
-
-    Returns:
-      y and the state, of which only the arrays at `index` may have moved.
-
-    Raises:
-      TypeError, ValueError: as `bnjax.bn_apply`, and for an index that is no integer, or known to be out of range.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> import bnjax
-      >>> params, state = bnjax.indexed_bn_init(1, 3)
-      >>> x = jnp.array([[1.0], [3.0]])
-      >>> y, state = bnjax.indexed_bn_apply(params, state, x, train=True, index=1, momentum=0.0)
-      >>> state.mean[:, 0].tolist(), state.count[:, 0].tolist()
-      ([0.0, 2.0, 0.0], [0, 1, 0])
-    """
-    shape = state.mean.shape if isinstance(state, BNState) else ()
-    if not shape:
-        raise TypeError("indexed_bn_apply(state=...): expected the state of indexed_bn_init, with an axis of indices.")
-    at = _clamped(index, shape[0])
-
-    def own(v):
-        return lax.dynamic_index_in_dim(v, at, 0, keepdims=False)
-
-    params = BNParams(*(own(v) if v is not None and np.shape(v) == shape else v for v in params))
-    y, new = bn_apply(params, BNState(*map(own, state)), x, train, **options)
-    if train and new is not None:
-        state = BNState(*(lax.dynamic_update_index_in_dim(*pair, at, 0) for pair in zip(state, new, strict=True)))
-    return y, state
-
-
-def _clamped(index, number):
-    """`index` in [0, number); one that is known has to be there already."""
-    if isinstance(index, bool) or not jnp.issubdtype(jnp.result_type(index), jnp.integer) or np.ndim(index):
-        raise TypeError(
-            f"indexed_bn_apply(index=...): expected an integer or a scalar integer array, got {index!r}. "
-            "For an index per example, vmap over the examples."
-        )
-    if not isinstance(index, Array) and not 0 <= index < number:
-        raise ValueError(
-            f"indexed_bn_apply(index={index}): the state has {number} indices. Pass 0 to {number - 1}, or an array, "
-            "which is clamped."
-        )
-    return jnp.clip(jnp.asarray(index), 0, number - 1)

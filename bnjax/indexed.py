@@ -1,0 +1,170 @@
+"""Batch normalization with an index: statistics for each timestep or domain, scale and bias for each class.
+
+Timesteps: Cooijmans et al. (2017), section 3. Domains: Chang et al. (2019). Clean and adversarial examples: Xie et al.
+(2020). Classes: de Vries et al. (2017). The computation is that of `bn_apply` on what the index selects.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from bnjax import checks
+from bnjax.functional import BNParams, BNState, bn_collect, bn_init
+
+
+def indexed_bn_init(
+    features: int | Sequence[int],
+    num_indices: int,
+    *,
+    scale: Any | None = 1.0,
+    bias: Any | None = 0.0,
+    dtype: Any = jnp.float32,
+    indexed_params: bool = False,
+) -> tuple[BNParams, BNState]:
+    """Variables for `indexed_bn_apply`: running statistics for each of several indices.
+
+    Args:
+      features: as in `bnjax.bn_init`.
+      num_indices: number of timesteps, domains or kinds of data, > 0.
+      scale, bias, dtype: as in `bnjax.bn_init`.
+      indexed_params: whether each index has a scale and a bias of its own; by default they share one.
+
+    Returns:
+      `BNParams`, and a `BNState` whose arrays have shape (num_indices, *features); so have scale and bias if indexed.
+
+    Raises:
+      TypeError, ValueError: as `bnjax.bn_init`, and for a `num_indices` that is not a positive integer.
+
+    Example:
+      >>> import bnjax
+      >>> params, state = bnjax.indexed_bn_init(64, 10)
+      >>> params.scale.shape, state.mean.shape
+      ((64,), (10, 64))
+    """
+    if isinstance(num_indices, bool) or not isinstance(num_indices, int | np.integer) or num_indices < 1:
+        raise ValueError(f"indexed_bn_init(num_indices={num_indices!r}): expected a positive integer.")
+    params, state = bn_init(features, scale=scale, bias=bias, dtype=dtype)
+
+    def stacked(v):
+        return jnp.repeat(v[None], num_indices, 0)
+
+    return jax.tree.map(stacked, params) if indexed_params else params, jax.tree.map(stacked, state)
+
+
+def indexed_bn_apply(
+    params: BNParams, state: BNState, x: Array, train: bool, *, index: Any, **options: Any
+) -> tuple[Array, BNState]:
+    """Batch normalization with running statistics for each index (for timesteps: Cooijmans et al., 2017, section 3).
+
+        y, state[index] = bn_apply(params, state[index], x, train)
+
+    One index a timestep is recurrent batch normalization; one a domain, domain-specific batch normalization (Chang et
+    al., 2019); one for clean and one for adversarial examples, AdvProp (Xie et al., 2020).
+
+    Args:
+      params, state: those of `indexed_bn_init`. A scale or bias of the state's shape is one per index.
+      index: an integer, or a scalar integer array, which may be traced. An array is clamped to [0, num_indices), so
+        that timesteps past the last use the last one's statistics.
+      x, train, **options: as in `bnjax.bn_apply`.
+
+    Returns:
+      y and the state, of which only the arrays at `index` may have moved.
+
+    Raises:
+      TypeError, ValueError: as `bnjax.bn_apply`, and for an index that is no integer, or known to be out of range.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import bnjax
+      >>> params, state = bnjax.indexed_bn_init(1, 3)
+      >>> x = jnp.array([[1.0], [3.0]])
+      >>> y, state = bnjax.indexed_bn_apply(params, state, x, train=True, index=1, momentum=0.0)
+      >>> state.mean[:, 0].tolist(), state.count[:, 0].tolist()
+      ([0.0, 2.0, 0.0], [0, 1, 0])
+    """
+    defaults = {"axis": -1, "momentum": 0.99, "epsilon": 1e-5, "mask": None, "axis_name": None}
+    defaults |= {"axis_index_groups": None, "unbiased_var": False, "collect": False}
+    return indexed_bn_collect(params, state, x, train, index=index, **(defaults | options))[:2]
+
+
+def indexed_bn_collect(params, state, x, train, *, index, earlier=None, **options) -> Any:
+    """`indexed_bn_apply`, and what `bn_collect` collects: moments for each index, of weight 0 but at this one."""
+    shape = state.mean.shape if isinstance(state, BNState) else ()
+    if not shape:
+        raise TypeError("indexed_bn_apply(state=...): expected the state of indexed_bn_init, with an axis of indices.")
+    at = _clamped(index, shape[0])
+
+    def own(tree):
+        return jax.tree.map(lambda v: lax.dynamic_index_in_dim(v, at, 0, keepdims=False), tree)
+
+    def put(tree, new):
+        return jax.tree.map(lambda v, n: lax.dynamic_update_index_in_dim(v, n, at, 0), tree, new)
+
+    params = BNParams(*(own(v) if v is not None and np.shape(v) == shape else v for v in params))
+    y, new, collected = bn_collect(params, own(state), x, train, earlier=own(earlier), **options)
+    if collected is not None:
+        zeros = jax.tree.map(lambda leaf: jnp.zeros((shape[0], *leaf.shape), leaf.dtype), collected)
+        collected = put(zeros if earlier is None else earlier, collected)
+    return y, put(state, new) if train else state, collected
+
+
+def _clamped(index, number):
+    """`index` in [0, number); one that is known has to be there already."""
+    if isinstance(index, bool) or not jnp.issubdtype(jnp.result_type(index), jnp.integer) or np.ndim(index):
+        raise TypeError(
+            f"indexed_bn_apply(index=...): expected an integer or a scalar integer array, got {index!r}. "
+            "For an index per example, vmap over the examples."
+        )
+    if not isinstance(index, Array) and not 0 <= index < number:
+        raise ValueError(
+            f"indexed_bn_apply(index={index}): the state has {number} indices. Pass 0 to {number - 1}, or an array, "
+            "which is clamped."
+        )
+    return jnp.clip(jnp.asarray(index), 0, number - 1)
+
+
+def conditional_params(params: BNParams, label: Array, x: Array, *, axis: checks.Axis = -1) -> BNParams:
+    """The scale and bias of each example's class, for `bn_apply`: conditional batch normalization (de Vries et al.).
+
+    Args:
+      params: scale and bias, each None or of shape (classes, *features).
+      label: integers of shape (batch,); they are clamped to [0, classes).
+      x: what is to be normalized; its first axis that is not a feature axis is that of the examples.
+      axis: the feature axis of `x`, or several.
+
+    Returns:
+      Scale and bias of x's rank, of size 1 where they do not depend on the place.
+
+    Raises:
+      TypeError, ValueError: for a label that is not integer, or not one for each example.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import bnjax
+      >>> classes = bnjax.BNParams(scale=jnp.array([[1.0], [2.0]]), bias=None)
+      >>> x, label = jnp.array([[1.0], [3.0]]), jnp.array([0, 1])
+      >>> bnjax.bn_apply(bnjax.conditional_params(classes, label, x), None, x, True)[0].round(2).tolist()
+      [[-1.0], [2.0]]
+    """
+    features = checks.feature_axes("conditional_params", x, axis)
+    rest = [a for a in range(x.ndim) if a not in features]
+    if not jnp.issubdtype(jnp.result_type(label), jnp.integer):
+        raise TypeError(f"conditional_params(label=...): expected integers, got {jnp.result_type(label)}.")
+    if not rest or np.shape(label) != (x.shape[rest[0]],):
+        raise ValueError(
+            f"conditional_params(label=...): expected one for each example, x has shape {x.shape}, got shape "
+            f"{np.shape(label)}. Pass integers of shape (batch,)."
+        )
+
+    def chosen(table):
+        if table is None:
+            return None
+        values = jnp.take(table, label, axis=0, mode="clip")
+        order = np.argsort([rest[0], *features])
+        return jnp.expand_dims(values.transpose(order), rest[1:])
+
+    return BNParams(*map(chosen, params))
