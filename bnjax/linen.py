@@ -145,10 +145,11 @@ class BNLSTM(nn.Module):
             carry = bn_lstm_carry(len(inputs), self.cell.features, length=length, dtype=self.cell.param_dtype)
         if self.is_initializing():
             self.cell(carry, inputs[:, 0])  # a scan carries only variables that exist
+        moving = self.is_mutable_collection("batch_stats")
         over_time = nn.scan(
             lambda cell, carry, x: cell(carry, x),
-            variable_broadcast="params",
-            variable_carry="batch_stats",
+            variable_broadcast="params" if moving else ["params", "batch_stats"],
+            variable_carry="batch_stats" if moving else False,
             split_rngs={"params": False},
             in_axes=1,
             out_axes=1,

@@ -45,7 +45,7 @@ def test_fields_and_defaults_are_those_of_flax():
 
     ours, flax = fields(bnjax.linen.BatchNorm), fields(nn.BatchNorm)
     assert {name: ours[name] for name in flax} == flax
-    assert set(ours) - set(flax) == {"unbiased_var"}
+    assert set(ours) - set(flax) == {"unbiased_var", "frozen", "frozen_params"}
     shared = [name for name in ours if name in flax]
     assert shared == list(flax)  # by position too
 

@@ -33,7 +33,7 @@ def test_arguments_and_defaults_are_those_of_flax():
         return {p.name: (p.kind, p.default) for p in inspect.signature(cls.__init__).parameters.values()}
 
     ours, flax = arguments(bnjax.nnx.BatchNorm), arguments(nnx.BatchNorm)
-    assert set(ours) - set(flax) == {"unbiased_var"}
+    assert set(ours) - set(flax) == {"unbiased_var", "frozen", "frozen_params"}
     initializers = {"bias_init", "scale_init"}  # functions made anew, whose values the next test compares
     assert {name: ours[name] for name in set(flax) - initializers} == {
         name: flax[name] for name in set(flax) - initializers
