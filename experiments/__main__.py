@@ -4,9 +4,9 @@ import sys
 
 import tyro
 
-from experiments import convergence, data, runtime
+from experiments import bench, convergence, data, runtime
 
-EXPERIMENTS = {"convergence": convergence.run}
+EXPERIMENTS = {"bench": bench.run, "convergence": convergence.run}
 
 
 def main(args: list[str] | None = None) -> int:
