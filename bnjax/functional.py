@@ -321,7 +321,8 @@ def _absorb(state, batch, support, rate, unbiased_var, std_epsilon):
     if std_epsilon is None:
         var = average(state.var, var)
     else:
-        std = average(*(jnp.sqrt(v.astype(var.dtype) + std_epsilon) for v in (state.var, var)))
+        dtype = wider(state.var.dtype, var.dtype)
+        std = average(*(jnp.sqrt(v.real.astype(dtype) + std_epsilon) for v in (state.var, var)))
         var = jnp.maximum(std * std - std_epsilon, 0)
     return BNState(
         _select(enough, mean.astype(state.mean.dtype), state.mean),

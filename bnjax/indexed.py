@@ -45,8 +45,7 @@ def indexed_bn_init(
       >>> params.scale.shape, state.mean.shape
       ((64,), (10, 64))
     """
-    if isinstance(num_indices, bool) or not isinstance(num_indices, int | np.integer) or num_indices < 1:
-        raise ValueError(f"indexed_bn_init(num_indices={num_indices!r}): expected a positive integer.")
+    checks.positive_integer("indexed_bn_init", "num_indices", num_indices)
     params, state = bn_init(features, scale=scale, bias=bias, dtype=dtype)
 
     def stacked(v):
@@ -66,7 +65,8 @@ def indexed_bn_apply(
     al., 2019); one for clean and one for adversarial examples, AdvProp (Xie et al., 2020).
 
     Args:
-      params, state: those of `indexed_bn_init`. A scale or bias of the state's shape is one per index.
+      params, state: those of `indexed_bn_init`. A scale or bias of the state's shape is one per index (and not, as
+        it could be in a batch of `num_indices` examples, conditional: give that a further axis).
       index: an integer, or a scalar integer array, which may be traced. An array is clamped to [0, num_indices), so
         that timesteps past the last use the last one's statistics.
       x, train, **options: as in `bnjax.bn_apply`.
@@ -119,12 +119,15 @@ def _clamped(index, number):
             f"indexed_bn_apply(index=...): expected an integer or a scalar integer array, got {index!r}. "
             "For an index per example, vmap over the examples."
         )
-    if not isinstance(index, Array) and not 0 <= index < number:
+    if not isinstance(index, Array | np.ndarray) and not 0 <= index < number:
         raise ValueError(
             f"indexed_bn_apply(index={index}): the state has {number} indices. Pass 0 to {number - 1}, or an array, "
             "which is clamped."
         )
-    return jnp.clip(jnp.asarray(index), 0, number - 1)
+    index = jnp.asarray(index)
+    if index.dtype.itemsize < 4:
+        index = index.astype(jnp.int32)  # in a narrower dtype the bound would wrap
+    return jnp.clip(index, 0, number - 1)
 
 
 def conditional_params(params: BNParams, label: Array, x: Array, *, axis: checks.Axis = -1) -> BNParams:
@@ -151,6 +154,13 @@ def conditional_params(params: BNParams, label: Array, x: Array, *, axis: checks
       [[-1.0], [2.0]]
     """
     features = checks.feature_axes("conditional_params", x, axis)
+    shape = tuple(x.shape[a] for a in features)
+    for name, table in zip(("scale", "bias"), params, strict=True):
+        if table is not None and (np.shape(table)[1:] != shape or not np.shape(table)[0]):
+            raise ValueError(
+                f"conditional_params(params=...): expected {name} of shape (classes, {str(shape)[1:-1]}), got "
+                f"{np.shape(table)}. Give each class a value for each feature of x, which has shape {x.shape}."
+            )
     rest = [a for a in range(x.ndim) if a not in features]
     if not jnp.issubdtype(jnp.result_type(label), jnp.integer):
         raise TypeError(f"conditional_params(label=...): expected integers, got {jnp.result_type(label)}.")

@@ -19,7 +19,7 @@ from bnjax.linen_norm import IndexedBatchNorm as IndexedBatchNorm
 from bnjax.linen_norm import RenormBatchNorm as RenormBatchNorm
 from bnjax.linen_norm import batch_norm
 from bnjax.momentum import Momentum
-from bnjax.recurrent import SCALE, BNLSTMCarry, bn_lstm_carry, norm_layers, step
+from bnjax.recurrent import SCALE, BNLSTMCarry, bn_lstm_carry, norm_layers, orthogonal, step
 
 
 def exact_batch_norm(next_function: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
@@ -47,7 +47,10 @@ _FLAX_CALL = inspect.unwrap(nn.BatchNorm.__call__)
 
 
 class BNLSTMCell(nn.RNNCellBase, kw_only=True):
-    """LSTM with recurrent batch normalization (Cooijmans et al., 2017): `bnjax.bn_lstm_apply` as a cell. See `BNLSTM`.
+    """LSTM with recurrent batch normalization (Cooijmans et al., 2017): `bnjax.bn_lstm_apply` as a cell.
+
+    Its statistics are variables to be carried from step to step: that is what `BNLSTM` does. `flax.linen.RNN` cannot
+    carry variables that its own initialization makes.
 
     Args:
       features: number of units.
@@ -66,7 +69,7 @@ class BNLSTMCell(nn.RNNCellBase, kw_only=True):
     axis_index_groups: Any = None
     param_dtype: Any = jnp.float32
     kernel_init: Any = nn.initializers.lecun_normal()
-    recurrent_kernel_init: Any = nn.initializers.orthogonal()
+    recurrent_kernel_init: Any = orthogonal
     bias_init: Any = nn.initializers.zeros_init()
 
     @nn.compact
@@ -111,6 +114,8 @@ class BNLSTMCell(nn.RNNCellBase, kw_only=True):
 class BNLSTM(nn.Module):
     """A BN-LSTM over sequences: a scan of the cell that carries the running statistics from step to step.
 
+    It does not collect moments, so that `bnjax.training.train_step` cannot accumulate over it.
+
     Args:
       cell: a `BNLSTMCell`.
 
@@ -140,9 +145,14 @@ class BNLSTM(nn.Module):
             and does not enter the statistics.
           initial_carry: that of `cell.initialize_carry`, or a last carry to go on from, `length` included.
         """
+        if initial_carry is not None and length is not None:
+            raise ValueError(
+                "BNLSTM(length=..., initial_carry=...): the carry has the length. Pass it to one of the two."
+            )
         carry = initial_carry
         if carry is None:
-            carry = bn_lstm_carry(len(inputs), self.cell.features, length=length, dtype=self.cell.param_dtype)
+            features, dtype = self.cell.features, self.cell.param_dtype
+            carry = bn_lstm_carry(len(inputs), features, length=length, dtype=dtype, like=inputs)
         if self.is_initializing():
             self.cell(carry, inputs[:, 0])  # a scan carries only variables that exist
         moving = self.is_mutable_collection("batch_stats")

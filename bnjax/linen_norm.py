@@ -143,6 +143,7 @@ class IndexedBatchNorm(BatchNorm, kw_only=True):
         self, x: Any, use_running_average: bool | None = None, *, index: Any, mask: Any = None
     ) -> Array:
         """As `BatchNorm`, with the statistics of `index`, an integer or a scalar integer array, which is clamped."""
+        checks.positive_integer("IndexedBatchNorm", "num_indices", self.num_indices)
         return batch_norm(
             self,
             x,
@@ -169,6 +170,7 @@ class ConditionalBatchNorm(BatchNorm, kw_only=True):
         self, x: Any, use_running_average: bool | None = None, *, label: Any, mask: Any = None
     ) -> Array:
         """As `BatchNorm`, with `label`, the class of each example: integers of shape (batch,)."""
+        checks.positive_integer("ConditionalBatchNorm", "num_classes", self.num_classes)
         stacked = (self.num_classes,)
         return batch_norm(self, x, use_running_average, mask=mask, label=label, stacked_params=stacked)
 

@@ -18,11 +18,10 @@ from bnjax.nnx_norm import ConditionalBatchNorm as ConditionalBatchNorm
 from bnjax.nnx_norm import GhostBatchNorm as GhostBatchNorm
 from bnjax.nnx_norm import IndexedBatchNorm as IndexedBatchNorm
 from bnjax.nnx_norm import RenormBatchNorm as RenormBatchNorm
-from bnjax.recurrent import SCALE, BNLSTMCarry, bn_lstm_carry, norm_layers, step
+from bnjax.recurrent import SCALE, BNLSTMCarry, bn_lstm_carry, norm_layers, orthogonal, step
 
 Model = TypeVar("Model")
-_kernel, _orthogonal = nnx.initializers.lecun_normal(), nnx.initializers.orthogonal()
-_zeros = nnx.initializers.zeros_init()
+_kernel, _zeros = nnx.initializers.lecun_normal(), nnx.initializers.zeros_init()
 
 
 def convert(model: Model, *, axis_name: checks.AxisName | None = None) -> Model:
@@ -50,7 +49,7 @@ def convert(model: Model, *, axis_name: checks.AxisName | None = None) -> Model:
     for _, layer in nnx.iter_graph(model):
         if type(layer) is nnx.BatchNorm:
             layer.__class__ = BatchNorm
-        if type(layer) is BatchNorm and axis_name is not None:
+        if isinstance(layer, BatchNorm) and axis_name is not None:
             layer.axis_name = axis_name  # pyright: ignore[reportAttributeAccessIssue]
     return model
 
@@ -116,7 +115,7 @@ class BNLSTMCell(nnx.RNNCellBase):
 
     For `flax.nnx.RNN`, which carries its statistics from step to step. For sequences of several lengths, start it with
     `initial_carry=cell.initialize_carry(shape, length=lengths)`: a sequence that has ended keeps its carry, repeats its
-    output, and does not enter the statistics.
+    output, and does not enter the statistics (and the last carry is each sequence's own: no `seq_lengths` is needed).
 
     Args:
       in_features, hidden_features: number of inputs and of units.
@@ -148,7 +147,7 @@ class BNLSTMCell(nnx.RNNCellBase):
         use_running_average: bool | None = False,
         param_dtype: Any = jnp.float32,
         kernel_init: Any = _kernel,
-        recurrent_kernel_init: Any = _orthogonal,
+        recurrent_kernel_init: Any = orthogonal,
         bias_init: Any = _zeros,
         rngs: nnx.Rngs,
     ):

@@ -251,6 +251,7 @@ class IndexedBatchNorm(BatchNorm):
     """
 
     def __init__(self, num_features: int, *, num_indices: int, indexed_params: bool = False, **options: Any):
+        checks.positive_integer("IndexedBatchNorm", "num_indices", num_indices)
         super().__init__(num_features, **options)
         _stack(self, num_indices, ["mean", "var", "count"] + ["scale", "bias"] * indexed_params)
 
@@ -271,6 +272,7 @@ class ConditionalBatchNorm(BatchNorm):
     """
 
     def __init__(self, num_features: int, *, num_classes: int, **options: Any):
+        checks.positive_integer("ConditionalBatchNorm", "num_classes", num_classes)
         super().__init__(num_features, **options)
         _stack(self, num_classes, ["scale", "bias"])
 

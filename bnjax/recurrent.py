@@ -13,13 +13,19 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 from bnjax.functional import BNParams, BNState
 from bnjax.indexed import indexed_bn_apply, indexed_bn_init
+from bnjax.moments import wider
 
 SCALE = 0.1
 """Initial scale of all three normalizations."""
+
+
+def orthogonal(key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
+    """An orthogonal kernel, drawn in 32 bits or more, since there is no QR decomposition in half precision."""
+    return jax.nn.initializers.orthogonal()(key, shape, wider(dtype)).astype(dtype)
 
 
 class BNLSTMParams(NamedTuple):
@@ -82,22 +88,27 @@ def bn_lstm_init(
     }
     params = BNLSTMParams(
         jax.nn.initializers.lecun_normal()(keys[0], (inputs, 4 * features), dtype),
-        jax.nn.initializers.orthogonal()(keys[1], (features, 4 * features), dtype),
+        orthogonal(keys[1], (features, 4 * features), dtype),
         jnp.zeros(4 * features, dtype),
         **{name: params for name, (params, _) in norms.items()},
     )
     return params, BNLSTMState(**{name: state for name, (_, state) in norms.items()})
 
 
-def bn_lstm_carry(batch: int, features: int, *, length: Array | None = None, dtype: Any = jnp.float32) -> BNLSTMCarry:
+def bn_lstm_carry(
+    batch: int, features: int, *, length: Array | None = None, dtype: Any = jnp.float32, like: Array | None = None
+) -> BNLSTMCarry:
     """The carry before the first timestep.
 
     Args:
       batch, features: its shape.
       length: number of timesteps of each sequence, of shape (batch,); None if all are whole.
       dtype: floating.
+      like: an array that varies over the mesh as the inputs do, where shard_map types that.
     """
     zeros = jnp.zeros((batch, features), dtype)
+    if like is not None:
+        zeros += lax.full_like(like, 0, dtype, shape=zeros.shape)
     return BNLSTMCarry(zeros, zeros, jnp.zeros((), jnp.int32), length)
 
 
@@ -153,6 +164,8 @@ def step(
 ) -> BNLSTMCarry:
     """Equations 6 to 8; `norm` normalizes values by the name of their layer, under a mask."""
     going = None if carry.length is None else (carry.step < carry.length)[:, None]
+    if going is not None:
+        x = jnp.where(going, x, 0)  # what follows a sequence may be NaN, and a NaN times a zero cotangent is one
     recurrent = norm("recurrent_bn", carry.output @ recurrent_kernel, going)
     gates = recurrent + norm("input_bn", x @ input_kernel, going)
     f, i, o, g = jnp.split(gates + jnp.expand_dims(bias, 0).astype(gates.dtype), 4, -1)
@@ -160,4 +173,5 @@ def step(
     output = jax.nn.sigmoid(o) * jnp.tanh(norm("cell_bn", cell, going))
     if going is not None:
         cell, output = jnp.where(going, cell, carry.cell), jnp.where(going, output, carry.output)
-    return BNLSTMCarry(cell, output, carry.step + 1, carry.length)
+    # The carry keeps its dtypes, which a scan asks for.
+    return BNLSTMCarry(cell.astype(carry.cell.dtype), output.astype(carry.output.dtype), carry.step + 1, carry.length)

@@ -60,6 +60,10 @@ class ramp:  # noqa: N801  a function with its parameters bound, which hashes an
     start: int
     stop: int
 
+    def __post_init__(self):
+        if not self.start < self.stop:
+            raise ValueError(f"ramp(start={self.start}, stop={self.stop}): expected start < stop.")
+
     def __call__(self, count: Array) -> Array:
         rise = jnp.clip((jnp.asarray(count).astype(float) - self.start) / (self.stop - self.start), 0, 1)
         return self.low + (self.high - self.low) * rise
@@ -90,10 +94,12 @@ def ghost_bn_apply(
         y = scale * (x - mean_g) / sqrt(var_g + epsilon) + bias          for each group g of `ghost_size` examples
 
     Groups are contiguous along the first axis that is not a feature axis; the last one may be smaller. The running
-    statistics absorb, once, the merged moments of all groups: those of the whole batch.
+    statistics absorb, once, the merged moments of all groups: those of the whole batch, but for the rounding of the
+    groups' means.
 
     Args:
-      ghost_size: examples in a group, > 0. With that of the batch or more it is `bn_apply`.
+      ghost_size: examples in a group, > 0. With that of the batch or more it is `bn_apply`, of each device's own part
+        where an axis is named.
       axis_name: mapped axis, or several, over which the running statistics are merged; the groups stay on their device.
       params, state, x, train and the rest: as in `bnjax.bn_apply`.
 
@@ -132,11 +138,7 @@ def ghost_bn_apply(
 
 def ghost_bn_collect(params, state, x, train, *, ghost_size, mask, earlier=None, **options) -> Any:
     """`ghost_bn_apply`, and what `bn_collect` collects."""
-    if isinstance(ghost_size, bool) or not isinstance(ghost_size, int | np.integer) or ghost_size < 1:
-        raise ValueError(
-            f"ghost_bn_apply(ghost_size={ghost_size!r}): expected a positive integer. Pass the number of examples that "
-            "share statistics, 32 say."
-        )
+    checks.positive_integer("ghost_bn_apply", "ghost_size", ghost_size)
     options, rate = canonical("ghost_bn_apply", train, **options)
     return _ghost_bn_apply(params, state, x, mask, rate, earlier, size=int(ghost_size), options=options)
 
@@ -145,9 +147,12 @@ def ghost_bn_collect(params, state, x, train, *, ghost_size, mask, earlier=None,
 def _ghost_bn_apply(params, state, x, mask, rate, earlier, *, size, options):
     features, wide = widened(params, state, x, mask, options)
     batch_axis = next((a for a in range(x.ndim) if a not in features), None)
-    if batch_axis is None or size >= x.shape[batch_axis] or not (options.train or state is None):
+    number = 0 if batch_axis is None else x.shape[batch_axis]
+    # Over a named axis even a group of all that is here has statistics of its own.
+    alone = number == 0 or (size >= number and not options.names)
+    if batch_axis is None or alone or not (options.train or state is None):
         return apply_canonical(params, state, x, mask, rate, earlier, options=options)
-    number = x.shape[batch_axis]
+    size = min(size, number)
     whole = number - number % size
     y, batch = _grouped(params, state, wide, mask, features, batch_axis, slice(0, whole), size, options)
     if whole < number:
@@ -167,7 +172,7 @@ def _grouped(params, state, x, mask, features, batch_axis, part, size, options):
         if v is None or v.shape[batch_axis] == 1:
             return v if v is None else jnp.expand_dims(v, batch_axis)
         v = v[(slice(None),) * batch_axis + (part,)]
-        return v.reshape(*v.shape[:batch_axis], -1, size, *v.shape[batch_axis + 1 :])
+        return v.reshape(*v.shape[:batch_axis], v.shape[batch_axis] // size, size, *v.shape[batch_axis + 1 :])
 
     mask, scale, bias = (grouped(v) for v in (mask, *(aligned(v, x, features) for v in params)))
     groups = grouped(x)
@@ -180,7 +185,7 @@ def _grouped(params, state, x, mask, features, batch_axis, part, size, options):
         state = BNState(*(jnp.broadcast_to(v, batch.moments.weight.shape) for v in running))
     mean, var = (aligned(v, groups, features) for v in usable(batch.moments, state, x, mask))
     y = normalize(groups, mean, var, scale, bias, mask, options.epsilon)
-    shape = (*x.shape[:batch_axis], -1, *x.shape[batch_axis + 1 :])
+    shape = (*x.shape[:batch_axis], part.stop - part.start, *x.shape[batch_axis + 1 :])
     return y.reshape(shape), Collected(*merge_along(*batch, position))
 
 
@@ -207,10 +212,12 @@ def renorm_bn_apply(
         y = scale * ((x - mean) / std * r + d) + bias
 
     with r and d constants to the gradient. Unclipped, y is what evaluation gives. The running mean and the running
-    STANDARD DEVIATION are averaged: the state keeps var = max(running std^2 - epsilon, 0).
+    STANDARD DEVIATION are averaged: the state keeps var = max(running std^2 - epsilon, 0), so that a variance far below
+    epsilon is rounded as epsilon is. In evaluation it is `bn_apply`.
 
     Args:
-      r_max: bound of r, >= 1; 1 is batch normalization. A number, or a function of `state.count`.
+      r_max: bound of r, >= 1; 1 is batch normalization. A number, or a function of `state.count`. What only run time
+        knows is not checked.
       d_max: bound of d, >= 0; likewise. `bnjax.RENORM_R_MAX` and `bnjax.RENORM_D_MAX` are the paper's schedule.
       state: running statistics; None is an error, since there would be nothing to correct towards.
       params, x, train and the rest: as in `bnjax.bn_apply`; `x` is real.
@@ -270,8 +277,8 @@ def _renorm_bn_apply(params, state, x, mask, rate, earlier, limits, *, schedules
     mean, var = usable(batch.moments, state, x, mask)
     running_std, std = (jnp.sqrt(v.astype(var.dtype) + options.epsilon) for v in (state.var, var))
     r_max, d_max = (
-        jnp.asarray(limit if schedule is None else schedule(state.count)).astype(std.dtype)
-        for limit, schedule in zip(limits, schedules, strict=True)
+        _limit(name, least, limit if schedule is None else schedule(state.count), std)
+        for name, least, limit, schedule in zip(("r_max", "d_max"), (1, 0), limits, schedules, strict=True)
     )
     r = lax.stop_gradient(jnp.clip(std / running_std, 1 / r_max, r_max))
     d = lax.stop_gradient(jnp.clip((mean - state.mean.astype(mean.dtype)) / running_std, -d_max, d_max))
@@ -284,7 +291,20 @@ def _renorm_bn_apply(params, state, x, mask, rate, earlier, limits, *, schedules
     return y.astype(x.dtype), state, collected
 
 
+def _limit(name, least, value, std):
+    """A bound, known or not, as an array with a number for all features or one for each."""
+    value = jnp.asarray(_checked_limit(name, value, least)).astype(std.dtype)
+    if value.shape not in ((), std.shape):
+        raise ValueError(
+            f"renorm_bn_apply({name}=...): expected a number, or one for each feature of shape {std.shape}, got shape "
+            f"{value.shape}."
+        )
+    return value
+
+
 def _checked_limit(name, limit, least):
+    if isinstance(limit, np.ndarray):
+        limit = jnp.asarray(limit) if limit.ndim else limit.item()
     if callable(limit) or isinstance(limit, Array):
         return limit
     if isinstance(limit, bool) or not isinstance(limit, int | float | np.number) or not limit >= least:

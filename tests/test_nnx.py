@@ -259,6 +259,9 @@ def test_conversion_reaches_lists_stacks_and_shared_layers(rng):
     np.testing.assert_allclose(model(x), np.stack([expected] * 2), atol=8 * 1.2e-7 * 1e4)
     assert model.stack.mean[...].shape == (2, 3)
 
+    variants = [bnjax.nnx.GhostBatchNorm(3, ghost_size=2, rngs=nnx.Rngs(0)), bnjax.nnx.BatchNorm(3, rngs=nnx.Rngs(0))]
+    assert [layer.axis_name for layer in bnjax.nnx.convert(variants, axis_name="data")] == ["data", "data"]
+
     class Special(nnx.BatchNorm):
         pass
 

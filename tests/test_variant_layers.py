@@ -278,6 +278,48 @@ def test_a_bn_lstm_over_a_named_axis_is_one_device(lstm, rng):
     close(stats, expected[1], 1e-4)
 
 
+def test_nan_after_a_sequence_reaches_no_gradient(lstm):
+    params, state = lstm
+    x = jnp.where((jnp.arange(8) < 5)[:, None], 1.0 + jnp.arange(24.0).reshape(8, 3), jnp.nan)
+    carry = bnjax.bn_lstm_carry(8, 6, length=jnp.arange(8) < 5)
+
+    def loss(params, x):
+        return jnp.sum(bnjax.bn_lstm_apply(params, state, carry, x, True)[0].output ** 2)
+
+    gradients = jax.grad(loss, (0, 1))(params, x)
+    expected = jax.grad(loss, (0, 1))(params, jnp.nan_to_num(x))
+    close(gradients, expected)
+    assert np.abs(gradients[0].input_kernel).max() > 0
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_a_bn_lstm_in_half_precision_scans(dtype):
+    x = jnp.ones((4, 3, 2), dtype)
+    params, _ = bnjax.bn_lstm_init(KEY, 2, 5, num_steps=3, dtype=dtype)
+    kernel = params.recurrent_kernel.astype(jnp.float32)
+    close(kernel @ kernel.T, np.eye(5), 0.03)
+    outputs = nnx.RNN(bnjax.nnx.BNLSTMCell(2, 5, num_steps=3, param_dtype=dtype, rngs=nnx.Rngs(0)))(x)
+    assert (outputs.shape, outputs.dtype) == ((4, 3, 5), dtype)
+
+
+def test_a_bn_lstm_layer_runs_in_shard_map_and_refuses_two_lengths(rng):
+    x = rng.normal(size=(8, 3, 2)).astype(np.float32)
+    cell = bnjax.linen.BNLSTMCell(features=4, num_steps=3, use_running_average=False, axis_name="data")
+    layer = bnjax.linen.BNLSTM(cell)
+    variables = layer.init(KEY, x)
+
+    def apply(x):
+        return layer.apply(variables, x, mutable=["batch_stats"])[0][1]
+
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.sharding.PartitionSpec("data")
+    outputs = jax.jit(jax.shard_map(apply, mesh=mesh, in_specs=spec, out_specs=spec))(x)
+    whole = bnjax.linen.BNLSTM(bnjax.linen.BNLSTMCell(features=4, num_steps=3, use_running_average=False))
+    close(outputs, whole.apply(variables, x, mutable=["batch_stats"])[0][1], 1e-4)
+    with pytest.raises(ValueError, match="the carry has the length"):
+        layer.init(KEY, x, length=jnp.ones(8, int), initial_carry=bnjax.bn_lstm_carry(8, 4))
+
+
 @pytest.mark.parametrize("layer", ["Ghost", "Renorm", "Indexed"])
 def test_variants_accumulate_as_one_batch(layer, rng):
     """A lone layer: the merged moments of micro-batches are those of the whole, whatever normalizes the output."""
@@ -301,6 +343,10 @@ def test_layers_refuse_bad_options():
         bnjax.linen.GhostBatchNorm(ghost_size=0, use_running_average=False).init(KEY, x)
     with pytest.raises(ValueError, match="index=4"):
         bnjax.nnx.IndexedBatchNorm(3, num_indices=4, rngs=nnx.Rngs(0))(x, index=4)
+    with pytest.raises(ValueError, match="num_indices=0"):
+        bnjax.nnx.IndexedBatchNorm(3, num_indices=0, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="num_classes=0"):
+        bnjax.linen.ConditionalBatchNorm(num_classes=0, use_running_average=False).init(KEY, x, label=jnp.zeros(4, int))
     with pytest.raises(TypeError, match="ghost_size"):
         bnjax.linen.GhostBatchNorm()
     with pytest.raises(ValueError, match="r_max=0"):

@@ -117,6 +117,29 @@ def test_ghost_statistics_merge_over_a_named_axis_and_stay_local_in_the_output(r
     jax.tree.map(assert_close, mapped[1], whole)
 
 
+@pytest.mark.parametrize("size", [6, 100])
+def test_a_named_axis_leaves_ghosts_of_all_that_a_device_has_to_themselves(size, rng):
+    x = rng.normal(2, 3, (24, 3)).astype(np.float32)
+    params, state = variables((3,), rng)
+
+    def apply(x):
+        return bnjax.ghost_bn_apply(params, state, x, True, ghost_size=size, axis_name="data", **OPTIONS)
+
+    y, new = jax.vmap(apply, axis_name="data", out_axes=(0, None))(x.reshape(4, 6, 3))
+    expected, mean, var = ghost_oracle(params, state, x, 6, -1)
+    assert_close(y.reshape(24, 3), expected)
+    assert_close(new.mean, mean)
+    assert_close(new.var, var)
+
+
+@pytest.mark.parametrize("shape", [(8, 0, 3), (8, 0), (0, 3)])
+def test_ghosts_of_nothing_change_nothing(shape):
+    params, state = bnjax.bn_init(shape[-1])
+    y, new = bnjax.ghost_bn_apply(params, state, jnp.ones(shape), True, ghost_size=2)
+    assert y.shape == shape
+    jax.tree.map(np.testing.assert_array_equal, new, state)
+
+
 def test_a_ghost_on_one_device_needs_no_communication_for_its_output(rng):
     mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     x = jax.device_put(rng.normal(size=(32, 5, 3)).astype(np.float32), NamedSharding(mesh, P("data")))
@@ -295,6 +318,23 @@ def test_an_index_known_at_run_time_is_clamped_in_a_scan(rng):
     assert_close(state.mean[3], mean)
 
 
+@pytest.mark.parametrize("dtype", [jnp.int8, jnp.uint8, jnp.int32])
+def test_an_index_of_a_narrow_dtype_finds_its_place(dtype):
+    x = jnp.arange(6.0).reshape(2, 3)
+    _, state = bnjax.indexed_bn_apply(*bnjax.indexed_bn_init(3, 300), x, True, index=dtype(100))
+    assert state.count[:, 0].argmax() == 100
+
+
+def test_renorm_keeps_a_wider_state_whole(rng):
+    with jax.enable_x64(True):
+        params, state = bnjax.bn_init(2, dtype=jnp.float64)
+        state = state._replace(var=jnp.full(2, 1 / 3))
+        x = rng.normal(size=(8, 2)).astype(np.float32)
+        params = jax.tree.map(lambda v: v.astype(jnp.float32), params)
+        _, new = bnjax.renorm_bn_apply(params, state, x, True, r_max=2, d_max=2, momentum=1.0)
+        np.testing.assert_allclose(new.var, 1 / 3, rtol=1e-15)
+
+
 X = np.ones((4, 3), np.float32)
 PARAMS, STATE = bnjax.bn_init(3)
 INDEXED = bnjax.indexed_bn_init(3, 4)
@@ -328,6 +368,22 @@ ERRORS = {
     "index 1.0": (lambda: bnjax.indexed_bn_apply(*INDEXED, X, True, index=1.0), TypeError, "scalar integer"),
     "an index each": (lambda: bnjax.indexed_bn_apply(*INDEXED, X, True, index=jnp.arange(4)), TypeError, "vmap"),
     "num_indices": (lambda: bnjax.indexed_bn_init(3, 0), ValueError, "num_indices=0"),
+    "r_max of a schedule": (
+        lambda: bnjax.renorm_bn_apply(PARAMS, STATE, X, True, r_max=lambda count: 0.5, d_max=0),
+        ValueError,
+        "r_max=0.5",
+    ),
+    "shape of r_max": (
+        lambda: bnjax.renorm_bn_apply(PARAMS, STATE, X, True, r_max=jnp.ones(5), d_max=0),
+        ValueError,
+        r"r_max=\.\.\..*\(3,\).*\(5,\)",
+    ),
+    "ramp": (lambda: bnjax.ramp(1.0, 3.0, 10, 10), ValueError, "start < stop"),
+    "class tables": (
+        lambda: bnjax.conditional_params(bnjax.BNParams(jnp.ones((4, 1)), None), jnp.zeros(4, int), X),
+        ValueError,
+        r"scale of shape \(classes, 3,\), got \(4, 1\)",
+    ),
     "plain state": (lambda: bnjax.indexed_bn_apply(PARAMS, None, X, True, index=0), TypeError, "indexed_bn_init"),
 }
 
