@@ -173,7 +173,7 @@ def boolean(call: str, name: str, value: Any) -> None:
 def positive_integer(call: str, name: str, value: Any) -> None:
     """`value` is an integer of 1 or more."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
-        raise ValueError(f"{call}({name}={value!r}): expected a positive integer.")
+        raise ValueError(f"{call}({name}={value!r}): expected a positive integer. Pass 1 or more.")
 
 
 def positive(call: str, name: str, value: Any) -> float:

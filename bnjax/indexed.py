@@ -13,7 +13,7 @@ import numpy as np
 from jax import Array, lax
 
 from bnjax import checks
-from bnjax.functional import BNParams, BNState, bn_collect, bn_init
+from bnjax.functional import BNParams, BNState, bn_apply, bn_collect, bn_init
 
 
 def indexed_bn_init(
@@ -86,9 +86,8 @@ def indexed_bn_apply(
       >>> state.mean[:, 0].tolist(), state.count[:, 0].tolist()
       ([0.0, 2.0, 0.0], [0, 1, 0])
     """
-    defaults = {"axis": -1, "momentum": 0.99, "epsilon": 1e-5, "mask": None, "axis_name": None}
-    defaults |= {"axis_index_groups": None, "unbiased_var": False, "collect": False}
-    return indexed_bn_collect(params, state, x, train, index=index, **(defaults | options))[:2]
+    options = (bn_apply.__kwdefaults__ or {}) | options  # its defaults stand once
+    return indexed_bn_collect(params, state, x, train, index=index, collect=False, **options)[:2]
 
 
 def indexed_bn_collect(params, state, x, train, *, index, earlier=None, **options) -> Any:

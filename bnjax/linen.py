@@ -25,7 +25,7 @@ from bnjax.recurrent import SCALE, BNLSTMCarry, bn_lstm_carry, norm_layers, orth
 def exact_batch_norm(next_function: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
     """Interceptor for `flax.linen.intercept_methods` under which every `flax.linen.BatchNorm` computes through bnjax.
 
-    Variables, arguments and results are those of `BatchNorm` above.
+    Variables, arguments and results are those of `BatchNorm`.
 
     Example:
       >>> import flax.linen as nn, jax, jax.numpy as jnp

@@ -14,6 +14,7 @@ from flax.core import unfreeze
 from flax.training import train_state
 from jax import Array
 
+from bnjax import checks
 from bnjax.moments import CHECKPOINT_NAME
 
 Loss = Callable[["Model", Any, bool], Array | tuple[Array, Mapping[str, Array]]]
@@ -143,11 +144,7 @@ def train_step(
       >>> sorted(metrics), int(state.step), eval_step(loss)(state, batch)["loss"].shape
       (['loss'], 1, ())
     """
-    if isinstance(accumulate, bool) or not isinstance(accumulate, int) or accumulate < 1:
-        raise ValueError(
-            f"train_step(accumulate={accumulate!r}): expected a positive integer. Pass 1 not to accumulate."
-        )
-
+    checks.positive_integer("train_step", "accumulate", accumulate)
     mutable = ["batch_stats"] if accumulate == 1 else ["batch_stats", "batch_moments"]
 
     def objective(params, state, moments, batch, index):

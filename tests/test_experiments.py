@@ -185,3 +185,16 @@ def test_bad_input_is_one_line_on_stderr(tmp_path, capsys):
     assert message.startswith("error: ")
     assert "train-images-idx3-ubyte: no such file" in message
     assert message.count("\n") == 1
+
+
+def test_bench_prints_the_ratios_of_the_medians_that_it_writes(tmp_path, capsys):
+    assert (
+        main(["bench", *["--shape", "4", "3", "3", "2", "--ghost-size", "2", "--rounds", "3", "--out"], str(tmp_path)])
+        == 0
+    )
+    times = json.loads((tmp_path / "bench" / "timings.json").read_text())
+    assert {len(seconds) for seconds in times.values()} == {3}
+    printed = {line.split()[0]: float(line.split()[1]) for line in capsys.readouterr().out.splitlines()[1:]}
+    assert set(printed) == set(times)
+    for name, seconds in times.items():
+        np.testing.assert_allclose(printed[name], np.median(seconds) / np.median(times["bn_apply"]), atol=0.0051)
