@@ -26,6 +26,7 @@ from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 
 from bnjax import checks
+from bnjax.reductions import SLABS, primitive, slabs, sums
 
 Groups = tuple[tuple[int, ...], ...] | None
 
@@ -199,7 +200,11 @@ def _kinds(names, groups):
 
 def autodiff_moments(x, mask, axes, names, groups):
     """`_moments` without its derivative rule: the tests' oracle for it."""
-    moments = _pool(mask, x, None, axes)
+    return _completed(_pool(mask, x, None, axes), x, mask, axes, names, groups)
+
+
+def _completed(moments, x, mask, axes, names, groups):
+    """The moments of `x` with their support, over named axes too."""
     support = None
     if mask is not None and mask.dtype != bool:
         parts = (mask > 0).astype(mask.dtype), _weigh(mask, mask)
@@ -207,8 +212,14 @@ def autodiff_moments(x, mask, axes, names, groups):
     return _merge_over(names, groups, moments, support) if names else (moments, support)
 
 
-# Moments, and their support where it differs from the weight; `mask` is boolean, real of x's width, or None.
-_moments = jax.custom_jvp(autodiff_moments, nondiff_argnums=(2, 3, 4))
+@partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4))
+def _moments(x, mask, axes, names, groups):
+    """Moments, and their support where it differs from the weight; `mask` is boolean, real of x's width, or None."""
+    if mask is None and not jnp.iscomplexobj(x) and axes:
+        moments = Moments(*_plain_moments.bind(x, axes=axes))
+    else:
+        moments = _pool(mask, x, None, axes)
+    return _completed(moments, x, mask, axes, names, groups)
 
 
 @_moments.defjvp
@@ -218,13 +229,12 @@ def _moments_jvp(axes, names, groups, primals, tangents):
     x, mask = primals
     moments, support = _named(_moments(x, mask, axes, names, groups))
     dx, _ = tangents
-    centered = x - jnp.expand_dims(moments.mean, axes)
+    mean = jnp.expand_dims(moments.mean, axes)
     if mask is not None:
-        centered = jnp.where(valid(mask, x), centered, 0)  # a NaN there times a zero cotangent would be a NaN
-    dsquare = 2 * jnp.real(jnp.conj(centered) * dx)
-    sums = jnp.stack([jnp.sum(_weigh(mask, t), axes).astype(x.dtype) for t in (dx, dsquare)])
-    dmean, dvar = (t / _nonzero(moments.weight).astype(x.dtype) for t in _total(sums, names, groups))
-    dmoments = Moments(jnp.zeros_like(moments.weight), dmean, dvar.real)
+        x = jnp.where(valid(mask, x), x, mean)  # a NaN there times a zero cotangent would be a NaN
+    both = jnp.stack([jnp.squeeze(t, axes).astype(x.dtype) for t in sums(_weigh(mask, dx), x, mean, axes)])
+    dmean, dvar = (t / _nonzero(moments.weight).astype(x.dtype) for t in _total(both, names, groups))
+    dmoments = Moments(jnp.zeros_like(moments.weight), dmean, 2 * dvar.real)
     return (moments, support), (dmoments, jax.tree.map(jnp.zeros_like, support))
 
 
@@ -244,6 +254,26 @@ def _pool(weight, mean, var, axes):
     # Rounding may leave it below 0. Not jnp.maximum, whose derivative is a half at 0 and nothing below.
     return Moments(total, pivot + shift, var - lax.stop_gradient(jnp.minimum(var, 0)))
 
+
+def _moments_on_cpu(x, *, axes):
+    """Moments of the values in each place of the slabs, around the first of them, and these pooled.
+
+    That pivot is one of `SLABS` values, which costs `var` a factor of `SLABS` in rounding at the worst.
+    """
+    cut = slabs(axes, x)
+    if cut is None:
+        return _pool(None, x, None, axes)
+    (x,), axis, tail, rest = cut
+    pivot = lax.index_in_dim(x, 0, axis)
+    around = x - pivot
+    both = jnp.sum(lax.complex(around, around * around), axis) / SLABS
+    shift = both.real
+    moments = _pool(None, pivot.squeeze(axis) + shift, both.imag - shift * shift, rest)
+    moments = moments._replace(weight=moments.weight * SLABS)
+    return moments if tail is None else merge(moments, _pool(None, tail[0], None, rest))
+
+
+_plain_moments = primitive("bnjax_moments", lambda x, *, axes: _pool(None, x, None, axes), _moments_on_cpu)
 
 _named = partial(checkpoint_name, name=CHECKPOINT_NAME)
 

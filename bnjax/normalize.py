@@ -15,6 +15,7 @@ from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 
 from bnjax.moments import valid
+from bnjax.reductions import spread
 
 
 def autodiff_normalize(x, mean, var, scale, bias, mask, epsilon):
@@ -41,13 +42,14 @@ def _normalize_jvp(epsilon, primals, tangents):
     c = _sum(dbias, None if dmean is None else -slope * dmean)
     if jax.sharding.get_abstract_mesh().manual_axes:
         k, c = _varying_like(x, k, c)
-    centered = x - mean.astype(x.dtype)
+    mean = mean.astype(x.dtype)
     if mask is not None:
         # At a masked place a NaN times a zero cotangent would be a NaN for the whole feature.
-        centered = jnp.where(valid(mask, x) | jnp.isfinite(x), centered, 0)
-    dy = _sum(None if dx is None else slope * dx, None if k is None else centered * k)
-    dy = jnp.zeros_like(x) if dy is None else dy
-    return normalize(*primals, epsilon), dy if c is None else dy + c
+        x = jnp.where(valid(mask, x) | jnp.isfinite(x), x, mean)
+    dy = _sum(None if dx is None else slope * dx, spread(c, k, x, mean))
+    if dx is None and k is None:
+        dy = jnp.zeros_like(x) if dy is None else jnp.zeros_like(x) + dy
+    return normalize(*primals, epsilon), dy
 
 
 def _varying_like(x: Array, *terms: Array | None) -> list[Any]:
