@@ -1,17 +1,16 @@
-"""The reductions of batch normalization, for which XLA's own are not always the fastest.
+"""The two reductions of batch normalization, as primitives with a lowering of their own on CPU.
 
-    sums(g, x, mean)        = sum g, sum g (x - mean)          over the axes
+    sums(g, x, mean)        = sum g, sum g (x - mean)          over the reduced axes
     spread(c, k, x, mean)   = c + k (x - mean)
 
-They are linear in g and in (c, k), and each is the other's transpose: the first is the whole backward pass of batch
-normalization but for elementwise work, the second all of its forward mode that depends on x. As primitives of JAX they
-save x alone for the backward pass, not x - mean, and each platform may have its own lowering.
+Linear in g and in (c, k), each is the other's transpose: the first is the backward pass of batch normalization but for
+elementwise work, the second what its forward mode adds to that. As primitives they save x for the backward pass, which
+whoever made x saves anyway, and not x - mean.
 
-Batch normalization is bound by memory traffic. XLA on CPU has fast reductions with one result; two that share an
-operand make it write that operand, an array of x's size, to memory first. Here the operand is seen as `SLABS` slabs
-that lie side by side, and both sums are the real and imaginary part of one complex sum over them: elementwise work to
-XLA, which reads once and writes a result of 1 / SLABS of the size. Slices of that kind would be communication for a
-sharded array, so this is the lowering for arrays that one device holds whole.
+Batch normalization is bound by memory traffic. XLA on CPU has fast reductions with one result; for two that share an
+operand it first writes that operand, an array of x's size. So `two_sums` cuts the arrays into slabs that lie side by
+side and adds these up as complex numbers, whose parts are the two sums. To XLA that is elementwise work: it reads once
+and writes a fraction. Slabs of a sharded array would be communication, so this is for arrays that one device holds.
 """
 
 import functools
@@ -26,19 +25,20 @@ from jax import Array, lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-# As many terms as LLVM unrolls to straight code; twice as many made the second sum three times as slow.
-SLABS = 16
-
 
 def primitive(name: str, plain: Callable[..., Any], cpu: Callable[..., Any], linear: int = 0) -> Primitive:
-    """A primitive that computes `plain(*arrays, axes=axes)`, a tuple, by `cpu` where one CPU device holds the arrays.
+    """A primitive that computes `plain(*arrays, axes=axes)`, a tuple; by `cpu` where one CPU device holds the arrays.
 
-    It is jointly linear in its first `linear` arguments. For derivatives in the others it is `plain`.
+    It is linear in its first `linear` arguments together. Its derivative in the others is that of `plain`.
     """
     p = Primitive(name)
     p.multiple_results = True
     p.def_impl(jax.jit(p.bind, static_argnames="axes"))
-    p.def_abstract_eval(lambda *avals, axes: jax.make_jaxpr(partial(plain, axes=axes))(*avals).out_avals)
+
+    @p.def_abstract_eval
+    @functools.cache
+    def _(*avals, axes):
+        return jax.make_jaxpr(partial(plain, axes=axes))(*avals).out_avals
 
     def jvp(primals, tangents, *, axes):
         given = [not isinstance(t, ad.Zero) for t in tangents]
@@ -48,11 +48,11 @@ def primitive(name: str, plain: Callable[..., Any], cpu: Callable[..., Any], lin
             terms.append(p.bind(*tangents[:linear], *primals[linear:], axes=axes))
         if any(given[linear:]):
             others = partial(plain, *primals[:linear], axes=axes)
-            terms.append(jax.jvp(lambda *args: tuple(others(*args)), primals[linear:], tangents[linear:])[1])
+            terms.append(jax.jvp(others, primals[linear:], tangents[linear:])[1])
         return p.bind(*primals, axes=axes), [functools.reduce(jnp.add, t) for t in zip(*terms, strict=True)]
 
     def batch(args, dims, *, axes):
-        if any(d is None for d in dims):
+        if None in dims:
             out = jax.vmap(partial(plain, axes=axes), in_axes=tuple(dims))(*args)
         else:
             args = (jnp.moveaxis(v, d, 0) for v, d in zip(args, dims, strict=True))
@@ -71,42 +71,67 @@ def primitive(name: str, plain: Callable[..., Any], cpu: Callable[..., Any], lin
 
 
 def _held_whole(context):
-    """Whether what is being lowered sees arrays that one device holds: of one device, or of one device's own part."""
+    """Whether the arrays being lowered are on one device: the only one, or each device's own part of a shard_map."""
     if isinstance(context, mlir.ShardingContext):
         return context.num_devices == 1
     return isinstance(context, mlir.SPMDAxisContext) and context.manual_axes == frozenset(context.mesh.axis_names)
 
 
-def slabs(axes: tuple[int, ...], *arrays: Array) -> Any:
-    """`arrays` as `SLABS` slabs and what is left over, or None where there are too few places to reduce over.
+def cut(most: int, axes: tuple[int, ...], *arrays: Array) -> Any:
+    """`arrays` as `most` slabs or a few less, and what is left over; None where there are fewer places to reduce over.
 
-    The first of the arrays is full; others may have size 1 on the axes. The first run of adjacent reduced axes that is
-    long enough becomes one axis, which is cut.
+    The first of the arrays is full, others may have size 1 on the axes. The first run of adjacent reduced axes that is
+    long enough becomes one axis, and that is cut.
 
     Returns:
-      The arrays with an axis of `SLABS` before that axis, that axis' position, what is left over of the arrays (None
-      if nothing is), and the axes to reduce over once the axis of slabs is gone.
+      The arrays with an axis of slabs before that axis, the position of the axis of slabs, the arrays of what is left
+      over, and the axes to reduce over once the axis of slabs is gone.
     """
     shape = arrays[0].shape
     for start in axes:
         stop = next(a for a in range(start, len(shape) + 1) if a not in axes)
         places = math.prod(shape[start:stop])
-        if start - 1 not in axes and places >= SLABS:
+        if start - 1 not in axes and places >= most:
             break
     else:
         return None
+    # A count that divides the places leaves nothing over.
+    count = next((n for n in range(most, most // 2, -1) if places % n == 0), most)
+    each, over = divmod(places, count)
 
-    def cut(v, begin, end, *lengths):
+    def part(v, begin, end, *lengths):
         full = v.shape[start:stop] == shape[start:stop]
         v = v.reshape(*v.shape[:start], places if full else 1, *v.shape[stop:])
         v = lax.slice_in_dim(v, begin, end, axis=start) if full else v
         return v.reshape(*v.shape[:start], *(lengths if full else (1,) * len(lengths)), *v.shape[start + 1 :])
 
-    each, over = divmod(places, SLABS)
-    heads = [cut(v, 0, places - over, SLABS, each) for v in arrays]
-    tails = [cut(v, places - over, places, over) for v in arrays] if over else None
+    slabs = [part(v, 0, places - over, count, each) for v in arrays]
+    left = [part(v, places - over, places, over) for v in arrays]
     rest = (start, *(a - (stop - start) + 1 for a in axes if a >= stop))
-    return heads, start, tails, tuple(a for a in axes if a < start) + rest
+    return slabs, start, left if over else None, tuple(a for a in axes if a < start) + rest
+
+
+def two_sums(
+    pair: Callable[..., tuple[Array, Array]], most: int, axes: tuple[int, ...], *arrays: Array
+) -> tuple[Array, Array]:
+    """The sums over `axes`, which stay with size 1, of the two arrays that `pair` makes of `arrays` elementwise.
+
+    `most` is the number of slabs. LLVM must unroll their sum for it to be vectorized, and does so up to about 300
+    instructions, those of `pair` and of whatever XLA fuses into it counted.
+    """
+
+    def total(values, most, least, axes, *arrays):
+        parts = cut(most, axes, *arrays) if math.prod(arrays[0].shape[a] for a in axes) >= least else None
+        if parts is None:
+            return jnp.sum(values(*arrays), axes)
+        slabs, axis, left, rest = parts
+        # The conjugate keeps XLA from making one sum of this and the next, too long to be unrolled. A few rows that
+        # remain are soon added, but another sum takes as long to compile as the first.
+        z = jnp.conj(total(jnp.conj, 16, 64, rest, jnp.sum(values(*slabs), axis)))
+        return z if left is None else z + jnp.sum(values(*left), rest)
+
+    z = total(lambda *arrays: lax.complex(*pair(*arrays)), most, most, axes, *arrays)
+    return jnp.expand_dims(z.real, axes), jnp.expand_dims(z.imag, axes)
 
 
 def _plain_sums(g, x, mean, *, axes):
@@ -114,16 +139,8 @@ def _plain_sums(g, x, mean, *, axes):
 
 
 def _cpu_sums(g, x, mean, *, axes):
-    cut = slabs(axes, x, g, mean)
-    if cut is None:
-        return _plain_sums(g, x, mean, axes=axes)
-    (xs, gs, means), axis, tails, rest = cut
-    both = jnp.sum(lax.complex(gs, gs * (xs - means)), axis)
-    parts = [jnp.sum(v, rest) for v in (both.real, both.imag)]
-    if tails is not None:
-        x_, g_, mean_ = tails
-        parts = [a + jnp.sum(b, rest) for a, b in zip(parts, (g_, g_ * (x_ - mean_)), strict=True)]
-    return tuple(jnp.expand_dims(v, axes) for v in parts)
+    # XLA fuses an activation's derivative into it: of 8 slabs even that of hard_swish is unrolled, of 12 it was not.
+    return two_sums(lambda x, g, mean: (g, g * (x - mean)), 8, axes, x, g, mean)
 
 
 def _plain_spread(c, k, x, mean, *, axes):
@@ -134,33 +151,28 @@ _sums = primitive("bnjax_sums", _plain_sums, _cpu_sums, linear=1)
 _spread = primitive("bnjax_spread", _plain_spread, _plain_spread, linear=2)
 
 
-def _transposes(p, other, linear):
-    def transpose(cotangents, *args, axes):
-        cotangents = map(ad.instantiate_zeros, cotangents)
-        out = other.bind(*cotangents, *args[linear:], axes=axes)
-        out = [ct if ad.is_undefined_primal(v) else None for v, ct in zip(args[:linear], out, strict=True)]
-        return out + [None] * (len(args) - linear)
-
-    ad.primitive_transposes[p] = transpose
+def _transpose(other, linear, cotangents, *args, axes):
+    out = other.bind(*map(ad.instantiate_zeros, cotangents), *args[linear:], axes=axes)
+    wanted = [ct if ad.is_undefined_primal(v) else None for v, ct in zip(args[:linear], out, strict=True)]
+    return wanted + [None] * (len(args) - linear)
 
 
-_transposes(_sums, _spread, 1)
-_transposes(_spread, _sums, 2)
+ad.primitive_transposes[_sums] = partial(_transpose, _spread, 1)
+ad.primitive_transposes[_spread] = partial(_transpose, _sums, 2)
 
 
 def sums(g: Array, x: Array, mean: Array, axes: tuple[int, ...]) -> tuple[Array, Array]:
-    """sum g and sum Re(conj(x - mean) g) over the axes, which stay with size 1; g of x's shape, mean of x's rank."""
-    apply = partial(_plain_sums, axes=axes) if jnp.iscomplexobj(x) else partial(_sums.bind, axes=axes)
-    total, product = apply(g, x, mean)
-    return total, product
+    """sum g and sum Re(conj(x - mean) g) over `axes`, which stay with size 1; g of x's shape, mean of x's rank."""
+    if jnp.iscomplexobj(x):
+        return _plain_sums(g, x, mean, axes=axes)
+    return tuple(_sums.bind(g, x, mean, axes=axes))
 
 
 def spread(c: Array | None, k: Array | None, x: Array, mean: Array) -> Array | None:
-    """c + (x - mean) k for c and k of x's rank, each None for 0."""
+    """c + k (x - mean) for c and k of x's rank, None for 0."""
     if k is None:
         return c
     c, k = jnp.broadcast_arrays(jnp.zeros_like(k) if c is None else c, k)
-    if jnp.iscomplexobj(x):
-        return c + k * (x - mean)
-    axes = tuple(a for a in range(x.ndim) if c.shape[a] != x.shape[a])
-    return _spread.bind(c, k, x, mean, axes=axes)[0]
+    axes = tuple(a for a in range(x.ndim) if k.shape[a] != x.shape[a])
+    apply = partial(_plain_spread, axes=axes) if jnp.iscomplexobj(x) else partial(_spread.bind, axes=axes)
+    return apply(c, k, x, mean)[0]

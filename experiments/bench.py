@@ -1,69 +1,206 @@
-"""What the variants cost: forward with backward, against plain `bn_apply` on the same array, interleaved in one run.
+"""What batch normalization costs: here, in other libraries, and at the speed at which this machine copies.
 
-Ratios of medians; an absolute time says little on a shared machine.
+All that is compared runs in one process, in turn: each call is made twice and the second is timed, so that neither the
+caches nor the threads of another library are in it. glibc hands large blocks back to the system, and paging them in
+again can take longer than the layer; here it keeps them (`keep_memory`). Ratios of medians; on a shared machine an
+absolute time says little.
+
+A pass is one reading or writing of an array of x's size. Forward needs 3 (read x for the statistics, read x, write y);
+with backward 8 (read x and dy for the two sums, read both, write dx). Copying an array is two passes.
 """
 
+import ctypes
+import itertools
 import json
+import math
+import os
 import statistics
+import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+import numpy as np
 from tqdm import tqdm
 
 import bnjax
-from experiments import records
+from experiments import contenders, data, footprint, plot, records
+from experiments.contenders import Case
+
+Part = Literal["libraries", "growth", "small", "vmap", "variants", "network"]
+PARTS: tuple[Part, ...] = ("libraries", "growth", "small", "vmap", "variants", "network")
+
+PASSES = {
+    ("bn", "forward"): 3,
+    ("bn", "backward"): 8,
+    ("bn_relu", "forward"): 3,
+    ("bn_relu", "backward"): 8,
+    ("bn_add_relu", "forward"): 4,
+    ("bn_add_relu", "backward"): 12,
+}
+MEGABYTES = (1, 4, 16, 64, 256, 400)
+MODELS = 8
 
 
 @dataclass(frozen=True)
 class Bench:
     """One run of the benchmark; the command line's flags are these fields."""
 
-    shape: tuple[int, ...] = (64, 28, 28, 128)
+    parts: tuple[Part, ...] = PARTS
+    """what to measure: all libraries; growth with size; a small batch; eight models in one vmap; the variants of
+    batch normalization; memory and compile time of networks"""
+    shapes: tuple[str, ...] = ("32x56x56x64", "64x28x28x128", "256x7x7x512", "8192x256")
     """of x, channels last"""
+    blocks: tuple[Literal["bn", "bn_relu", "bn_add_relu"], ...] = ("bn", "bn_relu", "bn_add_relu")
+    """batch normalization alone, with ReLU, or with the addition of another branch and ReLU"""
+    directions: tuple[Literal["forward", "backward"], ...] = ("forward", "backward")
+    """forward alone, or forward with backward"""
+    dtypes: tuple[Literal["float32", "bfloat16"], ...] = ("float32", "bfloat16")
+    """of x"""
+    layouts: tuple[Literal["last", "first"], ...] = ("last", "first")
+    """channels last or first"""
+    megabytes: tuple[int, ...] = MEGABYTES
+    """sizes of x for the growth"""
     ghost_size: int = 16
-    """examples in a group"""
-    rounds: int = 15
-    """timings of each variant"""
+    """examples in a group, for the variants"""
+    rounds: int = 11
+    """timings of each call"""
     out: Path = Path("results")
-    """folder for config.json and timings.json, in a folder of their own"""
+    """folder for config.json, times.json and figures, in a folder of their own"""
 
     def __post_init__(self) -> None:
-        records.check_positive(self, "shape", "ghost_size", "rounds")
+        records.check_positive(self, "megabytes", "ghost_size", "rounds")
+        for shape in self.shapes:
+            if len(sizes(shape)) < 2 or not all(sizes(shape)):
+                raise data.InputError(f"shapes={shape}: expected sizes joined by x, such as 8192x256.")
+
+
+def sizes(shape: str) -> tuple[int, ...]:
+    """(8192, 256) of 8192x256; a size that is no number is 0."""
+    return tuple(int(size) if size.isdecimal() else 0 for size in shape.split("x"))
 
 
 def run(config: Bench) -> None:
-    """Cost of the variants against plain batch normalization: forward with backward, float32."""
-    x, cotangent = jax.random.normal(jax.random.key(0), (2, *config.shape))
-    calls = {name: _step(apply, *variables) for name, (apply, variables) in _variants(config).items()}
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for call in calls.values():
-        jax.block_until_ready(call(x, cotangent))
-    for _ in tqdm(range(config.rounds), unit="round"):
-        for name, call in calls.items():
-            begun = time.perf_counter()
-            jax.block_until_ready(call(x, cotangent))
-            times[name].append(time.perf_counter() - begun)
+    """Time, memory and compile time of batch normalization, against other libraries and the speed of copying."""
+    kept = keep_memory()
     folder = config.out / "bench"
-    records.write_config(folder, config)
-    (folder / "timings.json").write_text(json.dumps(times, indent=2) + "\n")
-    medians = {name: statistics.median(seconds) for name, seconds in times.items()}
-    print(f"{'variant':24}{'times bn_apply':>16}{'median, ms':>14}")
-    for name, median in medians.items():
-        print(f"{name:24}{median / medians['bn_apply']:>16.2f}{1e3 * median:>14.1f}")
+    device = jax.devices()[0]
+    records.write_config(
+        folder,
+        config,
+        device=device.device_kind,
+        cores=os.cpu_count(),
+        memory_kept=kept,
+        libraries=contenders.versions(),
+    )
+    results: dict[str, Any] = {}
+    for part in config.parts:
+        results[part] = list(MEASURES[part](config))
+        (folder / "times.json").write_text(json.dumps(results, indent=1) + "\n")
+    report(results)
+    figures(folder, results)
 
 
-def _variants(config: Bench) -> dict[str, tuple[Callable[..., Any], tuple[Any, Any]]]:
+def keep_memory() -> bool:
+    """Whether glibc was told to keep freed memory: one arena, no block mapped by itself, nothing trimmed."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    arena_max, mmap_max, trim_threshold = -8, -4, -1  # of malloc.h
+    return mallopt is not None and all(
+        [mallopt(arena_max, 1), mallopt(mmap_max, 0), mallopt(trim_threshold, 2**31 - 1)]
+    )
+
+
+def times(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each call, taken in turn."""
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            jax.block_until_ready(call())
+            begun = time.perf_counter()
+            jax.block_until_ready(call())
+            seconds[name].append(time.perf_counter() - begun)
+    return seconds
+
+
+def copies(x: np.ndarray, dtype: str) -> dict[str, Callable[[], Any]]:
+    """Ways to read an array and write one of its size; the fastest is the limit."""
+    here = jnp.asarray(x, dtype)
+    negative = jax.jit(jnp.negative)
+    calls: dict[str, Callable[[], Any]] = {"copy by XLA": lambda: negative(here)}
+    if jax.default_backend() == "cpu":
+        threads = os.cpu_count() or 1
+        source = np.asarray(here).reshape(-1).view(np.uint8)
+        parts = list(zip(*(np.array_split(a, threads) for a in (np.empty_like(source), source)), strict=True))
+        pool = ThreadPoolExecutor(threads)
+        calls["copy by threads"] = lambda: list(pool.map(lambda part: np.copyto(*part), parts))
+    return calls
+
+
+def _timed(case: Case, rounds: int, names: Iterable[str]) -> dict[str, Any]:
+    calls = {name: contenders.CONTENDERS[name][1](case) for name in names}
+    return {**asdict(case), "seconds": times({**copies(case.arrays()[0], case.dtype), **calls}, rounds)}
+
+
+def _libraries(config: Bench) -> Iterator[dict[str, Any]]:
+    # Arrays are made once for each shape and layout.
+    matrix = itertools.product(config.layouts, config.shapes, config.dtypes, config.blocks, config.directions)
+    cases = [Case(sizes(shape), *rest, dtype, layout) for layout, shape, dtype, *rest in matrix]
+    for case in tqdm(cases, desc="libraries", unit="case"):
+        yield _timed(case, config.rounds, contenders.installed())
+
+
+def _growth(config: Bench) -> Iterator[dict[str, Any]]:
+    names = [name for name in ("bnjax", "Flax Linen", "PyTorch") if name in contenders.installed()]
+    for megabytes in tqdm(config.megabytes, desc="growth", unit="size"):
+        yield _timed(Case((megabytes * 1024, 256)), config.rounds, names)
+
+
+def _small(config: Bench) -> Iterator[dict[str, Any]]:
+    for direction in config.directions:
+        yield _timed(Case((60, 100), direction=direction), 20 * config.rounds, contenders.installed())
+
+
+def _vmap(config: Bench) -> Iterator[dict[str, Any]]:
+    """Eight models at once, and eight calls of one."""
+    shape = (32, 28, 28, 64)
+    x, cotangent = jax.random.normal(jax.random.key(0), (2, MODELS, *shape))
+    params, state = bnjax.bn_init(shape[-1])
+    many = jax.tree.map(lambda v: jnp.stack([v] * MODELS), params)
+
+    def step(params, x, cotangent):
+        y, pullback, kept = jax.vjp(lambda params, x: bnjax.bn_apply(params, state, x, True), params, x, has_aux=True)
+        return y, kept, pullback(cotangent)
+
+    one, together = jax.jit(step), jax.jit(jax.vmap(step))
+    pairs = list(zip(x, cotangent, strict=True))
+    calls = {
+        "one vmap": lambda: together(many, x, cotangent),
+        "eight calls": lambda: [one(params, *pair) for pair in pairs],
+    }
+    yield {"shape": shape, "models": MODELS, "seconds": times(calls, config.rounds)}
+
+
+def _variants(config: Bench) -> Iterator[dict[str, Any]]:
+    """The variants of batch normalization and bn_apply itself, forward with backward, float32."""
+    for shape in tqdm([sizes(shape) for shape in config.shapes], desc="variants", unit="shape"):
+        x, cotangent = jax.random.normal(jax.random.key(0), (2, *shape))
+        calls = {
+            name: _step(apply, *variables, x, cotangent) for name, (apply, variables) in _calls(config, shape).items()
+        }
+        yield {"shape": shape, "seconds": times(calls, config.rounds)}
+
+
+def _calls(config, shape) -> dict[str, tuple[Callable[..., Any], tuple[Any, Any]]]:
     """Calls of the form of `bn_apply(params, state, x, train)`, and their variables."""
-    features = config.shape[-1]
+    features = shape[-1]
     plain, indexed = bnjax.bn_init(features), bnjax.indexed_bn_init(features, 10)
     classes = jax.tree.map(lambda v: jnp.broadcast_to(v, (10, features)), plain[0])
-    label = jnp.arange(config.shape[0]) % 10
+    label = jnp.arange(shape[0]) % 10
 
     def ghost(*args):
         return bnjax.ghost_bn_apply(*args, ghost_size=config.ghost_size)
@@ -90,7 +227,7 @@ def _variants(config: Bench) -> dict[str, tuple[Callable[..., Any], tuple[Any, A
     }
 
 
-def _step(apply: Callable[..., Any], params: Any, state: Any) -> Callable[[Array, Array], Any]:
+def _step(apply, params, state, x, cotangent) -> Callable[[], Any]:
     """Output, state, and the gradients in parameters and x."""
 
     @jax.jit
@@ -98,4 +235,101 @@ def _step(apply: Callable[..., Any], params: Any, state: Any) -> Callable[[Array
         y, pullback, state_ = jax.vjp(lambda params, x: apply(params, state, x, True), params, x, has_aux=True)
         return y, state_, pullback(cotangent)
 
-    return step
+    return lambda: step(x, cotangent)
+
+
+MEASURES: dict[str, Callable[[Bench], Iterator[dict[str, Any]]]] = {
+    "libraries": _libraries,
+    "growth": _growth,
+    "small": _small,
+    "vmap": _vmap,
+    "variants": _variants,
+    "network": lambda config: footprint.measure(config.rounds),
+}
+
+
+def medians(entry: dict[str, Any]) -> dict[str, float]:
+    """Of each call, with the fastest of the copies under the name `copy`."""
+    found = {name: statistics.median(seconds) for name, seconds in entry["seconds"].items()}
+    copied = [found.pop(name) for name in list(found) if name.startswith("copy by")]
+    return {**found, "copy": min(copied)} if copied else found
+
+
+def of_the_limit(entry: dict[str, Any]) -> dict[str, float]:
+    """Time of each library over that of its block's passes at the speed of copying."""
+    found = medians(entry)
+    limit = PASSES[entry["block"], entry["direction"]] * found.pop("copy") / 2
+    return {name: seconds / limit for name, seconds in found.items()}
+
+
+def geometric_mean(values: Iterable[float]) -> float:
+    return math.exp(statistics.fmean(math.log(v) for v in values))
+
+
+def spread(entry: dict[str, Any], name: str) -> float:
+    """Half the distance of the quartiles of a call's times, over their median."""
+    low, middle, high = np.quantile(entry["seconds"][name], [0.25, 0.5, 0.75])
+    return float((high - low) / 2 / middle)
+
+
+def figures(folder: Path, results: dict[str, Any]) -> None:
+    """`libraries.png`, of the first layout and dtype that were measured, and `growth.png`."""
+    if entries := results.get("libraries"):
+        layout, dtype = entries[0]["layout"], entries[0]["dtype"]
+        panels: dict[tuple[str, str], dict[str, list[float]]] = {}
+        for e in entries:
+            if (e["layout"], e["dtype"]) == (layout, dtype):
+                panel = panels.setdefault((e["direction"], e["block"]), {})
+                for name, value in of_the_limit(e).items():
+                    panel.setdefault(name, []).append(value)
+        shapes = len({tuple(e["shape"]) for e in entries})
+        title = (
+            f"Time over the limit of memory, {dtype}, channels {layout}: geometric mean and range of {shapes} shapes"
+        )
+        plot.bars(folder / "libraries.png", panels, title=title)
+    if entries := results.get("growth"):
+        series: dict[str, list[float]] = {}
+        for e in entries:
+            for name, seconds in medians(e).items():
+                passes = PASSES["bn", "backward"] / 2 if name == "copy" else 1
+                series.setdefault(name, []).append(1e9 * passes * seconds / math.prod(e["shape"]))
+        megabytes = [math.prod(e["shape"]) * 4 / 2**20 for e in entries]
+        plot.growth(folder / "growth.png", megabytes, series, title="Time for each value, over the size of a batch")
+
+
+def report(results: dict[str, Any]) -> None:
+    """Print the tables."""
+    if entries := results.get("libraries"):
+        names = [name for name in entries[0]["seconds"] if not name.startswith("copy")]
+        print(
+            "\nHow many times as fast as each library, geometric mean over the shapes; time over that of the passes at"
+        )
+        print("the speed of copying; and the spread of its times (half the distance of the quartiles).\n")
+        print(f"{'':34}" + "".join(f"{name:>14}" for name in names[1:]) + f"{'limit':>8}{'spread':>8}")
+        keys = [tuple(e[k] for k in ("layout", "dtype", "direction", "block")) for e in entries]
+        for key in dict.fromkeys(keys):
+            rows = [e for e, k in zip(entries, keys, strict=True) if k == key]
+            ratios = [geometric_mean(medians(e)[n] / medians(e)["bnjax"] for e in rows) for n in names[1:]]
+            limit = geometric_mean(of_the_limit(e)["bnjax"] for e in rows)
+            wide = statistics.fmean(spread(e, "bnjax") for e in rows)
+            label = f"{key[3]:12}{key[2]:9}{key[1]:9} {key[0]}"
+            print(f"{label:34}" + "".join(f"{r:>14.2f}" for r in ratios) + f"{limit:>8.2f}{wide:>8.0%}")
+    for part, title in ("growth", "Growth: ns for each value"), ("small", "A small batch: microseconds"):
+        for i, e in enumerate(results.get(part, [])):
+            found = medians(e)
+            scale = 1e9 / math.prod(e["shape"]) if part == "growth" else 1e6
+            if i == 0:
+                print(f"\n{title}\n\n{'':24}" + "".join(f"{name:>14}" for name in found))
+            label = f"{math.prod(e['shape']) * 4 / 2**20:.0f} MB" if part == "growth" else e["direction"]
+            print(f"{label:24}" + "".join(f"{seconds * scale:>14.2f}" for seconds in found.values()))
+    for e in results.get("vmap", []):
+        found = medians(e)
+        ratio = found["one vmap"] / found["eight calls"]
+        print(f"\n{e['models']} models in one vmap take {ratio:.2f} of the time of as many calls")
+    for i, e in enumerate(results.get("variants", [])):
+        found = medians(e)
+        if i == 0:
+            print(f"\nVariants: times bn_apply\n\n{'':24}" + "".join(f"{name:>18}" for name in found))
+        label = "x".join(map(str, e["shape"]))
+        print(f"{label:24}" + "".join(f"{seconds / found['bn_apply']:>18.2f}" for seconds in found.values()))
+    footprint.report(results.get("network", []))

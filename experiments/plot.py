@@ -8,6 +8,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.ticker import FixedLocator, NullLocator
 
 COLOURS = {"plain": "#D55E00", "batch normalization": "#0072B2"}
 
@@ -27,6 +28,83 @@ def curves(
     axes.margins(x=0)
     axes.set_title(textwrap.fill(title, 85), loc="left", fontsize=10)
     axes.legend(title=f"mean and range of {seeds} seeds" if seeds > 1 else "one seed", loc="lower right", frameon=False)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+LIBRARIES = {
+    "bnjax": "#0072B2",
+    "Flax Linen": "#D55E00",
+    "Flax NNX": "#E69F00",
+    "Haiku": "#CC79A7",
+    "Equinox": "#56B4E9",
+    "Keras on JAX": "#009E73",
+    "PyTorch": "#000000",
+}
+BLOCKS = {"bn": "BN", "bn_relu": "BN + ReLU", "bn_add_relu": "BN + add + ReLU"}
+
+
+def bars(path: Path, panels: dict[tuple[str, str], dict[str, list[float]]], *, title: str) -> None:
+    """Time over the limit, a panel for each direction and block: bars of geometric means, with the range of shapes."""
+    directions, blocks = (list(dict.fromkeys(key[i] for key in panels)) for i in (0, 1))
+    figure, grid = plt.subplots(
+        len(directions),
+        len(blocks),
+        figsize=(1.5 + 2.9 * len(blocks), 0.8 + 2.4 * len(directions)),
+        layout="constrained",
+        sharex=True,
+        sharey=True,
+        squeeze=False,
+    )
+    for (direction, block), values in panels.items():
+        axes = grid[directions.index(direction)][blocks.index(block)]
+        names = list(values)[::-1]
+        means = np.array([np.exp(np.mean(np.log(values[name]))) for name in names])
+        low, high = (np.array([f(values[name]) for name in names]) for f in (min, max))
+        axes.barh(
+            names,
+            means,
+            color=[LIBRARIES[name] for name in names],
+            xerr=[means - low, high - means],
+            error_kw={"ecolor": "0.45", "elinewidth": 1},
+        )
+        axes.bar_label(axes.containers[-1], labels=[f"{m:.1f}" for m in means], padding=3, fontsize=8)
+        axes.axvline(1, color="0.3", linewidth=1, linestyle="--")
+        what = "forward" if direction == "forward" else "forward + backward"
+        axes.set_title(f"{BLOCKS[block]}, {what}", fontsize=9)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.tick_params(labelsize=8)
+    grid[0][0].set_xscale("log")
+    grid[0][0].xaxis.set_major_locator(FixedLocator([1, 2, 5, 10, 20, 50, 100]))
+    grid[0][0].xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    grid[0][0].xaxis.set_minor_locator(NullLocator())
+    figure.supxlabel("time, in multiples of the passes it needs at the speed of copying (dashed)", fontsize=9)
+    figure.suptitle(textwrap.fill(title, 110), x=0.01, ha="left", fontsize=10)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def growth(path: Path, megabytes: list[float], series: dict[str, list[float]], *, title: str) -> None:
+    """Nanoseconds for each value against the size of x."""
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    for name, values in series.items():
+        style = {"color": "0.5", "linestyle": "--"} if name == "copy" else {"color": LIBRARIES[name]}
+        axes.plot(
+            megabytes,
+            values,
+            marker="o",
+            markersize=4,
+            label="4 copies of x (8 passes)" if name == "copy" else name,
+            **style,
+        )
+    axes.set(xscale="log", xlabel="size of x, MB", ylabel="forward and backward, ns for each value", ylim=(0, None))
+    axes.xaxis.set_major_locator(FixedLocator(megabytes))
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_title(textwrap.fill(title, 85), loc="left", fontsize=10)
+    axes.legend(frameon=False)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)

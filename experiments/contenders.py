@@ -1,0 +1,201 @@
+"""Batch normalization as other libraries have it, each behind one call, for the benchmark.
+
+A contender is made for a case and called with it: `make(case)` gives a function of no arguments that runs the block
+once and returns what to wait for. Libraries that are not installed are left out; bnjax and Flax always are.
+"""
+
+import functools
+import importlib.metadata
+import importlib.util
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+import bnjax
+
+BLOCKS = ("bn", "bn_relu", "bn_add_relu")
+PASSES = ("forward", "backward")
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is timed: `backward` is forward with backward, to x, scale, bias, and the other branch of an addition."""
+
+    shape: tuple[int, ...]
+    """channels last; a `first` layout moves the channels"""
+    block: str = "bn"
+    direction: str = "backward"
+    dtype: str = "float32"
+    layout: str = "last"
+
+    @property
+    def axis(self) -> int:
+        return -1 if self.layout == "last" else 1
+
+    def arrays(self) -> list[np.ndarray]:
+        """x, the other branch of an addition, and the cotangent, float32."""
+        return _arrays(self.shape if self.layout == "last" else (self.shape[0], self.shape[-1], *self.shape[1:-1]))
+
+
+@functools.lru_cache(maxsize=1)
+def _arrays(shape):
+    rng = np.random.default_rng(0)
+    return [rng.standard_normal(shape, np.float32) for _ in range(3)]
+
+
+def _block(case: Case, y: Array, other: Array) -> Array:
+    if case.block == "bn_add_relu":
+        y = y + other
+    return y if case.block == "bn" else jax.nn.relu(y)
+
+
+def _compiled(case: Case, apply: Callable[[Any, Array], Any], params: Any) -> Callable[[], Any]:
+    """`apply(params, x)` gives y and whatever the layer keeps."""
+    x, other, cotangent = (jnp.asarray(a, case.dtype) for a in case.arrays())
+
+    def forward(params, x, other):
+        y, kept = apply(params, x)
+        return _block(case, y.astype(x.dtype), other), kept  # Haiku and Equinox return float32 for bfloat16
+
+    @jax.jit
+    def both(params, x, other, cotangent):
+        if case.block == "bn_add_relu":
+            y, pullback, kept = jax.vjp(forward, params, x, other, has_aux=True)
+        else:
+            y, pullback, kept = jax.vjp(lambda params, x: forward(params, x, other), params, x, has_aux=True)
+        return y, kept, pullback(cotangent)
+
+    if case.direction == "forward":
+        compiled = jax.jit(forward)
+        return lambda: compiled(params, x, other)
+    return lambda: both(params, x, other, cotangent)
+
+
+def _bnjax(case):
+    params, state = bnjax.bn_init(case.shape[-1])
+    return _compiled(case, lambda params, x: bnjax.bn_apply(params, state, x, True, axis=case.axis), params)
+
+
+def _linen(case):
+    from flax import linen as nn
+
+    layer = nn.BatchNorm(use_running_average=False, axis=case.axis, dtype=case.dtype)
+    variables = layer.init(jax.random.key(0), case.arrays()[0][:1])
+    stats = variables["batch_stats"]
+
+    def apply(params, x):
+        return layer.apply({"params": params, "batch_stats": stats}, x, mutable=["batch_stats"])
+
+    return _compiled(case, apply, variables["params"])
+
+
+def _nnx(case):
+    from flax import nnx
+
+    layer = nnx.BatchNorm(case.shape[-1], axis=case.axis, dtype=jnp.dtype(case.dtype), rngs=nnx.Rngs(0))
+    graph, params, stats = nnx.split(layer, nnx.Param, nnx.BatchStat)
+
+    def apply(params, x):
+        layer = nnx.merge(graph, params, jax.tree.map(lambda v: v, stats))  # new variables, of this trace
+        return layer(x, use_running_average=False), nnx.state(layer, nnx.BatchStat)
+
+    return _compiled(case, apply, params)
+
+
+def _haiku(case):
+    import haiku as hk
+
+    form = "channels_last" if case.layout == "last" else "channels_first"
+
+    @hk.transform_with_state
+    def layer(x):
+        return hk.BatchNorm(True, True, 0.99, data_format=form)(x, is_training=True)
+
+    params, state = layer.init(jax.random.key(0), case.arrays()[0][:1])
+    return _compiled(case, lambda params, x: layer.apply(params, state, None, x), params)
+
+
+def _equinox(case):
+    import equinox as eqx
+
+    layer, state = eqx.nn.make_with_state(eqx.nn.BatchNorm)(case.shape[-1], axis_name="batch", mode="batch")
+    params, rest = eqx.partition(layer, eqx.is_inexact_array)
+    channels = len(case.shape) - 2 if case.layout == "last" else 0
+
+    def apply(params, x):
+        def example(x):  # its channels come first
+            y, kept = eqx.combine(params, rest)(jnp.moveaxis(x, channels, 0), state)
+            return jnp.moveaxis(y, 0, channels), kept
+
+        return jax.vmap(example, axis_name="batch", out_axes=(0, None))(x)
+
+    return _compiled(case, apply, params)
+
+
+def _keras(case):
+    os.environ.setdefault("KERAS_BACKEND", "jax")
+    import keras
+
+    policy = case.dtype if case.dtype == "float32" else f"mixed_{case.dtype}"
+    layer = keras.layers.BatchNormalization(axis=case.axis, dtype=policy)
+    layer.build((None, *case.arrays()[0].shape[1:]))
+    params = [v.value for v in layer.trainable_variables]
+    stats = [v.value for v in layer.non_trainable_variables]
+    return _compiled(case, lambda params, x: layer.stateless_call(params, stats, x, training=True), params)
+
+
+def _torch(case):
+    import torch
+
+    x, other, cotangent = (torch.from_numpy(a).to(getattr(torch, case.dtype)) for a in case.arrays())
+    if case.layout == "last" and x.ndim == 4:  # its channels_last: NCHW in name, NHWC in memory
+        x, other, cotangent = (t.permute(0, 3, 1, 2) for t in (x, other, cotangent))
+    layer = (torch.nn.BatchNorm2d if x.ndim == 4 else torch.nn.BatchNorm1d)(case.shape[-1])
+
+    def block(x, other):  # in place, as its own networks have it
+        y = layer(x)
+        if case.block == "bn_add_relu":
+            y += other
+        return y if case.block == "bn" else torch.relu_(y)
+
+    def forward():
+        with torch.no_grad():
+            return block(x, other)
+
+    def both():
+        layer.zero_grad()
+        leaves = [t.detach().requires_grad_() for t in (x, other)]
+        y = block(leaves[0], leaves[1] if case.block == "bn_add_relu" else other)
+        y.backward(cotangent)
+        return y, leaves
+
+    return forward if case.direction == "forward" else both
+
+
+CONTENDERS: dict[str, tuple[str, Callable[[Case], Callable[[], Any]]]] = {
+    "bnjax": ("bnjax", _bnjax),
+    "Flax Linen": ("flax", _linen),
+    "Flax NNX": ("flax", _nnx),
+    "Haiku": ("haiku", _haiku),
+    "Equinox": ("equinox", _equinox),
+    "Keras on JAX": ("keras", _keras),
+    "PyTorch": ("torch", _torch),
+}
+
+
+def installed() -> list[str]:
+    """Names of the contenders whose library is there."""
+    return [name for name, (module, _) in CONTENDERS.items() if importlib.util.find_spec(module)]
+
+
+def versions() -> dict[str, str]:
+    """The versions of the other libraries."""
+    names = {"haiku": "dm-haiku"}
+    modules = {CONTENDERS[name][0] for name in installed()} - {"bnjax"}
+    return {module: importlib.metadata.version(names.get(module, module)) for module in sorted(modules)}
