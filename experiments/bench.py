@@ -71,7 +71,7 @@ class Bench:
     rounds: int = 11
     """timings of each call"""
     out: Path = Path("results")
-    """folder for config.json, times.json and figures, in a folder of their own"""
+    """folder for config.json, times.jsonl and figures, in a folder of their own"""
 
     def __post_init__(self) -> None:
         records.check_positive(self, "megabytes", "ghost_size", "rounds")
@@ -98,12 +98,23 @@ def run(config: Bench) -> None:
         memory_kept=kept,
         libraries=contenders.versions(),
     )
-    results: dict[str, Any] = {}
-    for part in config.parts:
-        results[part] = list(MEASURES[part](config))
-        (folder / "times.json").write_text(json.dumps(results, indent=1) + "\n")
+    with (folder / "times.jsonl").open("w") as lines:
+        for part in config.parts:
+            for entry in MEASURES[part](config):
+                lines.write(json.dumps({"part": part, **entry}) + "\n")
+                lines.flush()
+    results = read(folder)
     report(results)
     figures(folder, results)
+
+
+def read(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """What a run measured, by part."""
+    results: dict[str, list[dict[str, Any]]] = {}
+    for line in (folder / "times.jsonl").read_text().splitlines():
+        entry = json.loads(line)
+        results.setdefault(entry.pop("part"), []).append(entry)
+    return results
 
 
 def keep_memory() -> bool:
@@ -123,7 +134,7 @@ def times(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[fl
             jax.block_until_ready(call())
             begun = time.perf_counter()
             jax.block_until_ready(call())
-            seconds[name].append(time.perf_counter() - begun)
+            seconds[name].append(round(time.perf_counter() - begun, 7))
     return seconds
 
 
@@ -149,7 +160,7 @@ def _timed(case: Case, rounds: int, names: Iterable[str]) -> dict[str, Any]:
 def _libraries(config: Bench) -> Iterator[dict[str, Any]]:
     # Arrays are made once for each shape and layout.
     matrix = itertools.product(config.layouts, config.shapes, config.dtypes, config.blocks, config.directions)
-    cases = [Case(sizes(shape), *rest, dtype, layout) for layout, shape, dtype, *rest in matrix]
+    cases = [Case(sizes(shape), block, direction, dtype, layout) for layout, shape, dtype, block, direction in matrix]
     for case in tqdm(cases, desc="libraries", unit="case"):
         yield _timed(case, config.rounds, contenders.installed())
 

@@ -109,20 +109,17 @@ def _nnx(case):
 
 
 def _haiku(case):
-    import haiku as hk
+    import haiku as hk  # pyright: ignore[reportMissingImports]
 
     form = "channels_last" if case.layout == "last" else "channels_first"
 
-    @hk.transform_with_state
-    def layer(x):
-        return hk.BatchNorm(True, True, 0.99, data_format=form)(x, is_training=True)
-
+    layer = hk.transform_with_state(lambda x: hk.BatchNorm(True, True, 0.99, data_format=form)(x, is_training=True))
     params, state = layer.init(jax.random.key(0), case.arrays()[0][:1])
     return _compiled(case, lambda params, x: layer.apply(params, state, None, x), params)
 
 
 def _equinox(case):
-    import equinox as eqx
+    import equinox as eqx  # pyright: ignore[reportMissingImports]
 
     layer, state = eqx.nn.make_with_state(eqx.nn.BatchNorm)(case.shape[-1], axis_name="batch", mode="batch")
     params, rest = eqx.partition(layer, eqx.is_inexact_array)
@@ -140,7 +137,7 @@ def _equinox(case):
 
 def _keras(case):
     os.environ.setdefault("KERAS_BACKEND", "jax")
-    import keras
+    import keras  # pyright: ignore[reportMissingImports]
 
     policy = case.dtype if case.dtype == "float32" else f"mixed_{case.dtype}"
     layer = keras.layers.BatchNormalization(axis=case.axis, dtype=policy)
@@ -151,7 +148,7 @@ def _keras(case):
 
 
 def _torch(case):
-    import torch
+    import torch  # pyright: ignore[reportMissingImports]
 
     x, other, cotangent = (torch.from_numpy(a).to(getattr(torch, case.dtype)) for a in case.arrays())
     if case.layout == "last" and x.ndim == 4:  # its channels_last: NCHW in name, NHWC in memory

@@ -61,7 +61,7 @@ def measure(rounds: int, batch: int = 32, side: int = 16, features: int = 16) ->
     steps = {name: _scanned(norm, policy, x) for name, norm, policy in WAYS}
     yield {
         "measure": "temporary memory with scanned blocks, MB",
-        "values": {name: step.memory_analysis().temp_size_in_bytes / 1e6 for name, (step, _) in steps.items()},
+        "values": {name: _temporary(step) / 1e6 for name, (step, _) in steps.items()},
     }
     seconds = _times({name: partial(step, *args) for name, (step, args) in steps.items()}, rounds)
     yield {"measure": "time of a step with scanned blocks, ms", "values": {n: 1e3 * s for n, s in seconds.items()}}
@@ -87,6 +87,10 @@ def _times(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]
             jax.block_until_ready(call())
             seconds[name].append(time.perf_counter() - begun)
     return {name: statistics.median(s[1:]) for name, s in seconds.items()}
+
+
+def _temporary(compiled):
+    return compiled.memory_analysis().temp_size_in_bytes
 
 
 def _under(policy, f):

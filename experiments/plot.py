@@ -90,15 +90,10 @@ def growth(path: Path, megabytes: list[float], series: dict[str, list[float]], *
     """Nanoseconds for each value against the size of x."""
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     for name, values in series.items():
-        style = {"color": "0.5", "linestyle": "--"} if name == "copy" else {"color": LIBRARIES[name]}
-        axes.plot(
-            megabytes,
-            values,
-            marker="o",
-            markersize=4,
-            label="4 copies of x (8 passes)" if name == "copy" else name,
-            **style,
-        )
+        copied = name == "copy"
+        colour, line = ("0.5", "--") if copied else (LIBRARIES[name], "-")
+        label = "four copies of x (8 passes)" if copied else name
+        axes.plot(megabytes, values, marker="o", markersize=4, color=colour, linestyle=line, label=label)
     axes.set(xscale="log", xlabel="size of x, MB", ylabel="forward and backward, ns for each value", ylim=(0, None))
     axes.xaxis.set_major_locator(FixedLocator(megabytes))
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")

@@ -1,5 +1,7 @@
 """The experiments' command line, training loop and files."""
 
+import contextlib
+import io
 import json
 from functools import partial
 
@@ -9,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 
-from experiments import convergence, data, networks, plot, records, train
+from experiments import bench, contenders, convergence, data, networks, plot, records, train
 from experiments.__main__ import main
 from experiments.runtime import Runtime
 from tests import reference
@@ -187,14 +189,68 @@ def test_bad_input_is_one_line_on_stderr(tmp_path, capsys):
     assert message.count("\n") == 1
 
 
-def test_bench_prints_the_ratios_of_the_medians_that_it_writes(tmp_path, capsys):
-    assert (
-        main(["bench", *["--shape", "4", "3", "3", "2", "--ghost-size", "2", "--rounds", "3", "--out"], str(tmp_path)])
-        == 0
+@pytest.fixture(scope="module")
+def bench_run(tmp_path_factory):
+    """What a small run measured, what it printed, and its folder."""
+    folder, printed = tmp_path_factory.mktemp("bench"), io.StringIO()
+    parts = ["libraries", "growth", "small", "vmap", "variants"]
+    arguments = ["--parts", *parts, "--shapes", "8x2x2x4", "16x8", "--dtypes", "float32", "--layouts", "first", "last"]
+    arguments += ["--blocks", "bn", "bn_add_relu", "--megabytes", "1", "--ghost-size", "2", "--rounds", "3"]
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        patch.setattr(bench, "keep_memory", lambda: False)  # this process is for other tests too
+        patch.setattr(contenders, "installed", lambda: ["bnjax", "Flax Linen", "Flax NNX"])
+        assert main(["bench", *arguments, "--out", str(folder)]) == 0
+    return bench.read(folder / "bench"), printed.getvalue(), folder / "bench"
+
+
+def test_bench_times_every_case_in_every_library(bench_run):
+    times, _, folder = bench_run
+    assert len(times["libraries"]) == 2 * 2 * 2 * 2
+    names = {"copy by XLA", "copy by threads", "bnjax", "Flax Linen", "Flax NNX"}
+    for entry in times["libraries"] + times["small"]:
+        assert set(entry["seconds"]) == names
+    assert {len(seconds) for entry in times["libraries"] for seconds in entry["seconds"].values()} == {3}
+    for figure in "libraries.png", "growth.png":
+        assert (folder / figure).read_bytes().startswith(b"\x89PNG")
+
+
+def test_bench_prints_the_ratios_of_the_medians_that_it_writes(bench_run):
+    times, printed, _ = bench_run
+    lines = [line.split() for line in printed.splitlines()]
+    (row,) = (line for line in lines if line[:4] == ["bn", "backward", "float32", "last"])
+    entries = [e for e in times["libraries"] if (e["block"], e["direction"], e["layout"]) == ("bn", "backward", "last")]
+    median = [{name: np.median(seconds) for name, seconds in e["seconds"].items()} for e in entries]
+    linen = np.sqrt(np.prod([m["Flax Linen"] / m["bnjax"] for m in median]))
+    limit = np.sqrt(np.prod([m["bnjax"] / (4 * min(m["copy by XLA"], m["copy by threads"])) for m in median]))
+    np.testing.assert_allclose([float(row[4]), float(row[6])], [linen, limit], atol=0.0051)
+    variants = {name: np.median(seconds) for name, seconds in times["variants"][1]["seconds"].items()}
+    row = next(line for line in lines if line[:1] == ["16x8"])
+    np.testing.assert_allclose(
+        np.array(row[1:], float), np.array([*variants.values()]) / variants["bn_apply"], atol=0.0051
     )
-    times = json.loads((tmp_path / "bench" / "timings.json").read_text())
-    assert {len(seconds) for seconds in times.values()} == {3}
-    printed = {line.split()[0]: float(line.split()[1]) for line in capsys.readouterr().out.splitlines()[1:]}
-    assert set(printed) == set(times)
-    for name, seconds in times.items():
-        np.testing.assert_allclose(printed[name], np.median(seconds) / np.median(times["bn_apply"]), atol=0.0051)
+
+
+@pytest.mark.parametrize("shape", ["8192", "8xfour", "8x0"])
+def test_bench_rejects_a_shape(shape, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["bench", "--shapes", shape])
+    assert f"shapes={shape}: expected sizes joined by x" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("name", ["bnjax", "Flax Linen", "Flax NNX"])
+@pytest.mark.parametrize("layout", ["first", "last"])
+@pytest.mark.parametrize("block", contenders.BLOCKS)
+def test_contenders_compute_the_same(name, layout, block):
+    """Output and gradient in x, in float64 from the formula; another library's wrong axis would be a wrong time."""
+    case = contenders.Case((8, 2, 3, 4), block, "backward", "float32", layout)
+    y, _, (_, dx, *_) = contenders.CONTENDERS[name][1](case)()
+    x, other, cotangent = (a.astype(np.float64) for a in case.arrays())
+    axis = case.axis % 4
+    _, mean, var = reference.moments(x, axis)
+    want = reference.normalize(x, mean, var, np.ones(4), np.zeros(4), axis, 1e-5)
+    if block != "bn":
+        want = want + other * (block == "bn_add_relu")
+        cotangent = cotangent * (want > 0)
+        want = np.maximum(want, 0)
+    np.testing.assert_allclose(y, want, atol=1e-5)
+    np.testing.assert_allclose(dx, reference.gradients(x, cotangent, np.ones(4), axis, 1e-5)[0], atol=1e-5)
