@@ -1,9 +1,9 @@
 """What batch normalization costs: here, in other libraries, and at the speed at which this machine copies.
 
-All that is compared runs in one process, in turn: each call is made twice and the second is timed, so that neither the
-caches nor the threads of another library are in it. glibc hands large blocks back to the system, and paging them in
-again can take longer than the layer; here it keeps them (`keep_memory`). Ratios of medians; on a shared machine an
-absolute time says little.
+All that is compared runs in one process, in turn. Before each there is a rest, since the threads of another library
+may still spin (PyTorch's do for about 20 ms); then a call to warm up, and the one that is timed. glibc hands large
+blocks back to the system, and paging them in again can take longer than the layer; here it keeps them (`keep_memory`).
+Ratios of medians; on a shared machine an absolute time says little.
 
 A pass is one reading or writing of an array of x's size. Forward needs 3 (read x for the statistics, read x, write y);
 with backward 8 (read x and dy for the two sums, read both, write dx). Copying an array is two passes.
@@ -45,6 +45,7 @@ PASSES = {
 }
 MEGABYTES = (1, 4, 16, 64, 256, 400)
 MODELS = 8
+REST = 0.03
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class Bench:
     directions: tuple[Literal["forward", "backward"], ...] = ("forward", "backward")
     """forward alone, or forward with backward"""
     dtypes: tuple[Literal["float32", "bfloat16"], ...] = ("float32", "bfloat16")
-    """of x"""
+    """of x; those after the first are timed in the first layout alone"""
     layouts: tuple[Literal["last", "first"], ...] = ("last", "first")
     """channels last or first"""
     megabytes: tuple[int, ...] = MEGABYTES
@@ -131,6 +132,7 @@ def times(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[fl
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
+            time.sleep(REST)
             jax.block_until_ready(call())
             begun = time.perf_counter()
             jax.block_until_ready(call())
@@ -158,9 +160,13 @@ def _timed(case: Case, rounds: int, names: Iterable[str]) -> dict[str, Any]:
 
 
 def _libraries(config: Bench) -> Iterator[dict[str, Any]]:
-    # Arrays are made once for each shape and layout.
+    # Arrays are made once for each shape and layout. The second dtype and the second layout are each tried alone.
     matrix = itertools.product(config.layouts, config.shapes, config.dtypes, config.blocks, config.directions)
-    cases = [Case(sizes(shape), block, direction, dtype, layout) for layout, shape, dtype, block, direction in matrix]
+    cases = [
+        Case(sizes(shape), block, direction, dtype, layout)
+        for layout, shape, dtype, block, direction in matrix
+        if layout == config.layouts[0] or dtype == config.dtypes[0]
+    ]
     for case in tqdm(cases, desc="libraries", unit="case"):
         yield _timed(case, config.rounds, contenders.installed())
 
