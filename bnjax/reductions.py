@@ -106,9 +106,9 @@ def cut(most: int, axes: tuple[int, ...], *arrays: Array) -> Any:
         return v.reshape(*v.shape[:start], *(lengths if full else (1,) * len(lengths)), *v.shape[start + 1 :])
 
     slabs = [part(v, 0, places - over, count, each) for v in arrays]
-    left = [part(v, places - over, places, over) for v in arrays]
+    left = [part(v, places - over, places, over) for v in arrays] if over else None
     rest = (start, *(a - (stop - start) + 1 for a in axes if a >= stop))
-    return slabs, start, left if over else None, tuple(a for a in axes if a < start) + rest
+    return slabs, start, left, tuple(a for a in axes if a < start) + rest
 
 
 def two_sums(

@@ -65,6 +65,8 @@ class Bench:
     """of x; those after the first are timed in the first layout alone"""
     layouts: tuple[Literal["last", "first"], ...] = ("last", "first")
     """channels last or first"""
+    libraries: tuple[str, ...] = tuple(contenders.CONTENDERS)
+    """those to time, of which only what is installed is"""
     megabytes: tuple[int, ...] = MEGABYTES
     """sizes of x for the growth"""
     ghost_size: int = 16
@@ -76,6 +78,10 @@ class Bench:
 
     def __post_init__(self) -> None:
         records.check_positive(self, "megabytes", "ghost_size", "rounds")
+        if "bnjax" not in self.libraries or not set(self.libraries) <= set(contenders.CONTENDERS):
+            raise data.InputError(
+                f"libraries={self.libraries}: expected bnjax and some of {list(contenders.CONTENDERS)}."
+            )
         for shape in self.shapes:
             if len(sizes(shape)) < 2 or not all(sizes(shape)):
                 raise data.InputError(f"shapes={shape}: expected sizes joined by x, such as 8192x256.")
@@ -168,18 +174,22 @@ def _libraries(config: Bench) -> Iterator[dict[str, Any]]:
         if layout == config.layouts[0] or dtype == config.dtypes[0]
     ]
     for case in tqdm(cases, desc="libraries", unit="case"):
-        yield _timed(case, config.rounds, contenders.installed())
+        yield _timed(case, config.rounds, _names(config))
+
+
+def _names(config: Bench) -> list[str]:
+    return [name for name in config.libraries if name in contenders.installed()]
 
 
 def _growth(config: Bench) -> Iterator[dict[str, Any]]:
-    names = [name for name in ("bnjax", "Flax Linen", "PyTorch") if name in contenders.installed()]
+    names = [name for name in ("bnjax", "Flax Linen", "PyTorch") if name in _names(config)]
     for megabytes in tqdm(config.megabytes, desc="growth", unit="size"):
         yield _timed(Case((megabytes * 1024, 256)), config.rounds, names)
 
 
 def _small(config: Bench) -> Iterator[dict[str, Any]]:
     for direction in config.directions:
-        yield _timed(Case((60, 100), direction=direction), 20 * config.rounds, contenders.installed())
+        yield _timed(Case((60, 100), direction=direction), 20 * config.rounds, _names(config))
 
 
 def _vmap(config: Bench) -> Iterator[dict[str, Any]]:
@@ -299,11 +309,13 @@ def figures(folder: Path, results: dict[str, Any]) -> None:
                 panel = panels.setdefault((e["direction"], e["block"]), {})
                 for name, value in of_the_limit(e).items():
                     panel.setdefault(name, []).append(value)
-        shapes = len({tuple(e["shape"]) for e in entries})
+        bare = panels.get(("backward", "bn")) or next(iter(panels.values()))
+        means = ", ".join(f"{name} {geometric_mean(values):.1f}" for name, values in bare.items())
         title = (
-            f"Time over the limit of memory, {dtype}, channels {layout}: geometric mean and range of {shapes} shapes"
+            f"Over the limit of memory with backward: {means} (first column; {dtype}, channels {layout}). "
+            "Dots are geometric means of the shapes, lines their range."
         )
-        plot.bars(folder / "libraries.png", panels, title=title)
+        plot.limits(folder / "libraries.png", panels, title=title)
     if entries := results.get("growth"):
         series: dict[str, list[float]] = {}
         for e in entries:

@@ -150,10 +150,11 @@ def _keras(case):
 def _torch(case):
     import torch  # pyright: ignore[reportMissingImports]
 
-    x, other, cotangent = (torch.from_numpy(a).to(getattr(torch, case.dtype)) for a in case.arrays())
+    device = "cuda" if jax.default_backend() == "gpu" else "cpu"
+    x, other, cotangent = (torch.from_numpy(a).to(device, getattr(torch, case.dtype)) for a in case.arrays())
     if case.layout == "last" and x.ndim == 4:  # its channels_last: NCHW in name, NHWC in memory
         x, other, cotangent = (t.permute(0, 3, 1, 2) for t in (x, other, cotangent))
-    layer = (torch.nn.BatchNorm2d if x.ndim == 4 else torch.nn.BatchNorm1d)(case.shape[-1])
+    layer = (torch.nn.BatchNorm2d if x.ndim == 4 else torch.nn.BatchNorm1d)(case.shape[-1]).to(device)
 
     def block(x, other):  # in place, as its own networks have it
         y = layer(x)
@@ -172,7 +173,15 @@ def _torch(case):
         y.backward(cotangent)
         return y, leaves
 
-    return forward if case.direction == "forward" else both
+    call = forward if case.direction == "forward" else both
+
+    def finished():
+        out = call()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return out
+
+    return finished
 
 
 CONTENDERS: dict[str, tuple[str, Callable[[Case], Callable[[], Any]]]] = {

@@ -46,42 +46,35 @@ LIBRARIES = {
 BLOCKS = {"bn": "BN", "bn_relu": "BN + ReLU", "bn_add_relu": "BN + add + ReLU"}
 
 
-def bars(path: Path, panels: dict[tuple[str, str], dict[str, list[float]]], *, title: str) -> None:
-    """Time over the limit, a panel for each direction and block: bars of geometric means, with the range of shapes."""
+def limits(path: Path, panels: dict[tuple[str, str], dict[str, list[float]]], *, title: str) -> None:
+    """Time over the limit, a panel for each direction and block: geometric means, with the range of the shapes."""
     directions, blocks = (list(dict.fromkeys(key[i] for key in panels)) for i in (0, 1))
-    figure, grid = plt.subplots(
-        len(directions),
-        len(blocks),
-        figsize=(1.5 + 2.9 * len(blocks), 0.8 + 2.4 * len(directions)),
-        layout="constrained",
-        sharex=True,
-        sharey=True,
-        squeeze=False,
+    size = (1.5 + 2.9 * len(blocks), 0.8 + 2.2 * len(directions))
+    figure, axes_grid = plt.subplots(
+        len(directions), len(blocks), figsize=size, layout="constrained", sharex=True, sharey=True, squeeze=False
     )
     for (direction, block), values in panels.items():
-        axes = grid[directions.index(direction)][blocks.index(block)]
+        axes = axes_grid[directions.index(direction)][blocks.index(block)]
         names = list(values)[::-1]
-        means = np.array([np.exp(np.mean(np.log(values[name]))) for name in names])
-        low, high = (np.array([f(values[name]) for name in names]) for f in (min, max))
-        axes.barh(
-            names,
-            means,
-            color=[LIBRARIES[name] for name in names],
-            xerr=[means - low, high - means],
-            error_kw={"ecolor": "0.45", "elinewidth": 1},
-        )
-        axes.bar_label(axes.containers[-1], labels=[f"{m:.1f}" for m in means], padding=3, fontsize=8)
+        means = [np.exp(np.mean(np.log(values[name]))) for name in names]
+        axes.hlines(names, [min(values[n]) for n in names], [max(values[n]) for n in names], color="0.6", linewidth=2)
+        axes.scatter(means, names, color=[LIBRARIES[name] for name in names], s=45, zorder=3)
+        for name, mean in zip(names, means, strict=True):
+            axes.annotate(f"{mean:.1f}", (mean, name), (0, 6), textcoords="offset points", ha="center", fontsize=8)
         axes.axvline(1, color="0.3", linewidth=1, linestyle="--")
         what = "forward" if direction == "forward" else "forward + backward"
         axes.set_title(f"{BLOCKS[block]}, {what}", fontsize=9)
+        axes.margins(y=0.12)
+        axes.grid(axis="x", alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(labelsize=8)
-    grid[0][0].set_xscale("log")
-    grid[0][0].xaxis.set_major_locator(FixedLocator([1, 2, 5, 10, 20, 50, 100]))
-    grid[0][0].xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    grid[0][0].xaxis.set_minor_locator(NullLocator())
-    figure.supxlabel("time, in multiples of the passes it needs at the speed of copying (dashed)", fontsize=9)
-    figure.suptitle(textwrap.fill(title, 110), x=0.01, ha="left", fontsize=10)
+    first = axes_grid[0][0]
+    first.set_xscale("log")
+    first.xaxis.set_major_locator(FixedLocator([1, 2, 5, 10, 20, 50, 100]))
+    first.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    first.xaxis.set_minor_locator(NullLocator())
+    figure.supxlabel("time, in multiples of what the block's passes take at the speed of copying (dashed)", fontsize=9)
+    figure.suptitle(textwrap.fill(title, 120), x=0.01, ha="left", fontsize=10)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 

@@ -230,11 +230,20 @@ def test_bench_prints_the_ratios_of_the_medians_that_it_writes(bench_run):
     )
 
 
-@pytest.mark.parametrize("shape", ["8192", "8xfour", "8x0"])
-def test_bench_rejects_a_shape(shape, capsys):
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--shapes", "8192"], "shapes=8192: expected sizes joined by x"),
+        (["--shapes", "8xfour"], "shapes=8xfour: expected sizes joined by x"),
+        (["--shapes", "8x0"], "shapes=8x0: expected sizes joined by x"),
+        (["--libraries", "bnjax", "Torch"], "expected bnjax and some of"),
+        (["--libraries", "PyTorch"], "expected bnjax and some of"),
+    ],
+)
+def test_bench_rejects(arguments, message, capsys):
     with pytest.raises(SystemExit, match="2"):
-        main(["bench", "--shapes", shape])
-    assert f"shapes={shape}: expected sizes joined by x" in " ".join(capsys.readouterr().err.split())
+        main(["bench", *arguments])
+    assert message in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.parametrize("name", ["bnjax", "Flax Linen", "Flax NNX"])

@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 import bnjax
 from bnjax import training
+from experiments import footprint
 from tests.test_linen import assert_same
 
 PARAMS, STATE = bnjax.bn_init(4)
@@ -62,6 +63,15 @@ def test_the_policy_saves_one_activation_a_block_and_the_statistics(kernels, ima
     assert len(statistics) == 3 * len(kernels)  # weight, mean and variance
     assert all(line.startswith("f32[4] ") for line in statistics)
     assert len([line for line in residuals(True, kernels, images) if "[8,6,6,4]" in line]) >= 2 * len(kernels)
+
+
+def test_residuals_of_a_network_are_the_convolutions_alone_and_never_more_than_those_of_flax():
+    x = jnp.zeros((4, 8, 8, 4))
+    flax, plain, saved = (footprint._residuals(norm, policy, x) for _, norm, policy in footprint.WAYS)
+    assert plain <= flax
+    assert saved <= 0.6 * flax
+    activations = footprint.BLOCKS * x.nbytes
+    assert activations <= saved < 1.05 * activations  # the rest are statistics and parameters
 
 
 @pytest.mark.parametrize("mapped", ["jit", "shard_map", "vmap"])
