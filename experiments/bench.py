@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -30,11 +30,11 @@ from tqdm import tqdm
 
 import bnjax
 from experiments import contenders, data, footprint, plot, records
-from experiments.contenders import Case
+from experiments.contenders import Block, Case, Direction, Dtype, Layout
 
 Part = Literal["libraries", "growth", "small", "vmap", "variants", "network"]
-PARTS: tuple[Part, ...] = ("libraries", "growth", "small", "vmap", "variants", "network")
 
+# Of arrays of x's size, the fewest that the block can do with.
 PASSES = {
     ("bn", "forward"): 3,
     ("bn", "backward"): 8,
@@ -45,25 +45,25 @@ PASSES = {
 }
 MEGABYTES = (1, 4, 16, 64, 256, 400)
 MODELS = 8
-REST = 0.03
+REST = 0.03  # seconds
 
 
 @dataclass(frozen=True)
 class Bench:
     """One run of the benchmark; the command line's flags are these fields."""
 
-    parts: tuple[Part, ...] = PARTS
+    parts: tuple[Part, ...] = get_args(Part)
     """what to measure: all libraries; growth with size; a small batch; eight models in one vmap; the variants of
     batch normalization; memory and compile time of networks"""
     shapes: tuple[str, ...] = ("32x56x56x64", "64x28x28x128", "256x7x7x512", "8192x256")
     """of x, channels last"""
-    blocks: tuple[Literal["bn", "bn_relu", "bn_add_relu"], ...] = ("bn", "bn_relu", "bn_add_relu")
+    blocks: tuple[Block, ...] = get_args(Block)
     """batch normalization alone, with ReLU, or with the addition of another branch and ReLU"""
-    directions: tuple[Literal["forward", "backward"], ...] = ("forward", "backward")
+    directions: tuple[Direction, ...] = get_args(Direction)
     """forward alone, or forward with backward"""
-    dtypes: tuple[Literal["float32", "bfloat16"], ...] = ("float32", "bfloat16")
+    dtypes: tuple[Dtype, ...] = get_args(Dtype)
     """of x; those after the first are timed in the first layout alone"""
-    layouts: tuple[Literal["last", "first"], ...] = ("last", "first")
+    layouts: tuple[Layout, ...] = get_args(Layout)
     """channels last or first"""
     libraries: tuple[str, ...] = tuple(contenders.CONTENDERS)
     """those to time, of which only what is installed is"""

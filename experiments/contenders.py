@@ -10,7 +10,7 @@ import importlib.util
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +19,10 @@ from jax import Array
 
 import bnjax
 
-BLOCKS = ("bn", "bn_relu", "bn_add_relu")
-PASSES = ("forward", "backward")
+Block = Literal["bn", "bn_relu", "bn_add_relu"]
+Direction = Literal["forward", "backward"]
+Dtype = Literal["float32", "bfloat16"]
+Layout = Literal["last", "first"]
 
 
 @dataclass(frozen=True)
@@ -29,10 +31,10 @@ class Case:
 
     shape: tuple[int, ...]
     """channels last; a `first` layout moves the channels"""
-    block: str = "bn"
-    direction: str = "backward"
-    dtype: str = "float32"
-    layout: str = "last"
+    block: Block = "bn"
+    direction: Direction = "backward"
+    dtype: Dtype = "float32"
+    layout: Layout = "last"
 
     @property
     def axis(self) -> int:

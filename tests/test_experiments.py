@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 from functools import partial
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -248,7 +249,7 @@ def test_bench_rejects(arguments, message, capsys):
 
 @pytest.mark.parametrize("name", ["bnjax", "Flax Linen", "Flax NNX"])
 @pytest.mark.parametrize("layout", ["first", "last"])
-@pytest.mark.parametrize("block", contenders.BLOCKS)
+@pytest.mark.parametrize("block", get_args(contenders.Block))
 def test_contenders_compute_the_same(name, layout, block):
     """Output and gradient in x, in float64 from the formula; another library's wrong axis would be a wrong time."""
     case = contenders.Case((8, 2, 3, 4), block, "backward", "float32", layout)
