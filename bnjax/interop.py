@@ -37,8 +37,8 @@ def from_torch(state_dict: Mapping[str, Any], prefix: str = "") -> tuple[BNParam
 
     Returns:
       BNParams, with None for what the layer does not have (`affine=False`), and BNState, or None for a layer with
-      `track_running_stats=False`. Parameters keep their dtype, statistics are float32 or wider. The count of each
-      feature is `num_batches_tracked`, 0 where that is missing.
+      `track_running_stats=False`. Parameters keep their dtype (float64 where jax has it), statistics are float32 or
+      wider. The count of each feature is `num_batches_tracked`, 0 where that is missing.
 
     Raises:
       ValueError: naming the layer, if nothing or only a part of it is there, shapes differ, or a variance is negative.

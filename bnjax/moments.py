@@ -216,7 +216,7 @@ def _completed(moments, x, mask, axes, names, groups):
 def _moments(x, mask, axes, names, groups):
     """Moments, and their support where it differs from the weight; `mask` is boolean, real of x's width, or None."""
     if mask is None and not jnp.iscomplexobj(x) and axes:
-        moments = Moments(*_plain_moments.bind(x, axes=axes))
+        moments = Moments(*_unmasked_moments.bind(x, axes=axes))
     else:
         moments = _pool(mask, x, None, axes)
     return _completed(moments, x, mask, axes, names, groups)
@@ -273,7 +273,7 @@ def _moments_on_cpu(x, *, axes):
     return Moments(*(jnp.squeeze(v, axes) for v in (jnp.full_like(var, weight), pivot + shift, var)))
 
 
-_plain_moments = primitive("bnjax_moments", lambda x, *, axes: _pool(None, x, None, axes), _moments_on_cpu)
+_unmasked_moments = primitive("bnjax_moments", lambda x, *, axes: _pool(None, x, None, axes), _moments_on_cpu)
 
 _named = partial(checkpoint_name, name=CHECKPOINT_NAME)
 

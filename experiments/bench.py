@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -68,7 +69,7 @@ class Bench:
     libraries: tuple[str, ...] = tuple(contenders.CONTENDERS)
     """those to time, of which only what is installed is"""
     megabytes: tuple[int, ...] = MEGABYTES
-    """sizes of x for the growth"""
+    """sizes of x for the growth, of 2**20 bytes"""
     ghost_size: int = 16
     """examples in a group, for the variants"""
     rounds: int = 11
@@ -198,11 +199,7 @@ def _vmap(config: Bench) -> Iterator[dict[str, Any]]:
     x, cotangent = jax.random.normal(jax.random.key(0), (2, MODELS, *shape))
     params, state = bnjax.bn_init(shape[-1])
     many = jax.tree.map(lambda v: jnp.stack([v] * MODELS), params)
-
-    def step(params, x, cotangent):
-        y, pullback, kept = jax.vjp(lambda params, x: bnjax.bn_apply(params, state, x, True), params, x, has_aux=True)
-        return y, kept, pullback(cotangent)
-
+    step = _step(bnjax.bn_apply, state)
     one, together = jax.jit(step), jax.jit(jax.vmap(step))
     pairs = list(zip(x, cotangent, strict=True))
     calls = {
@@ -217,7 +214,8 @@ def _variants(config: Bench) -> Iterator[dict[str, Any]]:
     for shape in tqdm([sizes(shape) for shape in config.shapes], desc="variants", unit="shape"):
         x, cotangent = jax.random.normal(jax.random.key(0), (2, *shape))
         calls = {
-            name: _step(apply, *variables, x, cotangent) for name, (apply, variables) in _calls(config, shape).items()
+            name: partial(jax.jit(_step(apply, state)), params, x, cotangent)
+            for name, (apply, (params, state)) in _calls(config, shape).items()
         }
         yield {"shape": shape, "seconds": times(calls, config.rounds)}
 
@@ -254,15 +252,14 @@ def _calls(config, shape) -> dict[str, tuple[Callable[..., Any], tuple[Any, Any]
     }
 
 
-def _step(apply, params, state, x, cotangent) -> Callable[[], Any]:
+def _step(apply, state) -> Callable[..., Any]:
     """Output, state, and the gradients in parameters and x."""
 
-    @jax.jit
-    def step(x, cotangent):
-        y, pullback, state_ = jax.vjp(lambda params, x: apply(params, state, x, True), params, x, has_aux=True)
-        return y, state_, pullback(cotangent)
+    def step(params, x, cotangent):
+        y, pullback, kept = jax.vjp(lambda params, x: apply(params, state, x, True), params, x, has_aux=True)
+        return y, kept, pullback(cotangent)
 
-    return lambda: step(x, cotangent)
+    return step
 
 
 MEASURES: dict[str, Callable[[Bench], Iterator[dict[str, Any]]]] = {
@@ -309,10 +306,10 @@ def figures(folder: Path, results: dict[str, Any]) -> None:
                 panel = panels.setdefault((e["direction"], e["block"]), {})
                 for name, value in of_the_limit(e).items():
                     panel.setdefault(name, []).append(value)
-        bare = panels.get(("backward", "bn")) or next(iter(panels.values()))
-        means = ", ".join(f"{name} {geometric_mean(values):.1f}" for name, values in bare.items())
+        direction, block = key = ("backward", "bn") if ("backward", "bn") in panels else next(iter(panels))
+        means = ", ".join(f"{name} {geometric_mean(values):.1f}" for name, values in panels[key].items())
         title = (
-            f"Over the limit of memory with backward: {means} (first column; {dtype}, channels {layout}). "
+            f"{plot.BLOCKS[block]}, {direction}, over the limit of memory: {means} ({dtype}, channels {layout}). "
             "Dots are geometric means of the shapes, lines their range."
         )
         plot.limits(folder / "libraries.png", panels, title=title)
