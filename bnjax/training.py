@@ -14,7 +14,7 @@ from flax.core import unfreeze
 from flax.training import train_state
 from jax import Array
 
-from bnjax import checks
+from bnjax import checks, trees
 from bnjax.moments import CHECKPOINT_NAME
 
 Loss = Callable[["Model", Any, bool], Array | tuple[Array, Mapping[str, Array]]]
@@ -167,7 +167,7 @@ def train_step(
         """Those of all micro-batches. Each starts from the statistics before the step and the moments so far."""
         batches = jax.tree.map(lambda leaf: _divided(leaf, accumulate), batch)
         shapes = jax.eval_shape(part, state, None, jax.tree.map(lambda leaf: leaf[0], batches), 0)
-        _check_collected(state.batch_stats, shapes[1]["batch_moments"])
+        trees.check_collected("train_step(accumulate=...)", state.batch_stats, shapes[1]["batch_moments"])
 
         def add(carry, inputs):
             total, left = carry
@@ -259,22 +259,3 @@ def _divided(leaf, accumulate):
             f"must be a multiple of {accumulate}: pad it and mask the loss, or leave the last batch out."
         )
     return jnp.moveaxis(jnp.reshape(leaf, (-1, accumulate, *leaf.shape[1:])), 1, 0)
-
-
-def _check_collected(batch_stats, batch_moments):
-    """Every layer with a running mean and variance gave its moments."""
-
-    def layers(tree, name):
-        leaves = jax.tree_util.tree_leaves_with_path(tree)
-        paths = ["/" + jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
-        paths = [path.removesuffix("/value") for path in paths]  # of an NNX variable
-        return {path.removesuffix(name) for path in paths if path.endswith(name)}
-
-    given = layers(batch_moments, "/moments/weight")
-    if missing := layers(batch_stats, "/mean") & layers(batch_stats, "/var") - given:
-        names = ", ".join(sorted(layer.strip("/") or "the model itself" for layer in missing))
-        raise ValueError(
-            f"train_step(accumulate=...): layers with running statistics that gave no moments of the batch: {names}. "
-            "Use BatchNorm of bnjax.linen or bnjax.nnx, and list the collection batch_moments beside batch_stats in "
-            "nn.scan, nn.vmap and nn.remat."
-        )
