@@ -7,19 +7,20 @@ training where it stopped:
     params, state = from_torch(model.state_dict(), "bn1")
     y, state = bn_apply(params, state, x, train=True, **TORCH)
 
-PyTorch's `momentum=None` is `bnjax.cumulative_average`. PyTorch counts the updates of a layer, here each feature has
-its own count; they differ once a feature has met a batch with too little in it. Keras does not count. A momentum that
-depends on the count (`cumulative_average`, `debiased`) takes statistics of count 0 for those of a new layer: its first
-update forgets them.
+`from_torch` is for one layer, `from_torch_model` for those of a whole Linen or NNX model. PyTorch's `momentum=None` is
+`bnjax.cumulative_average`. PyTorch counts the updates of a layer, here each feature has its own count; they differ once
+a feature has met a batch with too little in it. Keras does not count. A momentum that depends on the count
+(`cumulative_average`, `debiased`) takes statistics of count 0 for those of a new layer: its first update forgets them.
 """
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
+from bnjax import trees
 from bnjax.functional import BNParams, BNState
 from bnjax.moments import wider
 
@@ -77,7 +78,7 @@ def to_torch(params: BNParams, state: BNState | None, prefix: str = "") -> dict[
       prefix: the layer's name in the model.
 
     Returns:
-      A dictionary of writable arrays. `num_batches_tracked` is the largest count.
+      A dictionary of writable arrays. `num_batches_tracked` is the largest count, 0 where nobody counted.
 
     Raises:
       ValueError: for features on more than one axis.
@@ -98,9 +99,96 @@ def to_torch(params: BNParams, state: BNState | None, prefix: str = "") -> dict[
         layer |= {"running_mean": state.mean, "running_var": state.var}
     layer = _checked("to_torch(...)", layer)
     if state is not None:
-        layer["num_batches_tracked"] = np.array(np.max(state.count, initial=0), np.int64)
+        counts = [] if state.count is None else state.count
+        layer["num_batches_tracked"] = np.array(np.max(counts, initial=0), np.int64)
     lead = f"{prefix.rstrip('.')}." if prefix else ""
     return {lead + name: np.array(value) for name, value in layer.items()}
+
+
+class Unmatched(NamedTuple):
+    """Names of layers: those of the state_dict that went nowhere, and those of the model that got nothing."""
+
+    state_dict: list[str]
+    variables: list[str]
+
+
+def from_torch_model(
+    state_dict: Mapping[str, Any], variables: Mapping[str, Any], names: Mapping[str, str]
+) -> tuple[dict[str, Any], Unmatched]:
+    """A Linen or NNX model's variables with the batch normalization of a PyTorch model.
+
+    Args:
+      state_dict: of the PyTorch model. Only its batch normalization is read.
+      variables: `params` and `batch_stats`: what `init` of a Linen model gives, or the variables of
+        `bnjax.nnx.functional(model)`, which `nnx.update(model, *variables.values())` puts back into the NNX model.
+      names: by the layer's name in the state_dict ("layer1.0.bn2") its path in the variables ("Block_0/BatchNorm_1",
+        "layers/1").
+
+    Returns:
+      variables: new ones; arrays keep the dtypes that the model's have. A count is set where the model has one. The
+        statistics of a layer with `track_running_stats=False` stay the model's.
+      unmatched: layers with running statistics on either side that `names` does not have.
+
+    Raises:
+      ValueError: naming both layers, if one of them is not there, is named twice, or has another number of features, or
+        parameters that the other has not; and for all that `from_torch` refuses.
+
+    Example:
+      >>> import flax.linen as nn, jax, jax.numpy as jnp, numpy as np
+      >>> from bnjax import interop
+      >>> model = nn.Sequential([nn.Dense(3), nn.BatchNorm(use_running_average=True)])
+      >>> variables = model.init(jax.random.key(0), jnp.ones((1, 2)))
+      >>> layer = {"weight": np.ones(3), "bias": np.ones(3), "running_mean": np.zeros(3), "running_var": np.ones(3)}
+      >>> state_dict = {f"bn1.{name}": array for name, array in layer.items()}
+      >>> variables, unmatched = interop.from_torch_model(state_dict, variables, {"bn1": "layers_1"})
+      >>> variables["params"]["layers_1"]["bias"].tolist(), unmatched
+      ([1.0, 1.0, 1.0], Unmatched(state_dict=[], variables=[]))
+    """
+    new = {}
+    ours = _named("from_torch_model", variables, names)
+    for theirs, name in names.items():
+        call = f"from_torch_model(names={{{theirs!r}: {name!r}}})"
+        if name in new:
+            raise ValueError(f"{call}: {name!r} is named twice. Each layer takes the weights of one.")
+        (params, state), (own_params, own_state) = from_torch(state_dict, theirs), ours[name]
+        given = params._asdict() | ({} if state is None else state._asdict())
+        own = own_params._asdict() | ({} if state is None else own_state._asdict())
+        shapes, own_shapes = ({key: v.shape for key, v in side.items() if v is not None} for side in (given, own))
+        if own_state.count is None:
+            shapes.pop("count", None)
+        if shapes != own_shapes:
+            raise ValueError(
+                f"{call}: PyTorch's layer has {shapes}, the model's {own_shapes}. Give the model's layer as many "
+                "features, and use_scale and use_bias as the other's affine."
+            )
+        new[name] = {key: given[key].astype(own[key].dtype) for key in own_shapes}
+    converted = {key: trees.replaced(tree, new) for key, tree in variables.items() if key in ("params", "batch_stats")}
+    tracked = {key.rpartition(".")[0] for key in state_dict if key.rpartition(".")[2] == "running_mean"}
+    unmatched = Unmatched(sorted(tracked - {name.rstrip(".") for name in names}), sorted(set(ours) - set(new)))
+    return {**variables, **converted}, unmatched
+
+
+def to_torch_model(variables: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, np.ndarray]:
+    """The batch normalization of a Linen or NNX model, for `load_state_dict(..., strict=False)` of a PyTorch model.
+
+    Args:
+      variables, names: as in `from_torch_model`.
+
+    Returns:
+      What `to_torch` gives for each of the layers named.
+
+    Raises:
+      ValueError: for a layer that is not there.
+
+    Example:
+      >>> import flax.linen as nn, jax, jax.numpy as jnp
+      >>> from bnjax import interop
+      >>> variables = nn.BatchNorm(use_running_average=True).init(jax.random.key(0), jnp.ones((1, 2)))
+      >>> interop.to_torch_model(variables, {"bn1": ""})["bn1.running_var"].tolist()
+      [1.0, 1.0]
+    """
+    ours = _named("to_torch_model", variables, names)
+    return {key: v for theirs, name in names.items() for key, v in to_torch(*ours[name], prefix=theirs).items()}
 
 
 def from_keras(
@@ -153,6 +241,17 @@ def to_keras(params: BNParams, state: BNState) -> list[np.ndarray]:
     if state is None:
         raise ValueError("to_keras(state=None): a Keras layer has running statistics. Pass those of bn_init.")
     return [np.array(v) for v in (*params, state.mean, state.var) if v is not None]
+
+
+def _named(call, variables, names):
+    """The model's layers, among which are all that `names` has."""
+    ours = trees.norms(variables.get("params", {}), variables["batch_stats"])
+    for theirs, name in names.items():
+        if name not in ours:
+            raise ValueError(
+                f"{call}(names={{{theirs!r}: {name!r}}}): the model has no such layer. It has {sorted(ours)}."
+            )
+    return ours
 
 
 def _array(value):

@@ -1,14 +1,19 @@
 """Weights and statistics from and to PyTorch and Keras, against arrays that golden/make.py made with both."""
 
+import itertools
 from pathlib import Path
+from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import bnjax
-from bnjax import interop
+import bnjax.nnx
+from bnjax import interop, linen
 from tests.golden import make
 
 GOLDEN = Path(make.__file__).parent
@@ -189,3 +194,106 @@ def test_to_torch_counts_the_most_updated_feature():
     _, state = bnjax.bn_apply(params, state, x, True)
     assert state.count.tolist() == [1, 0, 1]
     assert interop.to_torch(params, state)["num_batches_tracked"] == 1
+
+
+class Mlp(nn.Module):
+    """As `mlp`, with layers that have the weights of PyTorch's."""
+
+    momentum: Any = 0.9
+
+    @nn.compact
+    def __call__(self, x, train):
+        for size in make.SIZES[1:-1]:
+            x = linen.BatchNorm(use_running_average=not train, momentum=self.momentum)(nn.Dense(size)(x))
+            x = nn.relu(x)
+        return nn.Dense(make.SIZES[-1])(x)
+
+
+def nnx_mlp():
+    rngs = nnx.Rngs(0)
+    layers = []
+    for into, out in itertools.pairwise(make.SIZES[:-1]):
+        layers += [nnx.Linear(into, out, rngs=rngs), nnx.BatchNorm(out, momentum=0.9, rngs=rngs), nnx.relu]
+    return nnx.Sequential(*layers, nnx.Linear(*make.SIZES[-2:], rngs=rngs))
+
+
+def linen_variables(momentum=0.9):
+    return Mlp(momentum).init(jax.random.key(0), np.ones((1, make.SIZES[0]), np.float32), False)
+
+
+NETWORK = {name: array for name, array in under("network/").items() if name[0].isdigit()}
+
+
+@pytest.mark.parametrize(
+    ("variables", "names"),
+    [
+        (linen_variables, {"1": "BatchNorm_0", "4": "BatchNorm_1"}),
+        (lambda: linen_variables(bnjax.cumulative_average), {"1": "BatchNorm_0", "4": "BatchNorm_1"}),
+        (lambda: bnjax.nnx.functional(nnx_mlp())[1], {"1": "layers/1", "4": "layers/4"}),
+    ],
+    ids=["linen", "linen with counts", "nnx"],
+)
+def test_a_model_of_pytorch_in_and_out(variables, names):
+    before = variables()
+    after, unmatched = interop.from_torch_model(NETWORK, before, names)
+    assert unmatched == ([], [])
+    assert jax.tree.structure(after) == jax.tree.structure({**before})
+    back = interop.to_torch_model(after, names)
+    counted = len(jax.tree.leaves(before["batch_stats"])) == 6
+    for key, array in back.items():
+        want = 0 if key.endswith("tracked") and not counted else NETWORK[key]
+        np.testing.assert_array_equal(array, want)
+    assert set(back) == {key for key in NETWORK if key[0] in names}
+    dense = [path for path, _ in jax.tree_util.tree_leaves_with_path(before["params"]) if "ernel" in str(path)]
+    assert len(dense) == 3  # stay as they were
+    for new, old in zip(*(jax.tree.leaves(v["params"]) for v in (after, before)), strict=True):
+        assert new.ndim == 1 or new is old
+
+
+def test_a_converted_nnx_model_evaluates_by_the_statistics_of_pytorch():
+    model = nnx_mlp()
+    apply, variables = bnjax.nnx.functional(model)
+    variables, _ = interop.from_torch_model(NETWORK, variables, {"1": "layers/1", "4": "layers/4"})
+    nnx.update(model, *variables.values())
+    model.eval()
+    x = make.batch(9, (4, make.SIZES[0]))
+    hidden = x @ np.asarray(model.layers[0].kernel[...])
+    std = np.sqrt(NETWORK["1.running_var"] + 1e-5)
+    want = (hidden - NETWORK["1.running_mean"]) / std * NETWORK["1.weight"] + NETWORK["1.bias"]
+    np.testing.assert_allclose(model.layers[1](model.layers[0](x)), want, rtol=1e-4, atol=1e-3)
+    np.testing.assert_array_equal(apply(variables, x), model(x))
+
+
+def test_from_torch_model_lists_what_was_not_matched():
+    _, unmatched = interop.from_torch_model(NETWORK, linen_variables(), {"4": "BatchNorm_1"})
+    assert unmatched == interop.Unmatched(["1"], ["BatchNorm_0"])
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        ({"1": "BatchNorm_2"}, r"names=\{'1': 'BatchNorm_2'\}.*no such layer.*BatchNorm_0"),
+        ({"9": "BatchNorm_0"}, r"prefix='9'.*Layers with running_mean: \['1', '4'\]"),
+        ({"1": "BatchNorm_1"}, r"\{'1': 'BatchNorm_1'\}.*\(256,\).*\(128,\)"),
+        ({"1": "BatchNorm_0", "4": "BatchNorm_0"}, "named twice"),
+    ],
+)
+def test_from_torch_model_rejects(names, words):
+    with pytest.raises(ValueError, match=words):
+        interop.from_torch_model(NETWORK, linen_variables(), names)
+    with pytest.raises(ValueError, match=r"to_torch_model.*no such layer"):
+        interop.to_torch_model(linen_variables(), {"1": "BatchNorm_2"})
+
+
+def test_from_torch_model_refuses_parameters_that_the_model_has_not():
+    variables = linen.BatchNorm(use_bias=False, use_running_average=True).init(jax.random.key(0), jnp.ones((1, 3)))
+    with pytest.raises(ValueError, match=r"'bias'.*use_scale and use_bias"):
+        interop.from_torch_model(LAYER, variables, {"": ""})
+
+
+def test_a_layer_without_statistics_leaves_those_of_the_model():
+    variables = linen.BatchNorm(use_running_average=True).init(jax.random.key(0), jnp.ones((1, 3)))
+    layer = {"weight": np.full(3, 2.0), "bias": np.ones(3)}
+    after, unmatched = interop.from_torch_model(layer, variables, {"": ""})
+    assert (after["params"]["scale"].tolist(), after["batch_stats"]["var"].tolist()) == ([2.0] * 3, [1.0] * 3)
+    assert unmatched == ([], [])
