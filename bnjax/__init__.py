@@ -5,6 +5,11 @@ from bnjax.functional import BNParams as BNParams
 from bnjax.functional import BNState as BNState
 from bnjax.functional import bn_apply as bn_apply
 from bnjax.functional import bn_init as bn_init
+from bnjax.inference import Affine as Affine
+from bnjax.inference import fold as fold
+from bnjax.inference import fold_into_next as fold_into_next
+from bnjax.inference import fold_into_previous as fold_into_previous
+from bnjax.inference import recalibrate as recalibrate
 from bnjax.moments import Moments as Moments
 from bnjax.moments import batch_moments as batch_moments
 from bnjax.moments import merge as merge

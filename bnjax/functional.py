@@ -277,7 +277,7 @@ def usable(batch, state, x, mask):
         if state is None
         else (state.mean.astype(mean.dtype), state.var.real.astype(var.dtype))
     )
-    return (_select(batch.weight > 0, new, old) for new, old in zip((mean, var), idle, strict=True))
+    return (select(batch.weight > 0, new, old) for new, old in zip((mean, var), idle, strict=True))
 
 
 def absorbed(state, batch, earlier, rate, options, std_epsilon=None):
@@ -288,7 +288,7 @@ def absorbed(state, batch, earlier, rate, options, std_epsilon=None):
         if options.schedule is not None:
             rate = checks.momentum(options.call, options.schedule(state.count))
         checks.rate(options.call, rate, state.count)
-        state = _absorb(state, *batch, rate, options.unbiased_var, std_epsilon)
+        state = absorb(state, *batch, rate, options.unbiased_var, std_epsilon)
     return state, batch if options.collect else None
 
 
@@ -298,7 +298,7 @@ def joined(first, second):
     return Collected(merge(first.moments, second.moments), support)
 
 
-def _absorb(state, batch, support, rate, unbiased_var, std_epsilon):
+def absorb(state, batch, support, rate, unbiased_var, std_epsilon=None):
     """`state` after one update, where the batch carries information; dtypes stay.
 
     Averages are those of mean and var, or of mean and sqrt(var + std_epsilon).
@@ -325,13 +325,13 @@ def _absorb(state, batch, support, rate, unbiased_var, std_epsilon):
         std = average(*(jnp.sqrt(v.real.astype(dtype) + std_epsilon) for v in (state.var, var)))
         var = jnp.maximum(std * std - std_epsilon, 0)
     return BNState(
-        _select(enough, mean.astype(state.mean.dtype), state.mean),
-        _select(enough, var.astype(state.var.dtype), state.var),
+        select(enough, mean.astype(state.mean.dtype), state.mean),
+        select(enough, var.astype(state.var.dtype), state.var),
         state.count + enough.astype(state.count.dtype),
     )
 
 
-def _select(which, new, old):
+def select(which, new, old):
     """`new` where `which`, else `old`, arrays of one shape, brought to one sharding as explicit sharding asks."""
     zero = lax.full_like(new, 0) + lax.full_like(old, 0)
     return jnp.where(which | (zero != 0), new + zero, old + zero)

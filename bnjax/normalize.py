@@ -20,7 +20,7 @@ from bnjax.reductions import spread
 
 def autodiff_normalize(x, mean, var, scale, bias, mask, epsilon):
     """`normalize` without its derivative rule: the tests' oracle for it."""
-    y = (x - mean.astype(x.dtype)) * _slope(x, var, scale, epsilon)[1]
+    y = (x - mean.astype(x.dtype)) * slopes(x, var, scale, epsilon)[1]
     return y if bias is None else y + bias.astype(x.dtype)
 
 
@@ -34,7 +34,7 @@ def _normalize_jvp(epsilon, primals, tangents):
     # reductions sum g and sum g (x - mean), which serve scale, bias, mean and var alike. Written any other way, each of
     # the four has a reduction of its own.
     x, mean, var, scale, _, mask = primals
-    rstd, slope = _slope(x, var, scale, epsilon)
+    rstd, slope = slopes(x, var, scale, epsilon)
     dx, dmean, dvar, dscale, dbias = (
         None if t is None or isinstance(t, SymbolicZero) else t.astype(x.dtype) for t in tangents[:5]
     )
@@ -66,7 +66,7 @@ def _varying_like(x: Array, *terms: Array | None) -> list[Any]:
     return [None if t is None else next(parts) for t in terms]
 
 
-def _slope(x, var, scale, epsilon):
+def slopes(x, var, scale, epsilon):
     """1 / sqrt(var + epsilon), and scale times it, in x's dtype."""
     rstd = lax.rsqrt(var.astype(jnp.finfo(x.dtype).dtype) + epsilon).astype(x.dtype)
     return rstd, rstd if scale is None else scale.astype(x.dtype) * rstd

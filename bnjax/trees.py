@@ -9,7 +9,8 @@ from typing import Any
 
 import jax
 
-from bnjax.functional import BNParams, BNState
+from bnjax.functional import BNParams, BNState, Collected
+from bnjax.moments import Moments, Support
 
 
 def leaves(tree: Any) -> dict[str, dict[str, Any]]:
@@ -42,10 +43,20 @@ def norms(params: Any, batch_stats: Any) -> dict[str, tuple[BNParams, BNState]]:
     return found
 
 
+def collected(batch_moments: Any) -> dict[str, Collected]:
+    """What the layers collected."""
+    parts = leaves(batch_moments)
+    layers = [path.removesuffix("moments").rstrip("/") for path in parts if path.rpartition("/")[2] == "moments"]
+    return {
+        layer: Collected(Moments(**parts[_below(layer, "moments")]), Support(**parts[_below(layer, "support")]))
+        for layer in layers
+    }
+
+
 def check_collected(call: str, batch_stats: Any, batch_moments: Any) -> None:
     """Every layer with a running mean and variance gave the moments of the batch."""
-    given = leaves(batch_moments)
-    missing = [layer for layer in norms({}, batch_stats) if f"{layer}/moments".strip("/") not in given]
+    given = collected(batch_moments)
+    missing = [layer for layer in norms({}, batch_stats) if layer not in given]
     if missing:
         raise ValueError(
             f"{call}: layers with running statistics that gave no moments of the batch: "
@@ -59,6 +70,10 @@ def _names(path):
     whole = jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value")  # of an NNX variable
     layer, _, name = whole.rpartition("/")
     return layer, name
+
+
+def _below(layer, name):
+    return f"{layer}/{name}" if layer else name
 
 
 def _state(mean: Any, var: Any, count: Any = None, **_: Any) -> BNState:
