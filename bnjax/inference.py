@@ -7,6 +7,7 @@ In evaluation a layer is one affine map, y = scale' * x + bias', which a linear 
 `bnjax.linen.fold` and `bnjax.nnx.fold` do it to whole models by pairs of names.
 """
 
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -63,7 +64,8 @@ def fold(params: BNParams, state: BNState, *, epsilon: float = 1e-5) -> Affine:
                 f"fold(params=...): params.{name} has shape {v.shape}, state.mean {mean.shape}. Pass those of one "
                 "index, class or example: they have a scale and a bias of their own."
             )
-    zero = jnp.zeros(mean.shape, jnp.result_type(*(wider(v.dtype) for v in (mean, *params) if v is not None)))
+    dtypes = (wider(v.dtype) for v in (mean, *params) if v is not None)
+    zero = jnp.zeros(mean.shape, functools.reduce(jnp.promote_types, dtypes))
     scale = slopes(zero, var, params.scale, epsilon)[1]
     return Affine(scale, normalize(zero, mean, var, *params, None, epsilon))
 

@@ -16,6 +16,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
 
 from bnjax import checks, inference, layers, trees
+from bnjax.functional import aligned
 from bnjax.linen_norm import BatchNorm as BatchNorm
 from bnjax.linen_norm import ConditionalBatchNorm as ConditionalBatchNorm
 from bnjax.linen_norm import GhostBatchNorm as GhostBatchNorm
@@ -124,12 +125,18 @@ def fold(
         folded[norm] = bn.y.dtype
 
     def interceptor(next_function, args, kwargs, context):
-        name = "/".join(context.module.path)
-        if context.method_name == "__call__" and name in folded:
+        module, name = context.module, "/".join(context.module.path)
+        called = context.method_name == "__call__"
+        if called and name in folded:
+            if module.has_variable("batch_stats", "mean"):
+                raise ValueError(
+                    f"interceptor: {name!r} has statistics. Apply the variables that fold gave, not others."
+                )
             return _argument(args, kwargs).astype(folded[name])
         y = next_function(*args, **kwargs)
-        if context.method_name == "__call__" and name in biased:
-            y += context.module.get_variable("params", "bias").astype(y.dtype)
+        if called and name in biased:
+            bias: Any = module.get_variable("params", "bias")
+            y += aligned(bias, y, (y.ndim - 1,)).astype(y.dtype)
         return y
 
     gone = {tuple(name.split("/")) for name in folded}

@@ -3,6 +3,7 @@
 `BatchNorm` takes the place of `flax.nnx.BatchNorm` by a changed import, and `convert` puts it into a model that exists.
 """
 
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -109,7 +110,7 @@ def fold(model: Model, pairs: Iterable[tuple[str, str]]) -> Model:
         statistics = BNState(bn.mean[...], bn.var[...], jnp.zeros(()))
         affine = inference.fold(stored, statistics, epsilon=bn.epsilon)
         linears[linear] = layers.fold_linear(call, layer, kernel, bias, affine, previous)
-        kept[norm] = jnp.result_type(*(v for v in (*stored, *statistics[:2]) if v is not None))
+        kept[norm] = functools.reduce(jnp.promote_types, (v.dtype for v in (*stored, *statistics[:2]) if v is not None))
     for name, (kernel, bias) in linears.items():
         layer = nodes[name]
         layer.kernel.set_value(kernel)
