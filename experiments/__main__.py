@@ -1,12 +1,12 @@
-"""Experiments on batch normalization. Each writes config.json, metrics.jsonl and a figure to a folder of its name."""
+"""Experiments on batch normalization. Each writes its configuration and what it measured to a folder of its name."""
 
 import sys
 
 import tyro
 
-from experiments import bench, convergence, data, runtime
+from experiments import averaging, bench, convergence, data, runtime
 
-EXPERIMENTS = {"bench": bench.run, "convergence": convergence.run}
+EXPERIMENTS = {"averaging": averaging.run, "bench": bench.run, "convergence": convergence.run}
 
 
 def main(args: list[str] | None = None) -> int:

@@ -33,7 +33,7 @@ import bnjax
 from experiments import contenders, data, footprint, plot, records
 from experiments.contenders import Block, Case, Direction, Dtype, Layout
 
-Part = Literal["libraries", "growth", "small", "vmap", "variants", "network"]
+Part = Literal["libraries", "growth", "small", "vmap", "variants", "network", "folded"]
 
 # Of arrays of x's size, the fewest that the block can do with.
 PASSES = {
@@ -55,7 +55,7 @@ class Bench:
 
     parts: tuple[Part, ...] = get_args(Part)
     """what to measure: all libraries; growth with size; a small batch; eight models in one vmap; the variants of
-    batch normalization; memory and compile time of networks"""
+    batch normalization; memory and compile time of networks; evaluation with it folded away"""
     shapes: tuple[str, ...] = ("32x56x56x64", "64x28x28x128", "256x7x7x512", "8192x256")
     """of x, channels last"""
     blocks: tuple[Block, ...] = get_args(Block)
@@ -220,6 +220,13 @@ def _variants(config: Bench) -> Iterator[dict[str, Any]]:
         yield {"shape": shape, "seconds": times(calls, config.rounds)}
 
 
+def _folded(config: Bench) -> Iterator[dict[str, Any]]:
+    """Evaluation of a network without batch normalization, with it folded away, and with it."""
+    shape = (32, 32, 32, 32)
+    calls = footprint.serving(jax.random.normal(jax.random.key(0), shape))
+    yield {"shape": shape, "seconds": times(calls, 3 * config.rounds)}
+
+
 def _calls(config, shape) -> dict[str, tuple[Callable[..., Any], tuple[Any, Any]]]:
     """Calls of the form of `bn_apply(params, state, x, train)`, and their variables."""
     features = shape[-1]
@@ -269,6 +276,7 @@ MEASURES: dict[str, Callable[[Bench], Iterator[dict[str, Any]]]] = {
     "vmap": _vmap,
     "variants": _variants,
     "network": lambda config: footprint.measure(config.rounds),
+    "folded": _folded,
 }
 
 
@@ -359,3 +367,8 @@ def report(results: dict[str, Any]) -> None:
         label = "x".join(map(str, e["shape"]))
         print(f"{label:24}" + "".join(f"{seconds / found['bn_apply']:>18.2f}" for seconds in found.values()))
     footprint.report(results.get("network", []))
+    for e in results.get("folded", []):
+        found = medians(e)
+        print("\nEvaluation: times a network that never had batch normalization\n")
+        for name, seconds in found.items():
+            print(f"{name:24}{seconds / found['never had it']:>8.3f}{1e3 * seconds:>10.2f} ms")

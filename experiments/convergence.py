@@ -93,15 +93,15 @@ def report(folder: Path) -> str:
     path = folder / "convergence.png"
     plot.curves(path, curves, title=title, ylabel="test accuracy", target=float(best.mean()))
     rows = [
-        f"{network:22}{_spread(reached[network], '.0f', 'never'):>26}{_spread(accuracy[:, -1], '.4f', 'diverged'):>24}"
-        for network, (_, accuracy) in curves.items()
+        f"{name:22}{records.spread(reached[name], '.0f', 'never'):>26}{records.spread(accuracy[:, -1], '.4f'):>24}"
+        for name, (_, accuracy) in curves.items()
     ]
     return "\n".join(
         [
             f"{'network':22}{'steps to the plain best':>26}{'final test accuracy':>24}",
             *rows,
             f"seeds: {best.size}, mean ± standard deviation; "
-            f"the plain network's best test accuracy, each seed's own, is {_spread(best, '.4f', 'diverged')}",
+            f"the plain network's best test accuracy, each seed's own, is {records.spread(best, '.4f')}",
             f"figure: {path}",
         ]
     )
@@ -111,13 +111,3 @@ def _first(steps: np.ndarray, accuracy: np.ndarray, target: np.ndarray) -> np.nd
     """Per seed the first step with an accuracy of the target or more, nan where there is none."""
     hit = accuracy >= target[:, None]
     return np.where(hit.any(1), steps[hit.argmax(1)], np.nan)
-
-
-def _spread(values: np.ndarray, form: str, none: str) -> str:
-    """Mean and standard deviation of those that are not nan, and how many are if some are."""
-    some = values[np.isfinite(values)]
-    if not some.size:
-        return none
-    spread = f" ± {some.std(ddof=1):{form}}" if some.size > 1 else ""
-    missing = f" ({some.size} of {values.size})" if some.size < values.size else ""
-    return f"{some.mean():{form}}{spread}{missing}"

@@ -24,21 +24,21 @@ LAYERS = 20
 
 
 class Block(nn.Module):
-    """Convolution, batch normalization, ReLU."""
+    """Convolution, batch normalization or a bias, ReLU."""
 
-    norm: Callable[..., nn.Module]
+    norm: Callable[[], nn.Module] | None
     features: int
 
     @nn.compact
     def __call__(self, x):
-        x = nn.Conv(self.features, (3, 3), use_bias=False)(x)
-        return nn.relu(self.norm(use_running_average=False)(x))
+        x = nn.Conv(self.features, (3, 3), use_bias=self.norm is None)(x)
+        return nn.relu(x if self.norm is None else self.norm()(x))
 
 
 class Network(nn.Module):
     """Blocks, the mean over places, a linear layer."""
 
-    norm: Callable[..., nn.Module]
+    norm: Callable[[], nn.Module] | None
     depth: int
     features: int
 
@@ -49,7 +49,10 @@ class Network(nn.Module):
         return nn.Dense(10)(x.mean((1, 2)))
 
 
-NORMS = {"Flax": nn.BatchNorm, "bnjax": bnjax.linen.BatchNorm}
+NORMS = {
+    "Flax": partial(nn.BatchNorm, use_running_average=False),
+    "bnjax": partial(bnjax.linen.BatchNorm, use_running_average=False),
+}
 # Name, layer, and whether the loss is under jax.checkpoint with the policy.
 WAYS = (("Flax", "Flax", False), ("bnjax", "bnjax", False), ("save_statistics", "bnjax", True))
 
@@ -67,6 +70,26 @@ def measure(rounds: int) -> Iterator[dict[str, Any]]:
     yield {"measure": "time of a step with scanned blocks, ms", "values": {n: 1e3 * s for n, s in seconds.items()}}
     compiled = {name: partial(_compile, _step(norm, x[:4, :8, :8])) for name, norm in NORMS.items()}
     yield {"measure": f"tracing and compiling {LAYERS} layers, s", "values": _times(compiled, min(rounds, 5))}
+
+
+def serving(x: jax.Array) -> dict[str, Callable[[], Any]]:
+    """Evaluation of the network with batch normalization, with it folded away, and of one that never had any."""
+    plain = Network(None, BLOCKS, x.shape[-1])
+    network = Network(partial(bnjax.linen.BatchNorm, use_running_average=True), BLOCKS, x.shape[-1])
+    variables = network.init(jax.random.key(0), x)
+    pairs = [(f"Block_{i}/Conv_0", f"Block_{i}/BatchNorm_0") for i in range(BLOCKS)]
+    folded, interceptor = bnjax.linen.fold(network, variables, pairs, x)
+
+    @jax.jit
+    def serve(folded, x):
+        with nn.intercept_methods(interceptor):
+            return network.apply(folded, x)
+
+    return {
+        "never had it": partial(jax.jit(plain.apply), plain.init(jax.random.key(0), x), x),
+        "folded": partial(serve, folded, x),
+        "batch normalization": partial(jax.jit(network.apply), variables, x),
+    }
 
 
 def report(entries: list[dict[str, Any]]) -> None:

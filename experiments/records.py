@@ -87,3 +87,13 @@ def read_curves(folder: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         network: (np.array(list(runs[0])), np.array([list(run.values()) for run in runs.values()], float))
         for network, runs in curves.items()
     }
+
+
+def spread(values: np.ndarray, form: str, none: str = "diverged") -> str:
+    """Mean and standard deviation of those that are not nan, and how many are if some are; `none` if none is."""
+    some = values[np.isfinite(values)]
+    if not some.size:
+        return none
+    spread = f" ± {some.std(ddof=1):{form}}" if some.size > 1 else ""
+    missing = f" ({some.size} of {values.size})" if some.size < values.size else ""
+    return f"{some.mean():{form}}{spread}{missing}"

@@ -264,3 +264,16 @@ def test_contenders_compute_the_same(name, layout, block):
         want = np.maximum(want, 0)
     np.testing.assert_allclose(y, want, atol=1e-5)
     np.testing.assert_allclose(dx, reference.gradients(x, cotangent, np.ones(4), axis, 1e-5)[0], atol=1e-5)
+
+
+def test_averaging_prints_what_it_writes(tmp_path, capsys):
+    with jax.numpy_dtype_promotion("standard"):  # optax.ema promotes
+        main(["averaging", "--depth", "2", "--width", "8", "--steps", "20", "--seeds", "2", "--out", str(tmp_path)])
+    runs = json.loads((tmp_path / "averaging" / "evaluations.json").read_text())
+    assert records.read_config(tmp_path / "averaging")["config"]["depth"] == 2
+    printed = capsys.readouterr().out
+    for way in ("last", "averaged, running statistics", "averaged, recalibrated statistics"):
+        accuracy, loss = np.array([evaluations[way] for evaluations in runs]).T
+        row = next(line for line in printed.splitlines() if line.startswith(f"{way}  "))
+        for values in (accuracy, loss):
+            assert f"{values.mean():.4f} ± {values.std(ddof=1):.4f}" in row
