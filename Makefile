@@ -4,10 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 OLDEST := .venv-oldest
 OLDEST_JAX := 0.10.0
-BENCH := .venv-bench
+OTHERS := .venv-others
 INSTALL := -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo bench test test-oldest test-flax lint format wheel clean
+.PHONY: help demo bench test oracles test-oldest test-flax lint format wheel clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -20,13 +20,19 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: $(VENV)/.installed ## train with and without batch normalization; table and figure under results/
 	$(BIN)/python -m experiments convergence
 
-bench: ## time it against Flax, Haiku, Equinox, Keras and PyTorch; tables, and figures under results/
-	test -d $(BENCH) || $(PYTHON) -m venv $(BENCH)
-	$(BENCH)/bin/python $(INSTALL) --constraint constraints.txt --editable '.[bench]'
-	$(BENCH)/bin/python -m experiments bench
+$(OTHERS)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(OTHERS)
+	$(OTHERS)/bin/python $(INSTALL) --constraint constraints.txt --editable '.[oracles]'
+	touch $@
+
+bench: $(OTHERS)/.installed ## time it against Flax, Haiku, Equinox, Keras and PyTorch; tables, and figures under results/
+	$(OTHERS)/bin/python -m experiments bench
 
 test: $(VENV)/.installed ## the whole test suite
 	$(BIN)/python -m pytest --numprocesses 2
+
+oracles: $(OTHERS)/.installed ## compare it live with PyTorch, Keras, Haiku, Equinox, Flax and ONNX; the largest differences
+	$(OTHERS)/bin/python -m pytest --numprocesses 2 tests/oracles
 
 lint: $(VENV)/.installed ## ruff and pyright
 	$(BIN)/ruff check .
@@ -54,4 +60,4 @@ wheel: $(VENV)/.installed ## build the wheel under dist/
 	$(BIN)/python -m build --wheel
 
 clean: ## remove everything that was made
-	rm -rf $(VENV) $(OLDEST) $(BENCH) .flax dist results .pytest_cache .hypothesis .ruff_cache
+	rm -rf $(VENV) $(OLDEST) $(OTHERS) .flax dist results .pytest_cache .hypothesis .ruff_cache

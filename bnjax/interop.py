@@ -78,7 +78,8 @@ def to_torch(params: BNParams, state: BNState | None, prefix: str = "") -> dict[
       prefix: the layer's name in the model.
 
     Returns:
-      A dictionary of writable arrays. `num_batches_tracked` is the largest count, 0 where nobody counted.
+      A dictionary of writable arrays; bfloat16, which `from_numpy` does not know, comes as the same numbers in float32.
+      `num_batches_tracked` is the largest count, 0 where nobody counted.
 
     Raises:
       ValueError: for features on more than one axis.
@@ -102,7 +103,8 @@ def to_torch(params: BNParams, state: BNState | None, prefix: str = "") -> dict[
         counts = [] if state.count is None else state.count
         layer["num_batches_tracked"] = np.array(np.max(counts, initial=0), np.int64)
     lead = f"{prefix.rstrip('.')}." if prefix else ""
-    return {lead + name: np.array(value) for name, value in layer.items()}
+    plain = {name: value.astype(np.float32) if value.dtype == jnp.bfloat16 else value for name, value in layer.items()}
+    return {lead + name: np.array(value) for name, value in plain.items()}
 
 
 class Unmatched(NamedTuple):

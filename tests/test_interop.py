@@ -188,6 +188,16 @@ def test_to_torch_fills_in_what_pytorch_has_both_of_or_neither():
     assert set(interop.to_torch(bnjax.BNParams(None, None), None)) == set()
 
 
+def test_half_precision_goes_in_as_it_is_and_out_as_what_pytorch_can_take():
+    layer = {name: np.linspace(0.1, 1, 3).astype(jnp.bfloat16) for name in LAYER}
+    params, state = interop.from_torch(layer)
+    assert (params.scale.dtype, state.var.dtype) == (jnp.bfloat16, jnp.float32)
+    back = interop.to_torch(params, state)
+    for name, array in layer.items():
+        assert back[name].dtype == np.float32
+        np.testing.assert_array_equal(back[name], array.astype(np.float32))
+
+
 def test_to_torch_counts_the_most_updated_feature():
     params, state = bnjax.bn_init(3)
     x = jnp.array([[1.0, 2.0, 3.0], [4.0, jnp.nan, 6.0]])
