@@ -135,8 +135,8 @@ def fold(
             return _argument(args, kwargs).astype(folded[name])
         y = next_function(*args, **kwargs)
         if called and name in biased:
-            bias: Any = module.get_variable("params", "bias")
-            y += aligned(bias, y, (y.ndim - 1,)).astype(y.dtype)
+            added: Any = aligned(module.get_variable("params", "bias"), y, (y.ndim - 1,))
+            y += added.astype(y.dtype)
         return y
 
     gone = {tuple(name.split("/")) for name in folded}
