@@ -1,6 +1,8 @@
 """Batch normalization for JAX: pure functions, exact on one device or many. See README.md."""
 
 from bnjax import interop as interop
+from bnjax.diagnostics import Diagnosis as Diagnosis
+from bnjax.diagnostics import diagnose as diagnose
 from bnjax.functional import BNParams as BNParams
 from bnjax.functional import BNState as BNState
 from bnjax.functional import bn_apply as bn_apply

@@ -1,5 +1,7 @@
 """Folding: the folded layer or model gives what the one with batch normalization gave, and has it no more."""
 
+import re
+from collections import Counter
 from functools import partial
 
 import flax.linen as nn
@@ -14,6 +16,7 @@ import bnjax
 import bnjax.linen
 import bnjax.nnx
 from bnjax import trees
+from experiments import footprint
 
 # Each output is a sum of fewer than 100 products of size 10 at most, once in one order and once in another.
 CLOSE = {"rtol": 1e-5, "atol": 1e-4}
@@ -194,6 +197,17 @@ def test_a_linen_model_is_folded_and_exported(norm):
     np.testing.assert_allclose(serve(folded, x), want, **CLOSE)
     exported = jax.export.deserialize(jax.export.export(serve)(folded, x).serialize())
     np.testing.assert_allclose(exported.call(folded, x), serve(folded, x), rtol=1e-6, atol=1e-6)
+
+
+def test_a_folded_model_compiles_to_the_operations_of_one_without_norms():
+    def operations(call):
+        text = call.func.lower(*call.args).compile().as_text()
+        return Counter(re.findall(r"= \S+ ([a-z-]+)\(", text))
+
+    found = {name: operations(call) for name, call in footprint.serving(jnp.ones((2, 8, 8, 4))).items()}
+    assert found["folded"] == found["never had it"]
+    assert found["folded"]["convolution"] == footprint.BLOCKS
+    assert found["batch normalization"] != found["folded"]
 
 
 class NnxBlock(nnx.Module):
