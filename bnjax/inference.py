@@ -194,16 +194,18 @@ def recalibrate(
     zeros = {name: {"count": count} for name, count in counts.items()}
     start = {**variables, "batch_stats": trees.replaced(variables["batch_stats"], zeros)}
     update = jax.jit(lambda variables, batch: apply(variables, batch, mutable=["batch_stats", "batch_moments"])[1])
-    moments: dict[str, Any] = {}
+    moments = None
     for batch in _with_bar(batches) if progress else batches:
-        left = update({**start, **moments}, batch)
-        moments = {"batch_moments": left.get("batch_moments", {})}
-        trees.check_collected("recalibrate(apply=...)", variables["batch_stats"], moments["batch_moments"])
-        after = trees.norms({}, left["batch_stats"])
+        if moments is None:  # weights of 0, so that the first batch needs no program of its own
+            given = jax.eval_shape(update, start, batch).get("batch_moments", {})
+            trees.check_collected("recalibrate(apply=...)", variables["batch_stats"], given)
+            moments = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), given)
+        left = update({**start, "batch_moments": moments}, batch)
+        moments, after = left["batch_moments"], trees.norms({}, left["batch_stats"])
         counts = {name: count + after[name][1].count for name, count in counts.items()}
-    if not moments:
+    if moments is None:
         raise ValueError("recalibrate(batches=...): there is no batch. A generator can be read only once.")
-    collected = trees.collected(moments["batch_moments"])
+    collected = trees.collected(moments)
     if not any(jnp.any(support.valid > 0) for _, support in collected.values()):
         raise ValueError(
             "recalibrate(apply=...): no layer saw a value in training mode. Call the model with train=True, or "

@@ -214,6 +214,18 @@ def test_recalibrate_keeps_dtypes():
     np.testing.assert_allclose(np.float64(after["batch_stats"]["mean"]), np.float64(x).mean(0), rtol=2**-8)
 
 
+def test_recalibrate_compiles_once_for_each_shape_of_a_batch():
+    apply, variables = linen_network()
+    traced = []
+
+    def counted(variables, batch, mutable):
+        traced.append(batch.shape)
+        return apply(variables, batch, mutable=mutable)
+
+    bnjax.recalibrate(counted, variables, BATCHES[:3] * 2)
+    assert traced == [(8, 3), (8, 3), (3, 3)]  # the first of them asks for shapes alone
+
+
 def test_recalibrate_shows_progress_on_request(capsys, monkeypatch):
     apply, variables = linen_network()
     bnjax.recalibrate(apply, variables, BATCHES)
