@@ -120,9 +120,8 @@ def fold(model: Model, pairs: Iterable[tuple[str, str]]) -> Model:
             layer.bias.set_value(bias)
     for name, promoted in kept.items():
         bn = nodes[name]
-        for attribute in ("scale", "bias", "mean", "var", "count"):
-            if hasattr(bn, attribute):
-                delattr(bn, attribute)
+        for attribute in [name for name in vars(bn) if name[0] != "_" and name != "dtype"]:
+            delattr(bn, attribute)
         bn.__class__, bn.promoted = Identity, promoted
     return model
 
