@@ -38,7 +38,7 @@ def numbers(*shape):
     return np.random.default_rng(1).standard_normal(shape).astype(np.float32)
 
 
-# ---- Pairs of layers. A case: the class, its options, the size of an image.
+# A case: the class of a linear layer and its options.
 
 PREVIOUS = {
     "dense": ("Dense", {}),
@@ -146,9 +146,6 @@ def test_fold_refuses_what_would_not_be_exact(kind, options):
     with pytest.raises(ValueError, match="not exact where zeros"):
         bnjax.nnx.fold(model, [("layers/0", "layers/1")])
     jax.tree.map(np.testing.assert_array_equal, nnx.state(model), before)
-
-
-# ---- Whole models
 
 
 class Block(nn.Module):
@@ -333,8 +330,6 @@ def test_shared_layers_are_folded_once():
         np.testing.assert_allclose(model.apply(folded, x), want, **CLOSE)
 
 
-# ---- Errors
-
 LINEN_ERRORS = {
     "absent": ([("Conv_9", "BatchNorm_0")], r"calls no 'Conv_9'.*'Block_0/BatchNorm_0'.*'Dense_0'"),
     "activation between": ([("Block_0/BatchNorm_0", "Block_0/Conv_1")], r"not what 'Block_0/BatchNorm_0' gives"),
@@ -348,8 +343,10 @@ LINEN_ERRORS = {
 @pytest.mark.parametrize(("pairs", "words"), LINEN_ERRORS.values(), ids=LINEN_ERRORS)
 def test_linen_fold_rejects(pairs, words):
     model, x = Network(), numbers(2, 5, 5, 3)
+    variables = jax.eval_shape(model.init, jax.random.key(0), x)
+    variables = jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), variables)
     with pytest.raises(ValueError, match=words):
-        bnjax.linen.fold(model, model.init(jax.random.key(0), x), pairs, x)
+        bnjax.linen.fold(model, variables, pairs, x)
 
 
 def test_the_interceptor_refuses_variables_that_were_not_folded():

@@ -18,8 +18,6 @@ import bnjax.linen
 import bnjax.nnx
 from tests.test_folding import CLOSE, drawn, numbers
 
-# ---- One layer
-
 
 @pytest.mark.parametrize(("scale", "bias"), [(1.0, 0.0), (None, 0.0), (1.0, None), (None, None)])
 def test_fold_is_the_formula(scale, bias):
@@ -75,9 +73,6 @@ def test_fold_rejects():
         bnjax.fold_into_previous(jnp.ones((3, 2)), None, affine)
     with pytest.raises(ValueError, match=r"fold_into_next.*shape \(2, 4\) and so 4 features.*\(3,\)"):
         bnjax.fold_into_next(jnp.ones((2, 4)), None, affine, groups=2)
-
-
-# ---- Recalibration
 
 
 class Network(nn.Module):
