@@ -37,7 +37,7 @@ SEVERE_SHIFT, SEVERE_RATIO = 1.0, 4.0  # if half of the features are off by that
 INITIAL = 0.1  # what is left of the initial mean 0 and variance 1: statistics are off by about as much
 UPDATES = 0.5  # of those of the feature with most
 BATCH = 16  # below, a batch's mean is off by more than a quarter of a standard deviation, its variance by a third
-SCALE = 1e-4  # of branches that start at 0, a feature in a thousand is below 1e-3 by chance
+SCALE = 1e-4  # features of branches that start at 0 are below 1e-3 by chance
 
 _COMPARE = "Is preprocessing that of training? If so, the statistics lag: bnjax.recalibrate, or a lower momentum."
 _DIVERGED = "Training diverged: restore an earlier checkpoint, then lower the learning rate or clip gradients."

@@ -103,8 +103,7 @@ def to_torch(params: BNParams, state: BNState | None, prefix: str = "") -> dict[
         counts = [] if state.count is None else state.count
         layer["num_batches_tracked"] = np.array(np.max(counts, initial=0), np.int64)
     lead = f"{prefix.rstrip('.')}." if prefix else ""
-    plain = {name: value.astype(np.float32) if value.dtype == jnp.bfloat16 else value for name, value in layer.items()}
-    return {lead + name: np.array(value) for name, value in plain.items()}
+    return {lead + name: np.array(v, np.float32 if v.dtype == jnp.bfloat16 else v.dtype) for name, v in layer.items()}
 
 
 class Unmatched(NamedTuple):

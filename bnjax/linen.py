@@ -94,7 +94,7 @@ def fold(
     types = {name: type(called[0].module) for name, called in calls.items()}
     params: dict[Any, Any]
     params, stats = (flatten_dict(unfreeze(variables.get(name, {}))) for name in ("params", "batch_stats"))
-    norms = trees.norms(*(nn.meta.unbox(variables.get(name, {})) for name in ("params", "batch_stats")))
+    norms = trees.norms(variables.get("params", {}), variables.get("batch_stats", {}))
     folded: dict[str, Any] = {}  # the dtype that each norm gives
     biased = set()
     for pair in pairs:

@@ -286,11 +286,14 @@ def mixed():
 def test_fold_keeps_partitioning_and_the_dtype_that_the_norm_gave():
     kernel = nn.with_partitioning(nn.initializers.normal(), (None, "model"))
     dense = nn.Dense(4, kernel_init=kernel, dtype=jnp.bfloat16, use_bias=False)
-    model = nn.Sequential([dense, bnjax.linen.BatchNorm(use_running_average=True, dtype=jnp.float32)])
+    scale = nn.with_partitioning(nn.initializers.constant(2.0), ("model",))
+    model = nn.Sequential([dense, bnjax.linen.BatchNorm(use_running_average=True, dtype=jnp.float32, scale_init=scale)])
     x = numbers(2, 3)
     variables = model.init(jax.random.key(0), x)
     folded, interceptor = bnjax.linen.fold(model, variables, [("layers_0", "layers_1")], x)
-    assert folded["params"]["layers_0"]["kernel"].names == (None, "model")
+    new, old = (v["params"]["layers_0"]["kernel"] for v in (folded, variables))
+    assert new.names == (None, "model")
+    np.testing.assert_allclose(new.value, 2 * old.value / np.sqrt(1 + 1e-5), rtol=1e-6)
     with nn.intercept_methods(interceptor):
         assert model.apply(folded, x).dtype == jnp.float32
     assert model.apply(variables, x).dtype == jnp.float32
