@@ -22,8 +22,9 @@ from jax.experimental import multihost_utils
 from experiments import runtime
 from experiments.data import Dataset, InputError
 
-ELSEWHERE = ("runtime", "data_dir", "out")
-"""Fields of an experiment that do not define its result: where it runs, reads and writes. The data have a checksum."""
+ELSEWHERE = ("preset", "runtime", "data_dir", "out")
+"""Fields of an experiment that do not define its result: where it runs, reads and writes, and what set the others. The
+data have a checksum."""
 
 SUMS = "sha256.json"
 """The last file of a checkpoint to be written."""

@@ -1,8 +1,10 @@
-"""Data sets: scikit-learn's handwritten digits, and MNIST or Fashion-MNIST from their IDX files.
+"""Data sets: scikit-learn's handwritten digits, MNIST or Fashion-MNIST from their IDX files, and CIFAR-10 from its own.
 
 The digits (1797 images of 8 x 8, 10 classes; from Alpaydin & Kaynak, 1998) ship with scikit-learn. The IDX format is
 LeCun's: two zero bytes, a byte for the type of the elements (8: unsigned bytes), a byte for the number of dimensions,
-each dimension as a big-endian 32-bit integer, then the elements.
+each dimension as a big-endian 32-bit integer, then the elements. CIFAR-10 (Krizhevsky, 2009) is read in its binary
+version: records of a byte for the label and 3072 for the image, of 32 x 32, row by row, first all red, then green, then
+blue. Its python version is a pickle, which could run any code, and is refused.
 """
 
 import gzip
@@ -21,6 +23,10 @@ IDX_FILES = (
     "t10k-images-idx3-ubyte",
     "t10k-labels-idx1-ubyte",
 )
+CIFAR_FILES = (*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin")
+CIFAR_CLASSES = 10
+CIFAR_SHAPE = (3, 32, 32)
+EXPECTED = f"{', '.join(IDX_FILES)} (gzipped or not), or CIFAR-10's {', '.join(CIFAR_FILES)}"
 
 
 class InputError(ValueError):
@@ -28,7 +34,7 @@ class InputError(ValueError):
 
 
 class Dataset(NamedTuple):
-    """Images, float32 in [0, 1] of shape (number, height, width), and labels, int32 of shape (number,)."""
+    """Images, float32 in [0, 1] of shape (number, height, width[, channels]), and labels, int32 of shape (number,)."""
 
     name: str
     train_images: np.ndarray
@@ -40,10 +46,54 @@ class Dataset(NamedTuple):
     def classes(self) -> int:
         return 1 + int(max(self.train_labels.max(), self.test_labels.max()))
 
+    def subset(self, number: int) -> "Dataset":
+        """With `number` training images, the first ones, but as many of each class as can be; the test set is whole.
+
+        Raises:
+          InputError: if that is fewer than one of each class, or more than there are.
+        """
+        size = len(self.train_labels)
+        if not self.classes <= number <= size:
+            raise InputError(
+                f"subset({number}): expected {self.classes} to {size}: one image of each class at the least, "
+                f"and at most all training images of {self.name}."
+            )
+        rank = np.empty(size, np.int64)  # of an image among those of its class
+        for label in range(self.classes):
+            of_class = self.train_labels == label
+            rank[of_class] = np.arange(of_class.sum())
+        chosen = np.sort(np.lexsort((self.train_labels, rank))[:number])
+        return self._replace(
+            name=f"{number} of {self.name}",
+            train_images=self.train_images[chosen],
+            train_labels=self.train_labels[chosen],
+        )
+
 
 def load(data_dir: Path | None = None) -> Dataset:
-    """The digits, or the data set whose four IDX files, gzipped or not, lie in `data_dir`."""
-    return digits() if data_dir is None else idx(data_dir)
+    """The digits, or what `data_dir` holds: the folder of MNIST's or Fashion-MNIST's four IDX files, gzipped or not, or
+    CIFAR-10's binary files (these also in `cifar-10-batches-bin` there, as they are unpacked).
+
+    Raises:
+      FileNotFoundError, InputError: as `idx` and `cifar10`; the latter for a missing folder and for pickles, too.
+    """
+    if data_dir is None:
+        return digits()
+    if not data_dir.is_dir():
+        raise InputError(f"{data_dir}: no such folder. Pass the one that holds {EXPECTED}.")
+    if any((data_dir / f"{name}{suffix}").is_file() for name in IDX_FILES for suffix in ("", ".gz")):
+        return idx(data_dir)
+    for folder in (data_dir, data_dir / "cifar-10-batches-bin"):
+        if any((folder / name).is_file() for name in CIFAR_FILES):
+            return cifar10(folder)
+    for folder in (data_dir, data_dir / "cifar-10-batches-py"):
+        for name in ("batches.meta", "data_batch_1", "test_batch"):
+            if (folder / name).is_file():
+                raise InputError(
+                    f"{folder / name}: CIFAR-10's python version, a pickle, which can run any code when it is read. "
+                    "Fetch the binary version, cifar-10-binary.tar.gz, and unpack it."
+                )
+    return idx(data_dir)
 
 
 def digits() -> Dataset:
@@ -58,18 +108,19 @@ def digits() -> Dataset:
 def idx(folder: Path) -> Dataset:
     """MNIST, Fashion-MNIST or any data set in their four files, with any number of images.
 
+    Args:
+      folder: of the files, gzipped or not.
+
     Raises:
       FileNotFoundError: if one of the files is missing.
       InputError: if one is truncated, is not IDX, holds other things than images or labels of unsigned bytes, or
         holds another number of labels than of images, or none.
     """
-    if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder. Pass the one that holds {', '.join(IDX_FILES)}, gzipped or not.")
     paths = []
     for name in IDX_FILES:
         found = [path for path in (folder / name, folder / f"{name}.gz") if path.is_file()]
         if not found:
-            raise FileNotFoundError(f"{folder / name}: no such file, gzipped (.gz) or not. Expected {IDX_FILES}.")
+            raise FileNotFoundError(f"{folder / name}: no such file, gzipped (.gz) or not. Expected {EXPECTED}.")
         paths.append(found[0])
     arrays = [read_idx(path, dimensions) for path, dimensions in zip(paths, (3, 1, 3, 1), strict=True)]
     for i in (0, 2):
@@ -112,6 +163,41 @@ def read_idx(path: Path, dimensions: int) -> np.ndarray:
             "The file is truncated or has something appended: fetch it again."
         )
     return np.frombuffer(content, np.uint8, offset=header).reshape(shape)
+
+
+def cifar10(folder: Path) -> Dataset:
+    """CIFAR-10 from the six files of its binary version, with any number of images in each.
+
+    Raises:
+      FileNotFoundError: if one of the files is missing.
+      InputError: if one is empty, truncated, or has a label above 9.
+    """
+    parts = [read_cifar(folder / name) for name in CIFAR_FILES]
+    images, labels = (np.concatenate(arrays) for arrays in zip(*parts[:-1], strict=True))
+    test_images, test_labels = parts[-1]
+    images, test_images = images / np.float32(255), test_images / np.float32(255)
+    return Dataset("CIFAR-10", images, labels.astype(np.int32), test_images, test_labels.astype(np.int32))
+
+
+def read_cifar(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Images of shape (number, 32, 32, 3) and labels, both unsigned bytes, in a file of CIFAR-10's binary version."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file. Expected {', '.join(CIFAR_FILES)}: unpack the archive again.")
+    content, record = np.fromfile(path, np.uint8), 1 + math.prod(CIFAR_SHAPE)
+    if content.size == 0 or content.size % record:
+        raise InputError(
+            f"{path}: {content.size} bytes, expected a multiple of {record} (a label and an image of 32 x 32 in three "
+            "colours), one record at the least. The file is truncated or not CIFAR-10's: fetch it again."
+        )
+    labels, images = np.split(content.reshape(-1, record), [1], axis=1)
+    if labels.max() >= CIFAR_CLASSES:
+        worst = int(labels.argmax())
+        raise InputError(
+            f"{path}: record {worst} has the label {labels[worst, 0]}, expected 0 to {CIFAR_CLASSES - 1}. "
+            "The file is damaged or not CIFAR-10's: fetch it again."
+        )
+    # In this order already as bytes: four times as many floats would be copied by whoever flattens the images.
+    return np.ascontiguousarray(images.reshape(-1, *CIFAR_SHAPE).transpose(0, 2, 3, 1)), labels[:, 0]
 
 
 def batches(

@@ -1,7 +1,10 @@
 """Figures, read from the files of a run; nothing here trains. The colours are Okabe and Ito's, told apart by all."""
 
 import textwrap
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -10,38 +13,72 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.ticker import FixedLocator, NullLocator
 
-COLOURS = {"plain": "#D55E00", "batch normalization": "#0072B2"}
+BLUE: str = "#0072B2"
+VERMILION: str = "#D55E00"
+GREEN: str = "#009E73"
+PURPLE: str = "#CC79A7"
+ORANGE: str = "#E69F00"
+SKY: str = "#56B4E9"
+BLACK: str = "#000000"
+PALETTE = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, BLACK)
+COLOURS = {"plain": VERMILION, "batch normalization": BLUE}
+MARKERS = "os^Dv<>"
+
+
+@contextmanager
+def figure(path: Path, title: str, panels: int = 1, height: float = 4.2, **options: Any) -> Iterator[Any]:
+    """Axes to draw on, or an array of them, beside each other; with the title, and saved, when all is drawn."""
+    width = 7 if panels == 1 else 4.2 * panels
+    drawn, axes = plt.subplots(1, panels, figsize=(width, height), layout="constrained", **options)
+    yield axes
+    for each in np.ravel(axes):
+        each.grid(alpha=0.25)
+        each.spines[["top", "right"]].set_visible(False)
+    drawn.suptitle(textwrap.fill(title, int(13.5 * width)), x=0.01, ha="left", fontsize=10)
+    drawn.savefig(path, dpi=150)
+    plt.close(drawn)
 
 
 def curves(
-    path: Path, series: dict[str, tuple[np.ndarray, np.ndarray]], *, title: str, ylabel: str, target: float
+    axes: Any,
+    series: Mapping[Any, tuple[Any, np.ndarray]],
+    colours: Mapping[Any, str] = COLOURS,
+    markers: bool = False,
+    xlabel: str = "training steps",
 ) -> None:
-    """Mean over seeds of each series against steps, with the range over seeds as a band, and a line at `target`."""
-    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
-    for name, (steps, values) in series.items():
-        values = np.ma.masked_invalid(values)  # a gap where a run has diverged
-        axes.fill_between(steps, values.min(0), values.max(0), color=COLOURS[name], alpha=0.2, linewidth=0)
-        axes.plot(steps, values.mean(0), color=COLOURS[name], linewidth=2, label=name)
-    axes.axhline(target, color="0.4", linewidth=1, linestyle="--", label="best of the plain network")
-    seeds = len(next(iter(series.values()))[1])
-    axes.set(xlabel="training steps", ylabel=ylabel, ylim=(0, 1.02))
-    axes.margins(x=0)
-    axes.set_title(textwrap.fill(title, 85), loc="left", fontsize=10)
-    axes.legend(title=f"mean and range of {seeds} seeds" if seeds > 1 else "one seed", loc="lower right", frameon=False)
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    """Mean over seeds of each series against its first array, with the range over seeds as a band; a cross at the
+    bottom where a run has diverged: at the first such place of a line, at every such place with markers."""
+    for i, (name, (x, values)) in enumerate(series.items()):
+        x, diverged = np.asarray(x), np.flatnonzero(np.isnan(values).any(0))
+        values = np.ma.masked_invalid(values)
+        colour = colours.get(name, PALETTE[i % len(PALETTE)])
+        axes.fill_between(x, values.min(0), values.max(0), color=colour, alpha=0.2, linewidth=0)
+        marker = {"marker": MARKERS[i % len(MARKERS)], "markersize": 5} if markers else {}
+        axes.plot(x, values.mean(0), color=colour, linewidth=2, label=name, **marker)
+        if diverged.size:
+            crosses = x[diverged if markers else diverged[:1]]
+            label = None if "diverged" in axes.get_legend_handles_labels()[1] else "diverged"
+            heights = np.full(len(crosses), 0.03 + 0.04 * i)  # of the axes: below each other if in one place
+            style = {"color": colour, "linestyle": "", "markersize": 8, "label": label, "clip_on": False}
+            axes.plot(crosses, heights, marker="x", transform=axes.get_xaxis_transform(), **style)
+    axes.set_xlabel(xlabel)
+    axes.margins(x=0.02 if markers else 0)
+
+
+def legend(axes: Any, seeds: int, **options: Any) -> None:
+    """The names, and what line and band are."""
+    what = f"mean and range of {seeds} seeds" if seeds > 1 else "one seed"
+    axes.legend(title=what, frameon=False, fontsize=8, title_fontsize=8, **options)
 
 
 LIBRARIES = {
-    "bnjax": "#0072B2",
-    "Flax Linen": "#D55E00",
-    "Flax NNX": "#E69F00",
-    "Haiku": "#CC79A7",
-    "Equinox": "#56B4E9",
-    "Keras on JAX": "#009E73",
-    "PyTorch": "#000000",
+    "bnjax": BLUE,
+    "Flax Linen": VERMILION,
+    "Flax NNX": ORANGE,
+    "Haiku": PURPLE,
+    "Equinox": SKY,
+    "Keras on JAX": GREEN,
+    "PyTorch": BLACK,
 }
 BLOCKS = {"bn": "BN", "bn_relu": "BN + ReLU", "bn_add_relu": "BN + add + ReLU"}
 
@@ -70,9 +107,7 @@ def limits(path: Path, panels: dict[tuple[str, str], dict[str, list[float]]], *,
         axes.tick_params(labelsize=8)
     first = axes_grid[0][0]
     first.set_xscale("log")
-    first.xaxis.set_major_locator(FixedLocator([1, 2, 5, 10, 20, 50, 100]))
-    first.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    first.xaxis.set_minor_locator(NullLocator())
+    ticks(first, [1, 2, 5, 10, 20, 50, 100])
     figure.supxlabel("time, in multiples of what the block's passes take at the speed of copying (dashed)", fontsize=9)
     figure.suptitle(textwrap.fill(title, 120), x=0.01, ha="left", fontsize=10)
     figure.savefig(path, dpi=150)
@@ -81,19 +116,19 @@ def limits(path: Path, panels: dict[tuple[str, str], dict[str, list[float]]], *,
 
 def growth(path: Path, megabytes: list[float], series: dict[str, list[float]], *, title: str) -> None:
     """Nanoseconds for each value against the size of x."""
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    for name, values in series.items():
-        copied = name == "copy"
-        colour, line = ("0.5", "--") if copied else (LIBRARIES[name], "-")
-        label = "four copies of x (8 passes)" if copied else name
-        axes.plot(megabytes, values, marker="o", markersize=4, color=colour, linestyle=line, label=label)
-    axes.set(xscale="log", xlabel="size of x, MB", ylabel="forward and backward, ns for each value", ylim=(0, None))
-    axes.xaxis.set_major_locator(FixedLocator(megabytes))
+    with figure(path, title, height=4) as axes:
+        for name, values in series.items():
+            copied = name == "copy"
+            colour, line = ("0.5", "--") if copied else (LIBRARIES[name], "-")
+            label = "four copies of x (8 passes)" if copied else name
+            axes.plot(megabytes, values, marker="o", markersize=4, color=colour, linestyle=line, label=label)
+        axes.set(xscale="log", xlabel="size of x, MB", ylabel="forward and backward, ns for each value", ylim=(0, None))
+        ticks(axes, megabytes)
+        axes.legend(frameon=False)
+
+
+def ticks(axes: Any, places: list[float]) -> None:
+    """Ticks of a logarithmic x axis at these places alone, as plain numbers."""
+    axes.xaxis.set_major_locator(FixedLocator(places))
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_title(textwrap.fill(title, 85), loc="left", fontsize=10)
-    axes.legend(frameon=False)
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)

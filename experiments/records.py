@@ -2,17 +2,31 @@
 
 import json
 import os
-from collections.abc import Iterator
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
 from experiments import data, runtime
 from experiments.train import Evaluation
+
+Runs = Mapping[str | tuple[str, ...], Iterator[Evaluation]]
+"""What `train.fit` returned for each network; of several settings, under the names of all of them."""
+
+
+@dataclass(frozen=True)
+class Series:
+    """What is known of the runs of one network: `steps` of shape (evaluations,), and by name arrays of shape (seeds,
+    evaluations, ...), nan for null."""
+
+    steps: np.ndarray
+    values: dict[str, np.ndarray]
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self.values[name]
 
 
 def check_positive(config: Any, *names: str) -> None:
@@ -24,31 +38,28 @@ def check_positive(config: Any, *names: str) -> None:
 
 
 def write_run(
-    folder: Path, config: Any, dataset: data.Dataset, runs: dict[str, Iterator[Evaluation]], steps: int
+    folder: Path, config: Any, dataset: data.Dataset, runs: Runs, progress: Callable[[float, str], None]
 ) -> None:
-    """Train, with a progress bar, and write `config.json` and, as they come, the evaluations to `metrics.jsonl`.
+    """Train, and write `config.json` and, as they come, the evaluations to `metrics.jsonl`.
 
     Args:
       folder: where to write; process 0 alone does.
       config: the experiment.
       dataset: what is trained on.
-      runs: what `train.fit` returned for each network.
-      steps: updates per network.
+      runs: what is evaluated.
+      progress: told of every evaluation the part of the experiment that was done since the one before, and a remark.
     """
     primary = runtime.is_primary()
     if primary:
         write_config(folder, config, dataset=dataset.name)
-    with (
-        (folder / "metrics.jsonl" if primary else Path(os.devnull)).open("w") as lines,
-        tqdm(total=len(runs) * steps, unit="step", mininterval=0.5, desc=dataset.name, disable=not primary) as progress,
-    ):
-        for network, evaluations in runs.items():
-            before = 0
+    with (folder / "metrics.jsonl" if primary else Path(os.devnull)).open("w") as lines:
+        for networks, evaluations in runs.items():
+            names = (networks,) if isinstance(networks, str) else networks
+            before = 0.0
             for evaluation in evaluations:
-                lines.writelines(json.dumps(record) + "\n" for record in records(network, evaluation))
-                progress.set_postfix_str(f"{network}: test accuracy {np.mean(evaluation.accuracy):.3f}")
-                progress.update(evaluation.step - before)
-                before = evaluation.step
+                lines.writelines(json.dumps(record) + "\n" for record in records(names, evaluation))
+                progress((evaluation.progress - before) / len(runs), f"{names[0]}, step {evaluation.step}")
+                before = evaluation.progress
 
 
 def write_config(folder: Path, config: Any, **facts: Any) -> None:
@@ -64,29 +75,39 @@ def read_config(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "config.json").read_text())
 
 
-def records(network: str, evaluation: Evaluation) -> Iterator[dict[str, Any]]:
-    """One line of `metrics.jsonl` per seed; what is not finite is null, as JSON has no NaN."""
-    for seed, (loss, accuracy) in enumerate(zip(evaluation.loss, evaluation.accuracy, strict=True)):
+def records(names: tuple[str, ...], evaluation: Evaluation) -> Iterator[dict[str, Any]]:
+    """One line of `metrics.jsonl` per run; what is not finite is null, as JSON has no NaN."""
+    seeds = len(evaluation.loss) // len(names)
+    for i, loss in enumerate(evaluation.loss):
+        values = {name: _finite(value[i]) for name, value in evaluation.values.items()}
         yield {
-            "network": network,
-            "seed": seed,
+            "network": names[i // seeds],
+            "seed": i % seeds,
             "step": evaluation.step,
-            "loss": float(loss) if np.isfinite(loss) else None,
-            "test_accuracy": float(accuracy) if np.isfinite(accuracy) else None,
+            "loss": _finite(loss),
+            **values,
         }
 
 
-def read_curves(folder: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """From `metrics.jsonl`, per network: the steps, and test accuracies of shape (seeds, evaluations), nan for null."""
-    curves: dict[str, dict[int, dict[int, float]]] = {}
+def _finite(value: np.ndarray) -> Any:
+    """A number, or lists of numbers, null where not finite."""
+    if np.ndim(value):
+        return [_finite(part) for part in value]
+    return float(f"{value:.7g}") if np.isfinite(value) else None  # as many digits as float32 has
+
+
+def read_metrics(folder: Path) -> dict[str, Series]:
+    """What `write_run` wrote, per network."""
+    found: dict[str, dict[int, list[dict[str, Any]]]] = {}
     for line in (folder / "metrics.jsonl").read_text().splitlines():
         record = json.loads(line)
-        runs = curves.setdefault(record["network"], {})
-        runs.setdefault(record["seed"], {})[record["step"]] = record["test_accuracy"]
-    return {
-        network: (np.array(list(runs[0])), np.array([list(run.values()) for run in runs.values()], float))
-        for network, runs in curves.items()
-    }
+        found.setdefault(record.pop("network"), {}).setdefault(record.pop("seed"), []).append(record)
+    metrics = {}
+    for network, runs in found.items():
+        names = [name for name in runs[0][0] if name != "step"]
+        values = {name: np.array([[e[name] for e in run] for run in runs.values()], float) for name in names}
+        metrics[network] = Series(np.array([e["step"] for e in runs[0]]), values)
+    return metrics
 
 
 def spread(values: np.ndarray, form: str, none: str = "diverged") -> str:
@@ -94,6 +115,6 @@ def spread(values: np.ndarray, form: str, none: str = "diverged") -> str:
     some = values[np.isfinite(values)]
     if not some.size:
         return none
-    spread = f" ± {some.std(ddof=1):{form}}" if some.size > 1 else ""
+    spread = f" ± {some.std(ddof=1):{form.lstrip('+')}}" if some.size > 1 else ""
     missing = f" ({some.size} of {values.size})" if some.size < values.size else ""
     return f"{some.mean():{form}}{spread}{missing}"

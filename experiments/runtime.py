@@ -5,6 +5,7 @@ each holds a part of every batch. If one stops, none can go on. JAX then ends th
 anything that Python could catch, so what is to be said at the end is told in advance to a child that outlives them.
 """
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -35,6 +36,8 @@ class Runtime:
     """how a batch is divided over the devices: by the compiler, or by shard_map and a named axis"""
     devices: int | None = None
     """devices to use of each process, by default all"""
+    platform: Literal["cpu"] | None = None
+    """of the devices; by default the best that JAX finds"""
     checkpoint_dir: Path | None = None
     """folder for checkpoints, from which a stopped run goes on; shared by all processes"""
     checkpoint_every: int = 1000
@@ -117,11 +120,34 @@ class Runtime:
         """
         devices = []
         for process in range(jax.process_count()):
-            local = jax.local_devices(process_index=process)
+            local = jax.local_devices(process_index=process, backend=self.platform)
             if len(local) < (self.devices or 0):
                 raise InputError(f"devices={self.devices}: expected at most {len(local)}, those of process {process}.")
             devices += local[: self.devices]
         return jax.make_mesh((len(devices),), (AXIS,), axis_types=(AxisType.Auto,), devices=devices)
+
+
+SEVERAL = 4
+"""Devices that experiments on synchronized statistics compute on."""
+
+
+def provide_devices() -> None:
+    """Let the CPU be `SEVERAL` devices to JAX, if it is not used yet and no number is set."""
+    if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        with contextlib.suppress(RuntimeError):  # it is in use
+            jax.config.update("jax_num_cpu_devices", SEVERAL)
+
+
+def several(parallel: Literal["jit", "shard_map"]) -> Runtime:
+    """`SEVERAL` devices: those of the CPU, where there are fewer of a better kind.
+
+    Raises:
+      InputError: if the CPU was in use before `provide_devices`, or is set to be fewer devices.
+    """
+    enough = jax.local_device_count() >= SEVERAL
+    if not enough and jax.local_device_count("cpu") < SEVERAL:
+        raise InputError(f"{jax.local_device_count('cpu')} CPU devices: expected {SEVERAL}. Set jax_num_cpu_devices.")
+    return Runtime(parallel, devices=SEVERAL, platform=None if enough else "cpu")
 
 
 def put(array: np.ndarray, mesh: Mesh, *spec: str | None) -> Array:

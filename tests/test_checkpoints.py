@@ -75,7 +75,7 @@ def test_a_finished_run_is_not_trained_again(finished, monkeypatch):
     monkeypatch.setattr(train, "updater", None)
     assert main(flags) == 0
     assert metrics.read_bytes() == before
-    assert records.read_curves(metrics.parent)["plain"][0].tolist() == [0, 8, 16, 24, 32, 40, 48, 56, 60]
+    assert records.read_metrics(metrics.parent)["plain"].steps.tolist() == [0, 8, 16, 24, 32, 40, 48, 56, 60]
 
 
 def test_another_configuration_is_refused_with_what_differs(finished, capsys, monkeypatch):

@@ -1,4 +1,4 @@
-"""Reading data sets: the digits, and IDX files whole and broken."""
+"""Reading data sets: the digits, and IDX and CIFAR-10 files whole and broken."""
 
 import gzip
 
@@ -80,7 +80,11 @@ BROKEN = {
     ),
     "no_images": (rewrite(IMAGES, lambda b: idx_bytes(np.zeros((0, 5, 4)))), ValueError, r"no pixels, .* \(0, 5, 4\)"),
     "no_pixels": (rewrite(IMAGES, lambda b: idx_bytes(np.zeros((7, 0, 0)))), ValueError, r"no pixels, .* \(7, 0, 0\)"),
-    "no_folder": (lambda folder: folder.rename(folder.with_name("elsewhere")), ValueError, "no such folder"),
+    "no_folder": (
+        lambda folder: folder.rename(folder.with_name("elsewhere")),
+        ValueError,
+        f"no such folder. Pass the one that holds {IMAGES}, .*, or CIFAR-10's data_batch_1.bin",
+    ),
     "sizes": (rewrite(TEST_IMAGES, lambda b: idx_bytes(np.zeros((2, 4, 4)))), ValueError, r"\(5, 4\) and .* \(4, 4\)"),
 }
 
@@ -91,6 +95,119 @@ def test_broken_files_are_named_with_what_is_wrong(case, folder):
     damage(folder)
     with pytest.raises(kind, match=message):
         data.load(folder)
+
+
+def pixel(image, row, column, colour):
+    """By its place in the file: an image of all colours is red, then green, then blue, row by row."""
+    return image * 7 + row * 5 + column * 3 + colour * 11
+
+
+@pytest.fixture
+def cifar(tmp_path):
+    """Six files of one or two records, in the folder in which they are unpacked."""
+    folder = tmp_path / "cifar-10-batches-bin"
+    folder.mkdir()
+    numbers = iter(range(8))
+    for name, records in zip(data.CIFAR_FILES, (1, 2, 1, 1, 1, 2), strict=True):
+        content = b""
+        for image in (next(numbers) for _ in range(records)):
+            places = ((r, c, k) for k in range(3) for r in range(32) for c in range(32))
+            content += bytes([image + 2, *(pixel(image, *place) % 256 for place in places)])
+        (folder / name).write_bytes(content)
+    return tmp_path
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_cifar_files_give_images_of_three_channels(cifar, inside):
+    dataset = data.load(cifar / "cifar-10-batches-bin" if inside else cifar)
+    images = pixel(*np.ogrid[:8, :32, :32, :3]) % 256
+    np.testing.assert_allclose(dataset.train_images, images[:6] / 255, rtol=1e-6)
+    np.testing.assert_allclose(dataset.test_images, images[6:] / 255, rtol=1e-6)
+    np.testing.assert_array_equal(dataset.train_labels, [2, 3, 4, 5, 6, 7])
+    np.testing.assert_array_equal(dataset.test_labels, [8, 9])
+    assert (dataset.train_images.dtype, dataset.train_labels.dtype) == (np.float32, np.int32)
+    assert (dataset.name, dataset.classes) == ("CIFAR-10", 10)
+
+
+CIFAR_BROKEN = {
+    "missing": (
+        lambda folder: (folder / "data_batch_4.bin").unlink(),
+        FileNotFoundError,
+        "data_batch_4.bin: no such file. Expected data_batch_1.bin",
+    ),
+    "no_test": (
+        lambda folder: (folder / "test_batch.bin").unlink(),
+        FileNotFoundError,
+        "test_batch.bin: no such file",
+    ),
+    "truncated": (
+        rewrite("data_batch_2.bin", lambda b: b[:-1]),
+        ValueError,
+        "data_batch_2.bin: 6145 bytes, expected a multiple of 3073",
+    ),
+    "empty": (rewrite("test_batch.bin", lambda b: b""), ValueError, "test_batch.bin: 0 bytes, expected a multiple"),
+    "label": (
+        rewrite("data_batch_2.bin", lambda b: b[:3073] + b"\x0a" + b[3074:]),
+        ValueError,
+        "data_batch_2.bin: record 1 has the label 10, expected 0 to 9",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CIFAR_BROKEN)
+def test_broken_cifar_files_are_named_with_what_is_wrong(case, cifar):
+    damage, kind, message = CIFAR_BROKEN[case]
+    damage(cifar / "cifar-10-batches-bin")
+    with pytest.raises(kind, match=message):
+        data.load(cifar)
+
+
+@pytest.mark.parametrize("name", ["data_batch_1", "batches.meta", "cifar-10-batches-py/data_batch_1"])
+def test_pickles_are_refused_unread(name, tmp_path):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_bytes(b"cos\nsystem\n(S'exit 1'\ntR.")
+    with pytest.raises(
+        data.InputError, match=f"{name}: .* a pickle, which can run any code .* Fetch the binary version"
+    ):
+        data.load(tmp_path)
+
+
+def test_a_folder_of_neither_says_what_is_accepted(tmp_path):
+    (tmp_path / "data_batch_1.mat").write_bytes(b"MATLAB 5.0")
+    with pytest.raises(
+        FileNotFoundError, match=rf"{IMAGES}: no such file.*{TEST_LABELS}.* or CIFAR-10's .*test_batch.bin"
+    ):
+        data.load(tmp_path)
+
+
+def test_idx_files_go_before_cifar(folder, cifar):
+    assert folder == cifar
+    assert data.load(folder).train_images.shape == (7, 5, 4)
+
+
+@pytest.mark.parametrize("number", [3, 7, 10])
+def test_subset_has_as_many_of_each_class_as_can_be(number):
+    labels = np.int32([0, 0, 1, 0, 0, 2, 2, 0, 2, 2])
+    images = np.arange(10, dtype=np.float32).reshape(10, 1, 1)
+    dataset = data.Dataset("ten", images, labels, images[:4], labels[:4])
+    small = dataset.subset(number)
+    chosen = {3: [0, 2, 5], 7: [0, 1, 2, 3, 5, 6, 8], 10: range(10)}[number]
+    np.testing.assert_array_equal(small.train_images.ravel(), chosen)
+    np.testing.assert_array_equal(small.train_labels, labels[chosen])
+    np.testing.assert_array_equal(small.test_images, dataset.test_images)
+    assert small.name == f"{number} of ten"
+
+
+def test_subset_of_the_digits_is_even():
+    small = data.load().subset(200)
+    np.testing.assert_array_equal(np.bincount(small.train_labels), np.full(10, 20))
+    assert (small.name, len(small.test_labels)) == ("200 of scikit-learn digits", 360)
+
+
+@pytest.mark.parametrize("number", [9, 1438])
+def test_subset_rejects(number):
+    with pytest.raises(data.InputError, match=rf"subset\({number}\): expected 10 to 1437"):
+        data.load().subset(number)
 
 
 def test_digits_are_split_once_and_for_all():

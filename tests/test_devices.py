@@ -57,7 +57,7 @@ def test_devices_give_the_losses_and_statistics_of_one_with_the_whole_batch(para
     tolerance = 1e-5 if batch_size == 50 else 2e-4  # small variances, whose roots three examples have, enlarge rounding
     mesh = Runtime(devices=devices).mesh()
     size = -(-batch_size // devices) * devices
-    update = train.updater(APPLY, OPTIMIZER, mesh, parallel)
+    update = train.updater(APPLY, lambda: OPTIMIZER, mesh, parallel)
     params, state = jax.vmap(lambda seed: INIT(jax.random.key(seed)))(jnp.arange(SEEDS))
     learner = train.Learner(params, state, jax.vmap(OPTIMIZER.init)(params), jnp.zeros(SEEDS))
     learner = jax.tree.map(lambda leaf: put(np.asarray(leaf), mesh), learner)
@@ -84,7 +84,7 @@ def test_fit_on_8_devices_matches_the_loop_on_one(one_device):
             train.fit(
                 INIT,
                 APPLY,
-                OPTIMIZER,
+                lambda: OPTIMIZER,
                 SMALL,
                 seeds=SEEDS,
                 steps=STEPS,
@@ -98,14 +98,14 @@ def test_fit_on_8_devices_matches_the_loop_on_one(one_device):
     means = [expected_losses[0:8].mean(0), expected_losses[8:16].mean(0), expected_losses[16:].mean(0)]
     for several, one in zip(*evaluations.values(), strict=True):
         assert several.step == one.step
-        np.testing.assert_allclose(several.accuracy, one.accuracy, atol=1.1 / 360)
+        np.testing.assert_allclose(several.values["test_accuracy"], one.values["test_accuracy"], atol=1.1 / 360)
     np.testing.assert_allclose([e.loss for e in evaluations[8][1:]], means, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("parallel", ["jit", "shard_map"])
 def test_each_device_computes_its_part_of_the_batch_alone(parallel):
     mesh = Runtime().mesh()
-    update = train.updater(APPLY, OPTIMIZER, mesh, parallel)
+    update = train.updater(APPLY, lambda: OPTIMIZER, mesh, parallel)
     params, state = jax.vmap(lambda seed: INIT(jax.random.key(seed)))(jnp.arange(SEEDS))
     learner = train.Learner(params, state, jax.vmap(OPTIMIZER.init)(params), jnp.zeros(SEEDS))
     learner = jax.tree.map(lambda leaf: put(np.asarray(leaf), mesh), learner)

@@ -12,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 
-from experiments import bench, contenders, convergence, data, networks, plot, records, train
+from experiments import bench, contenders, convergence, data, networks, records, train
 from experiments.__main__ import main
 from experiments.runtime import Runtime
 from tests import reference
@@ -25,7 +25,7 @@ def fit(seeds, steps=40, eval_every=20):
         train.fit(
             INIT,
             networks.mlp_apply,
-            optax.sgd(0.5),
+            partial(optax.sgd, 0.5),
             data.digits(),
             seeds=seeds,
             steps=steps,
@@ -70,7 +70,9 @@ def test_fit_matches_a_plain_loop():
     last = fit(seeds=2, steps=steps, eval_every=steps)[-1]
     np.testing.assert_allclose(last.loss[1], np.mean(losses), rtol=1e-4)
     # Rounding may move an image or two of the 360 over a boundary.
-    np.testing.assert_allclose(last.accuracy[1], np.mean(logits.argmax(-1) == digits.test_labels), atol=2.1 / 360)
+    np.testing.assert_allclose(
+        last.values["test_accuracy"][1], np.mean(logits.argmax(-1) == digits.test_labels), atol=2.1 / 360
+    )
 
 
 def test_fit_evaluates_at_every_interval_and_at_the_end():
@@ -78,7 +80,7 @@ def test_fit_evaluates_at_every_interval_and_at_the_end():
     assert [e.step for e in evaluations] == [0, 20, 40, 50]
     assert np.isnan(evaluations[0].loss).all()
     chance = 1 / 10
-    assert evaluations[-1].accuracy[0] > 2 * chance
+    assert evaluations[-1].values["test_accuracy"][0] > 2 * chance
     assert evaluations[-1].loss[0] < evaluations[1].loss[0]
 
 
@@ -103,6 +105,7 @@ def test_convergence_writes_its_configuration_metrics_and_figure(convergence_run
 
 
 def write_metrics(folder, accuracies):
+    folder.mkdir(parents=True)
     with (folder / "metrics.jsonl").open("w") as file:
         for network, seeds in accuracies.items():
             for seed, values in enumerate(seeds):
@@ -111,43 +114,54 @@ def write_metrics(folder, accuracies):
                     file.write(json.dumps(record) + "\n")
 
 
-@pytest.fixture
-def title(monkeypatch):
-    """The titles of the figures that are drawn."""
-    titles, draw = [], plot.curves
-    monkeypatch.setattr(plot, "curves", lambda *args, **kwargs: titles.append(kwargs["title"]) or draw(*args, **kwargs))
-    return titles
+def judged(folder, plain, normalized):
+    """What is found in these accuracies of seeds at steps 0, 10, 20, 30."""
+    experiment = convergence.Convergence(seeds=2, out=folder)
+    write_metrics(experiment.folder, {"plain": plain, "batch normalization": normalized})
+    metrics = records.read_metrics(experiment.folder)
+    finding = experiment.judge(metrics)
+    experiment.draw(folder / "figure.png", metrics, finding.title)
+    assert (folder / "figure.png").read_bytes().startswith(b"\x89PNG")
+    return finding
 
 
-def test_convergence_reports_what_the_metrics_say(tmp_path, title):
+def test_convergence_reports_what_the_metrics_say(tmp_path):
     plain = [[0.1, 0.5, 0.8, 0.7], [0.1, 0.3, 0.4, 0.6]]
-    normalized = [[0.2, 0.8, 0.9, 0.9], [0.2, 0.5, 0.6, 0.7]]
-    write_metrics(tmp_path, {"plain": plain, "batch normalization": normalized})
-    table = convergence.report(tmp_path).splitlines()
-    assert table[1].split() == ["plain", "25", "±", "7", "0.6500", "±", "0.0707"]
-    assert table[2].split() == ["batch", "normalization", "15", "±", "7", "0.8000", "±", "0.1414"]
-    assert "0.7000 ± 0.1414" in table[3]
-    assert title[0].endswith("reached with batch normalization after 15 steps, without after 25")
-    assert (tmp_path / "convergence.png").exists()
+    finding = judged(tmp_path, plain, [[0.2, 0.8, 0.9, 0.9], [0.2, 0.5, 0.6, 0.7]])
+    assert finding.table[1:] == [
+        ["plain", "25 ± 7", "0.6500 ± 0.0707"],
+        ["batch normalization", "15 ± 7", "0.8000 ± 0.1414"],
+    ]
+    assert "best test accuracy (0.7000 ± 0.1414)" in finding.measured
+    assert finding.title.endswith("reached with batch normalization after 15 steps, without after 25")
+    # 25 / 2 is below 15; 0.2 and 0.1 more at the end have the mean 0.15 and the standard error 0.05.
+    assert finding.met == (False, True)
 
 
-def test_convergence_says_what_diverged_and_what_was_never_reached(tmp_path, title):
+def test_convergence_says_what_diverged_and_what_was_never_reached(tmp_path):
     plain = [[0.1, 0.5, 0.8, 0.7], [0.1, 0.3, 0.4, 0.6]]
-    write_metrics(tmp_path, {"plain": plain, "batch normalization": [[0.2, 0.7, 0.8, None], [0.2, None, None, None]]})
-    table = convergence.report(tmp_path).splitlines()
-    assert table[2].split() == ["batch", "normalization", "20", "(1", "of", "2)", "diverged"]
-    assert title[0].startswith("1 of 2 normalized networks never reach")
-    write_metrics(tmp_path, {"plain": plain, "batch normalization": [[0.2, 0.7, 0.7, 0.3], [0.2, 0.1, 0.1, 0.1]]})
-    assert "never" in convergence.report(tmp_path).splitlines()[2]
+    finding = judged(tmp_path / "a", plain, [[0.2, 0.7, 0.8, None], [0.2, None, None, None]])
+    assert finding.table[2][1:] == ["20 (1 of 2)", "diverged"]
+    assert finding.title.startswith("1 of 2 normalized networks never reach")
+    assert finding.met == (False, False)
+    finding = judged(tmp_path / "b", plain, [[0.2, 0.7, 0.7, 0.3], [0.2, 0.1, 0.1, 0.1]])
+    assert finding.table[2][1] == "never"
 
 
 def test_a_diverged_network_has_no_accuracy():
     evaluation = list(
         train.fit(
-            INIT, networks.mlp_apply, optax.sgd(1e38), data.digits(), seeds=1, steps=5, batch_size=60, eval_every=5
+            INIT,
+            networks.mlp_apply,
+            partial(optax.sgd, 1e38),
+            data.digits(),
+            seeds=1,
+            steps=5,
+            batch_size=60,
+            eval_every=5,
         )
     )[-1]
-    (record,) = records.records("plain", evaluation)
+    (record,) = records.records(("plain",), evaluation)
     assert record["test_accuracy"] is None
 
 

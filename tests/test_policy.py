@@ -67,7 +67,7 @@ def test_the_policy_saves_one_activation_a_block_and_the_statistics(kernels, ima
 
 def test_residuals_of_a_network_are_the_convolutions_alone_and_never_more_than_those_of_flax():
     x = jnp.zeros((4, 8, 8, 4))
-    flax, plain, saved = (footprint._residuals(norm, policy, x) for _, norm, policy in footprint.WAYS)
+    flax, plain, saved = (footprint.residuals(norm, policy, x) for _, norm, policy in footprint.WAYS)
     assert plain <= flax
     assert saved <= 0.6 * flax
     activations = footprint.BLOCKS * x.nbytes

@@ -66,10 +66,10 @@ def one_process(tmp_path_factory):
 
 
 def assert_same_metrics(folder, one_process):
-    for network, (steps, accuracies) in records.read_curves(one_process.parent).items():
-        many_steps, many_accuracies = records.read_curves(folder)[network]
-        np.testing.assert_array_equal(many_steps, steps)
-        np.testing.assert_allclose(many_accuracies, accuracies, atol=2.1 / 360)
+    many = records.read_metrics(folder)
+    for network, one in records.read_metrics(one_process.parent).items():
+        np.testing.assert_array_equal(many[network].steps, one.steps)
+        np.testing.assert_allclose(many[network]["test_accuracy"], one["test_accuracy"], atol=2.1 / 360)
     losses = [
         [record["loss"] for record in map(json.loads, path.read_text().splitlines()) if record["step"]]
         for path in (folder / "metrics.jsonl", one_process)

@@ -1,0 +1,119 @@
+"""Gradients neither vanish nor explode in deep batch-normalized networks (Ioffe & Szegedy, 2015, section 3.3).
+
+ReLU networks of 50 hidden layers: batch-normalized, and plain with the initial weights of LeCun et al. (1998; Flax's
+default) and of He et al. (2015; made for ReLU). Measured: the norm of the gradient of each hidden layer's kernel, at
+the start and after training, and its slope over the layers, by least squares; a norm that underflows counts as 1e-30.
+Against the claim: Yang et al. (2019, section 4) derive that gradients explode at the start, by sqrt(pi / (pi - 1)) =
+1.21 or 0.083 decades a layer with ReLU in wide networks and large batches.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from experiments import data, networks, plot, records, study, train
+
+LEVEL = 0.02
+NETWORKS = {
+    "plain, LeCun": (False, lambda fan_in: fan_in**-0.5),
+    "plain, He": (False, networks.he),
+    "batch normalization": (True, networks.he),
+}
+
+
+@dataclass(frozen=True)
+class Gradients(study.Study):
+    """One run of the experiment; the command line's flags are these fields."""
+
+    NAME = "gradients"
+    CLAIM = "with batch normalization gradients neither vanish nor explode with depth"
+    SOURCE = "Ioffe & Szegedy (2015), sections 1 and 3.3; against it Yang et al. (2019), section 4"
+    THRESHOLD = (
+        f"the slope of the gradient's norm is at most {LEVEL} decades a layer up or down, a factor of ten over 50 "
+        "layers: (a) at the start; (b) after training"
+    )
+    SMOKE = {"depth": 10, "width": 20, "steps": 100, "seeds": 2}
+    FULL = {"steps": 10_000, "seeds": 20, "width": 256}
+
+    depth: int = 50
+    """hidden layers"""
+    width: int = 64
+    """ReLU units of each"""
+    batch_size: int = 60
+    """images per step"""
+    steps: int = 1000
+    """updates per run"""
+    learning_rate: float = 0.01
+    """of plain stochastic gradient descent"""
+
+    def runs(self, dataset: data.Dataset) -> records.Runs:
+        return {name: self._fit(dataset, *NETWORKS[name]) for name in NETWORKS}
+
+    def _fit(self, dataset, batch_norm, weight_std):
+        network = networks.mlp(dataset, [self.width] * self.depth, batch_norm, weight_std, activation=jax.nn.relu)
+        images = dataset.train_images.reshape(len(dataset.train_images), -1)[:500]
+        labels = dataset.train_labels[:500]
+
+        def probe(params, state):
+            def loss(params):
+                logits, _ = network.apply(params, state, jnp.asarray(images), True)
+                return optax.softmax_cross_entropy_with_integer_labels(logits, jnp.asarray(labels)).mean()
+
+            hidden = jax.grad(loss)(params)[1:-1]
+            return {"gradient_norm": jnp.stack([jnp.linalg.norm(layer["kernel"]) for layer in hidden])}
+
+        return train.fit(
+            *network,
+            partial(optax.sgd, self.learning_rate),
+            dataset,
+            seeds=self.seeds,
+            steps=self.steps,
+            batch_size=self.batch_size,
+            eval_every=self.steps,
+            probe=probe,
+        )
+
+    def judge(self, metrics: dict[str, records.Series]) -> study.Finding:
+        slopes = {name: _slopes(series["gradient_norm"]) for name, series in metrics.items()}
+        start, end = np.moveaxis(slopes["batch normalization"], 1, 0)
+        words = {
+            name: [records.spread(slope, "+.3f") for slope in np.moveaxis(each, 1, 0)] for name, each in slopes.items()
+        }
+        described = "; ".join(f"{name}: {begun} at the start, {after} after" for name, (begun, after) in words.items())
+        return study.Finding(
+            f"decades a layer towards the output: {described}",
+            (study.clearly(LEVEL - abs(start)), study.clearly(LEVEL - abs(end))),
+            f"With batch normalization the gradient's norm changes by {words['batch normalization'][0]} decades a "
+            f"layer at the start, by {words['batch normalization'][1]} after training",
+            [
+                ["network", "start, decades a layer", "after training", "test accuracy"],
+                *(
+                    [name, *words[name], records.spread(series["test_accuracy"][:, -1], ".3f")]
+                    for name, series in metrics.items()
+                ),
+            ],
+        )
+
+    def draw(self, path, metrics, title):
+        colours = dict(zip(NETWORKS, (plot.ORANGE, plot.VERMILION, plot.BLUE), strict=True))
+        with plot.figure(path, title, panels=2, sharey=True) as panels:
+            for i, (axes, when) in enumerate(zip(panels, ("at the start", f"after {self.steps} steps"), strict=True)):
+                series = {
+                    name: (2 + np.arange(values["gradient_norm"].shape[2]), values["gradient_norm"][:, i])
+                    for name, values in metrics.items()
+                }
+                plot.curves(axes, series, colours, xlabel="layer, from the input")
+                axes.set_yscale("log")
+                axes.set_title(when, fontsize=10)
+            panels[0].set_ylabel("norm of the kernel's gradient")
+            plot.legend(panels[0], self.seeds)
+
+
+def _slopes(norms: np.ndarray) -> np.ndarray:
+    """Decades a layer, of shape (seeds, evaluations), from norms of shape (seeds, evaluations, layers)."""
+    layer = np.arange(norms.shape[2]) - (norms.shape[2] - 1) / 2
+    return np.log10(np.maximum(norms, 1e-30)) @ layer / (layer @ layer)

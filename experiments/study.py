@@ -1,0 +1,195 @@
+"""An experiment on one claim: what it measures, what it judges by, and the files it leaves.
+
+A run writes its configuration and its metrics. Verdict, table and figure come from these files: nothing trains twice.
+A threshold has parts, each fixed in the code before the run. The claim holds if all parts are met, in part if some are,
+and does not hold here if none is.
+"""
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, ClassVar, Literal, NamedTuple, Self
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from experiments import data, records, report, runtime
+
+Preset = Literal["smoke", "default", "full"]
+
+
+class Finding(NamedTuple):
+    """What the metrics say: the numbers in words, which parts of the threshold are met, the figure's title, and a table
+    whose first row names the columns."""
+
+    measured: str
+    met: tuple[bool, ...]
+    title: str
+    table: list[list[str]]
+
+
+@dataclass(frozen=True)
+class Study:
+    """An experiment; the command line's flags are its fields."""
+
+    NAME: ClassVar[str]
+    CLAIM: ClassVar[str]
+    SOURCE: ClassVar[str]
+    THRESHOLD: ClassVar[str]
+    SMOKE: ClassVar[dict[str, Any]]
+    FULL: ClassVar[dict[str, Any]]
+
+    preset: Preset = "default"
+    """sets the other fields: seconds in smoke, minutes in default, hours in full"""
+    seeds: int = 5
+    """runs of each network in each setting, trained together"""
+    data_dir: Path | None = None
+    """folder of (Fashion-)MNIST's four IDX files or of CIFAR-10's binary ones; by default scikit-learn's digits"""
+    out: Path = Path("results")
+    """folder for config.json, metrics.jsonl and the figure, in a folder of their own"""
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = np.ravel(getattr(self, field.name))
+            if field.name != "momentum" and value.size and value.dtype.kind in "if":
+                records.check_positive(self, field.name)
+        momentum = getattr(self, "momentum", 0)
+        if not 0 <= momentum <= 1:
+            raise data.InputError(f"momentum={momentum}: expected a number in [0, 1].")
+
+    @classmethod
+    def of(cls, preset: Preset, **changes: Any) -> Self:
+        """The experiment as a preset has it."""
+        return replace(cls(), preset=preset, **{"smoke": cls.SMOKE, "default": {}, "full": cls.FULL}[preset], **changes)
+
+    @property
+    def folder(self) -> Path:
+        """Where the files of this experiment are."""
+        return self.out / self.NAME
+
+    def prepare(self) -> None:
+        """What is to happen before JAX is used."""
+
+    def runs(self, dataset: data.Dataset) -> records.Runs:
+        """What is evaluated."""
+        raise NotImplementedError
+
+    def judge(self, metrics: dict[str, records.Series]) -> Finding:
+        """What was found."""
+        raise NotImplementedError
+
+    def draw(self, path: Path, metrics: dict[str, records.Series], title: str) -> None:
+        """The figure."""
+        raise NotImplementedError
+
+
+def clearly(values: np.ndarray, limit: float = 0.0) -> bool:
+    """Whether the mean over seeds is above the limit by two standard errors; never if a run has no value."""
+    error = values.std(ddof=1) / np.sqrt(values.size) if values.size > 1 else 0.0
+    return bool(values.mean() - 2 * error > limit)
+
+
+def first(steps: np.ndarray, accuracy: np.ndarray, target: np.ndarray | float) -> np.ndarray:
+    """Per seed the first step with an accuracy of the target or more, nan where there is none."""
+    hit = accuracy >= np.reshape(target, (-1, 1))
+    return np.where(hit.any(1), steps[hit.argmax(1)], np.nan)
+
+
+def bar(studies: int) -> tqdm:
+    """The progress of some experiments, all alike in length."""
+    form = "{desc}: {percentage:3.0f}%|{bar}| {n:.1f} of {total} experiments, {elapsed}<{remaining}{postfix}"
+    return tqdm(total=studies, bar_format=form, mininterval=0.5, disable=not runtime.is_primary())
+
+
+def run(study: Study, progress: Callable[[float, str], None]) -> None:
+    """Measure, and write the files."""
+    begun = time.perf_counter()
+    dataset = data.load(study.data_dir)
+    records.write_run(study.folder, study, dataset, study.runs(dataset), progress)
+    if runtime.is_primary():
+        seconds = round(time.perf_counter() - begun, 1)
+        records.write_config(study.folder, study, dataset=dataset.name, seconds=seconds)
+
+
+def is_done(study: Study) -> bool:
+    """Whether its folder has the whole run of this configuration."""
+    try:
+        config = records.read_config(study.folder)
+    except (OSError, ValueError):
+        return False
+    wanted = json.loads(json.dumps(asdict(study), default=str))
+    return "seconds" in config and config["config"] | {"out": ""} == wanted | {"out": ""}
+
+
+def conclude(study: Study) -> report.Section:
+    """Verdict and table of a finished run, whose figure is drawn."""
+    metrics, config = records.read_metrics(study.folder), records.read_config(study.folder)
+    finding = study.judge(metrics)
+    verdict = (report.NOT_HERE, report.IN_PART, report.HOLDS)[any(finding.met) + all(finding.met)]
+    path = study.folder / f"{study.NAME}.png"
+    study.draw(path, metrics, finding.title)
+    command = f"python -m experiments {study.NAME} --preset {study.preset}"
+    return report.Section(
+        verdict=report.Verdict(
+            study.NAME, study.CLAIM, study.SOURCE, finding.measured, study.THRESHOLD, verdict, study.seeds
+        ),
+        figures=[path],
+        title=finding.title,
+        table=finding.table,
+        seconds=config.get("seconds", np.nan),
+        configuration={name: value for name, value in config["config"].items() if name not in ("out", "runtime")},
+        command=command if study.data_dir is None else f"{command} --data-dir {study.data_dir}",
+    )
+
+
+def run_one(study: Study) -> None:
+    """Run an experiment and print what it found."""
+    study.prepare()
+    with bar(1) as progress:
+        run(study, _teller(progress, study))
+    if runtime.is_primary():
+        section = conclude(study)
+        verdict = section.verdict
+        print(f"claim      {verdict.claim} ({verdict.source})\nthreshold  {verdict.threshold}")
+        print(f"measured   {verdict.measured}\nverdict    {verdict.verdict} ({verdict.seeds} seeds)\n")
+        print(table(section.table))
+        print(f"figure: {section.figures[0]}")
+
+
+def run_all(studies: list[Study], facts: dict[str, str]) -> None:
+    """Run the experiments that are not done, and write the report on all."""
+    for study in studies:
+        study.prepare()
+    out = studies[0].out
+    with bar(len(studies)) as progress:
+        for study in studies:
+            if is_done(study):
+                progress.update(1)
+            else:
+                run(study, _teller(progress, study))
+    sections = [conclude(study) for study in studies]
+    seconds = sum(section.seconds for section in sections)
+    facts |= {"jax": f"{jax.__version__} on {jax.default_backend()}", "time": f"{seconds / 60:.1f} minutes"}
+    report.write(out, sections, facts)
+    rows = [[s.verdict.id, s.verdict.verdict, f"{s.seconds:.0f}"] for s in sections]
+    print(table([["experiment", "verdict", "seconds"], *rows]))
+    print(f"{out / 'report.html'}\n{out / 'verdicts.json'}")
+
+
+def _teller(progress: tqdm, study: Study) -> Callable[[float, str], None]:
+    progress.set_description_str(study.NAME)
+
+    def tell(part: float, remark: str) -> None:
+        progress.set_postfix_str(remark, refresh=False)
+        progress.update(min(part, progress.total - progress.n))  # parts may add up to a little more
+
+    return tell
+
+
+def table(rows: list[list[str]]) -> str:
+    """Columns as wide as what is in them."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
