@@ -7,7 +7,7 @@ OLDEST_JAX := 0.10.0
 OTHERS := .venv-others
 INSTALL := -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo bench test oracles test-oldest test-flax lint format wheel clean
+.PHONY: help demo claims bench test oracles test-oldest test-flax lint format wheel clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -19,6 +19,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 demo: $(VENV)/.installed ## train with and without batch normalization; table and figure under results/
 	$(BIN)/python -m experiments convergence
+
+claims: $(VENV)/.installed ## measure every claim made for batch normalization; report.html and verdicts.json under results/
+	$(BIN)/python -m experiments all
 
 $(OTHERS)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(OTHERS)

@@ -52,7 +52,7 @@ class All:
     """Every experiment on a claim, those excepted that are done, and the report on all."""
 
     preset: study.Preset = "default"
-    """seconds, minutes or hours for each"""
+    """smoke to see that it works, default for verdicts, full for a longer look"""
     data_dir: Path | None = None
     """folder of (Fashion-)MNIST's four IDX files or of CIFAR-10's binary ones; by default scikit-learn's digits"""
     out: Path = Path("results")

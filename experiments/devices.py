@@ -72,10 +72,10 @@ class Devices(study.Study):
         synchronized, own = (distance.max(1) for distance in self._distances(metrics).values())
         return study.Finding(
             f"the largest distance of a loss from one device's, as a part of it: {synchronized.max():.1e} with "
-            f"synchronized statistics, {own.min():.1e} or more with each device's own",
+            f"synchronized statistics, {own.min():.1g} or more with each device's own",
             (bool(synchronized.max() <= EQUAL), bool((own >= TIMES * synchronized).all())),
             f"Losses on 4 devices with synchronized statistics are within {synchronized.max():.0e} of one device's; "
-            f"with their own statistics they are off by {own.min():.0%} or more",
+            f"with statistics of their own they come to be off by {own.min():.1g} times the loss or more",
             [
                 ["devices", "loss at the end", "largest distance, as a part of the loss", "final test accuracy"],
                 *(
@@ -94,6 +94,7 @@ class Devices(study.Study):
         with plot.figure(path, title, panels=2) as (left, right):
             steps = metrics[NETWORKS[0]].steps[1:]
             plot.curves(left, {name: (steps, metrics[name]["loss"][:, 1:]) for name in NETWORKS}, COLOURS)
+            left.lines[1].set_linestyle("--")  # it lies on the first
             left.set(ylabel="training loss of a step, nats", yscale="log")
             plot.legend(left, self.seeds)
             distances = {name: (steps, np.maximum(d, 1e-9)) for name, d in self._distances(metrics).items()}

@@ -62,7 +62,7 @@ def measure(rounds: int) -> Iterator[dict[str, Any]]:
     """Bytes of residuals, temporary bytes and times with scanned blocks, seconds to trace and compile."""
     x = jax.random.normal(jax.random.key(0), (32, 16, 16, 16))
     yield {"measure": "saved residuals, MB", "values": {n: residuals(norm, p, x) / 1e6 for n, norm, p in WAYS}}
-    steps = {name: scanned(norm, policy, x) for name, norm, policy in WAYS}
+    steps = {name: _scanned(norm, policy, x) for name, norm, policy in WAYS}
     yield {
         "measure": "temporary memory with scanned blocks, MB",
         "values": {name: _temporary(step) / 1e6 for name, (step, _) in steps.items()},
@@ -122,24 +122,39 @@ def _under(policy, f):
     return jax.checkpoint(f, policy=training.save_statistics) if policy else f
 
 
+def gradient(norm, policy, x):
+    """A function of params, statistics and x, the gradient of a loss of the network and its new statistics, and such
+    params and statistics."""
+    network = Network(NORMS[norm], BLOCKS, x.shape[-1])
+    variables = network.init(jax.random.key(0), x[:1])
+    return jax.value_and_grad(_loss(network, policy), has_aux=True), _split(variables)
+
+
 def residuals(norm, policy, x):
     """Bytes that the forward pass keeps for the backward, beside its arguments."""
     network = Network(NORMS[norm], BLOCKS, x.shape[-1])
-    variables = jax.eval_shape(network.init, jax.random.key(0), x)
 
     def pullback(params, stats, x):
-        def loss(params, x):
-            y, new = network.apply({"params": params, "batch_stats": stats}, x, mutable=["batch_stats"])
-            return jnp.sum(y**2), new
+        return jax.vjp(lambda params, x: _loss(network, policy)(params, stats, x), params, x, has_aux=True)[1]
 
-        return jax.vjp(_under(policy, loss), params, x, has_aux=True)[1]
-
-    jaxpr = jax.make_jaxpr(pullback)(variables["params"], variables.get("batch_stats", {}), x).jaxpr
+    jaxpr = jax.make_jaxpr(pullback)(*_split(jax.eval_shape(network.init, jax.random.key(0), x)), x).jaxpr
     kept = {v for v in jaxpr.outvars if not isinstance(v, Literal)} - {*jaxpr.invars, *jaxpr.constvars}
     return sum(v.aval.size * v.aval.dtype.itemsize for v in kept)
 
 
-def scanned(norm, policy, x):
+def _loss(network, policy):
+    def loss(params, stats, x):
+        y, new = network.apply({"params": params, "batch_stats": stats}, x, mutable=["batch_stats"])
+        return jnp.sum(y**2), new
+
+    return _under(policy, loss)
+
+
+def _split(variables):
+    return variables["params"], variables.get("batch_stats", {})
+
+
+def _scanned(norm, policy, x):
     """The compiled gradient of blocks under scan, and its arguments."""
     block = Block(NORMS[norm], x.shape[-1])
     variables = jax.vmap(block.init, (0, None))(jax.random.split(jax.random.key(0), BLOCKS), x[:1])
@@ -152,7 +167,7 @@ def scanned(norm, policy, x):
         y, stats = jax.lax.scan(_under(policy, body), x, (params, stats))
         return jnp.sum(y**2), stats
 
-    args = variables["params"], variables.get("batch_stats", {}), x
+    args = *_split(variables), x
     return jax.jit(jax.value_and_grad(loss, has_aux=True)).lower(*args).compile(), args
 
 

@@ -38,7 +38,7 @@ class Initialization(study.Study):
     """of the initial weights, from 10^-3 to 10^2 times He et al.'s"""
     batch_size: int = 60
     """images per step"""
-    steps: int = 2000
+    steps: int = 1200
     """updates per run"""
     learning_rate: float = 0.1
     """of plain stochastic gradient descent"""
@@ -108,4 +108,4 @@ class Initialization(study.Study):
             plot.curves(axes, series, markers=True, xlabel="standard deviation of the initial weights, in He et al.'s")
             axes.axhline(TRAINS, color="0.4", linewidth=1, linestyle="--", label="trains")
             axes.set(xscale="log", ylabel="test accuracy at the end", ylim=(0, 1.02))
-            plot.legend(axes, self.seeds, loc="lower left")
+            plot.legend(axes, self.seeds, loc="center left")

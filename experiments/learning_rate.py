@@ -45,9 +45,9 @@ class LearningRate(study.Study):
     """units per hidden layer"""
     batch_size: int = 60
     """images per step"""
-    steps: int = 3000
+    steps: int = 2000
     """updates per run"""
-    learning_rate: float = 0.03
+    learning_rate: float = 0.1
     """1x, of plain stochastic gradient descent"""
     multiples: tuple[float, ...] = (1.0, 5.0, 30.0, 100.0)
     """of the learning rate, beginning with 1"""

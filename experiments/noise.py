@@ -39,7 +39,7 @@ class Noise(study.Study):
     """in the training set"""
     hidden: tuple[int, ...] = (256, 128)
     """ReLU units per hidden layer"""
-    batch_sizes: tuple[int, ...] = (5, 10, 20, 50, 100, 200)
+    batch_sizes: tuple[int, ...] = (5, 20, 50, 200)
     """images per step"""
     steps: int = 1000
     """updates per run"""
@@ -47,8 +47,8 @@ class Noise(study.Study):
     """of plain stochastic gradient descent"""
 
     def runs(self, dataset: data.Dataset) -> records.Runs:
-        dataset = dataset.subset(self.images)
-        population = dataset.train_images.reshape(self.images, -1)
+        dataset = dataset.subset(min(self.images, len(dataset.train_images)))
+        population = dataset.train_images.reshape(len(dataset.train_images), -1)
 
         def fit(name, batch_size):
             init, apply = networks.mlp(dataset, self.hidden, name != "plain", activation=jax.nn.relu)
@@ -59,7 +59,7 @@ class Noise(study.Study):
                 dataset,
                 seeds=self.seeds,
                 steps=self.steps,
-                batch_size=batch_size,
+                batch_size=min(batch_size, len(population)),
                 eval_every=self.steps,
                 probe=train.probe_accuracy(apply, dataset),
             )

@@ -70,7 +70,7 @@ class Regularization(study.Study):
         return tuple(f"{network}, {regularizer}" for regularizer in REGULARIZERS)
 
     def runs(self, dataset: data.Dataset) -> records.Runs:
-        dataset = dataset.subset(self.images)
+        dataset = dataset.subset(min(self.images, len(dataset.train_images)))
         settings = [
             {
                 "dropout": self.dropout * ("dropout" in regularizer),

@@ -43,7 +43,7 @@ class Study:
     FULL: ClassVar[dict[str, Any]]
 
     preset: Preset = "default"
-    """sets the other fields: seconds in smoke, minutes in default, hours in full"""
+    """what the other fields start from: smoke to see that it works, default for a verdict, full for a longer look"""
     seeds: int = 5
     """runs of each network in each setting, trained together"""
     data_dir: Path | None = None

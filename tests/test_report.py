@@ -6,6 +6,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import matplotlib
+import numpy as np
 import pytest
 
 matplotlib.use("Agg")
@@ -22,7 +23,7 @@ def sections(tmp_path):
     """One with figures, a table and text that HTML would take for its own, and one as bare as can be."""
     figures = [tmp_path / "one.png", tmp_path / "two.png"]
     for width, path in enumerate(figures, 1):
-        plt.imsave(path, [[[0.0, 0.5, 1.0]] * (700 * width)] * 350)
+        plt.imsave(path, np.full((350, 700 * width, 3), 0.5))
     hostile = report.Verdict(
         id="depth",
         claim='Deeper is <b> & "x" better',
