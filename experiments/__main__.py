@@ -61,10 +61,9 @@ class All:
 
 def run_all(config: All) -> None:
     """All experiments on claims, those excepted that are done, and their report."""
-    dataset = data.load(config.data_dir)
     studies = [each.of(config.preset, data_dir=config.data_dir, out=config.out) for each in STUDIES]
     studies[0] = replace(studies[0], runtime=runtime.Runtime(devices=1))  # like all but those that are about several
-    study.run_all(studies, {"preset": config.preset, "data": dataset.name})
+    study.run_all(studies)
 
 
 def main(args: list[str] | None = None) -> int:

@@ -31,7 +31,7 @@ class Activations(study.Study):
         f"(a) the drift is at most 1/{STEADIER} of the plain network's: the paper's 'much more stable' should be seen "
         "by eye; (b) it is less than 1: the median stays within the distribution"
     )
-    SMOKE = {"hidden": (30, 30), "steps": 400, "seeds": 2}
+    SMOKE = {"hidden": (30,), "steps": 400, "seeds": 2}
     FULL = {"steps": 50_000, "seeds": 20, "eval_every": 250}
 
     hidden: tuple[int, ...] = (100, 100, 100)

@@ -31,7 +31,7 @@ class Convergence(study.Study):
         f"(a) at most 1/{FEWER} of the plain network's steps to its best test accuracy, since in the paper Inception "
         "needs 13.3 of 31.0 million; (b) a higher accuracy at the end"
     )
-    SMOKE = {"hidden": (30, 30), "steps": 400, "seeds": 2}
+    SMOKE = {"hidden": (30,), "steps": 400, "seeds": 2}
     FULL = {"steps": 50_000, "seeds": 20}
 
     network: Literal["sigmoid"] | flax_networks.Name = "sigmoid"

@@ -26,6 +26,7 @@ MEASURES = {
     "evaluation": "time of an evaluation, ms",
     "numbers": "parameters and statistics",
 }
+FORMS = {"training": ".1f", "saved": ".2f", "evaluation": ".2f", "numbers": ".0f"}
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ class Cost(study.Study):
             [
                 ["", *MEASURES.values()],
                 *(
-                    [way, *(records.spread(metrics[way][measure][:, 0], ".4g", "") for measure in MEASURES)]
+                    [way, *(records.spread(metrics[way][name][:, 0], form, "") for name, form in FORMS.items())]
                     for way in WAYS
                 ),
             ],

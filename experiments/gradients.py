@@ -36,7 +36,7 @@ class Gradients(study.Study):
         f"the slope of the gradient's norm is at most {LEVEL} decades a layer up or down, a factor of ten over 50 "
         "layers: (a) at the start; (b) after training"
     )
-    SMOKE = {"depth": 10, "width": 20, "steps": 100, "seeds": 2}
+    SMOKE = {"depth": 5, "width": 20, "steps": 50, "seeds": 2}
     FULL = {"steps": 10_000, "seeds": 20, "width": 256}
 
     depth: int = 50

@@ -29,7 +29,7 @@ class Initialization(study.Study):
         f"(a) the range of scales that train, to a test accuracy of {TRAINS} or more (chance: 0.1), is wider by "
         f"{WIDER:g} decade or more, so that a scale wrong by ten is no longer wrong; (b) it is all five decades"
     )
-    SMOKE = {"hidden": (30, 30), "steps": 300, "seeds": 2, "scales": 6}
+    SMOKE = {"hidden": (30,), "steps": 300, "seeds": 2, "scales": 6}
     FULL = {"steps": 20_000, "seeds": 20, "scales": 21}
 
     hidden: tuple[int, ...] = (100, 100, 100, 100, 100)

@@ -38,7 +38,7 @@ class LearningRate(study.Study):
         "network takes at its best one (the paper: 2.1 of 31.0 million); (c) with batch normalization, the sigmoid "
         "network comes closer to the ReLU network's accuracy (the paper: 69.8% of 72.2%, and chance without)"
     )
-    SMOKE = {"hidden": (30, 30), "steps": 300, "seeds": 2, "multiples": (1.0, 30.0)}
+    SMOKE = {"hidden": (30,), "steps": 300, "seeds": 2, "multiples": (1.0, 30.0)}
     FULL = {"steps": 20_000, "seeds": 20, "multiples": (1.0, 2.0, 5.0, 10.0, 30.0, 100.0, 300.0)}
 
     hidden: tuple[int, ...] = (100, 100, 100, 100, 100)

@@ -2,10 +2,12 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 import bnjax
@@ -49,10 +51,13 @@ def mlp_init(
       BNState.
     """
     params, state = [], []
-    for i, fan_in, fan_out in zip(range(len(sizes)), sizes[:-1], sizes[1:], strict=False):
+    shapes = list(pairwise(sizes))
+    ends = np.cumsum([fan_in * fan_out for fan_in, fan_out in shapes])
+    normal = jax.random.normal(key, (ends[-1],))  # all in one, since XLA compiles them anew for every shape
+    for (fan_in, fan_out), numbers in zip(shapes, jnp.split(normal, ends[:-1]), strict=True):
         std = weight_std(fan_in) if callable(weight_std) else weight_std
-        normalized = batch_norm and i < len(sizes) - 2
-        layer: dict[str, Any] = {"kernel": std * jax.random.normal(jax.random.fold_in(key, i), (fan_in, fan_out))}
+        normalized = batch_norm and len(params) < len(shapes) - 1
+        layer: dict[str, Any] = {"kernel": std * numbers.reshape(fan_in, fan_out)}
         if normalized:
             layer["bn"], bn_state = bnjax.bn_init(fan_out)
             state.append(bn_state)

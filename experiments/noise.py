@@ -32,7 +32,7 @@ class Noise(study.Study):
         "batches than in the largest; (b) in the smallest batches it is smaller with batch statistics than with the "
         "population's, where only the noise is missing"
     )
-    SMOKE = {"hidden": (30, 30), "steps": 100, "seeds": 2, "batch_sizes": (10, 100)}
+    SMOKE = {"hidden": (30,), "steps": 100, "seeds": 2, "batch_sizes": (10, 100)}
     FULL = {"steps": 10_000, "seeds": 40}
 
     images: int = 200

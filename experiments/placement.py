@@ -32,7 +32,7 @@ class Placement(study.Study):
         "the network 256-128, (b) the plain network's best is reached in fewer steps; (c), (d) likewise in the network "
         "64. Any clear difference would do: nobody states one"
     )
-    SMOKE = {"steps": 200, "seeds": 2}
+    SMOKE = {"steps": 100, "seeds": 2}
     FULL = {"steps": 20_000, "seeds": 40, "eval_every": 100}
 
     batch_size: int = 60

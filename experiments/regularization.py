@@ -41,7 +41,7 @@ class Regularization(study.Study):
         "with batch normalization; (b) dropout adds less test accuracy with batch normalization than without; "
         f"(c) batch normalization alone tests as well as the plain network with dropout, to {ALIKE} (an image of 360)"
     )
-    SMOKE = {"hidden": (30, 30), "steps": 200, "seeds": 2}
+    SMOKE = {"hidden": (30,), "steps": 200, "seeds": 2}
     FULL = {"steps": 10_000, "seeds": 40}
 
     images: int = 200

@@ -63,7 +63,7 @@ class Smoothness(study.Study):
         f"1/{SMOOTHER} of the plain network's steps to its best accuracy. A factor of {SMOOTHER} is the least that "
         "can be seen in their figures"
     )
-    SMOKE = {"hidden": (30, 30), "steps": 400, "seeds": 2}
+    SMOKE = {"hidden": (30,), "steps": 400, "seeds": 2}
     FULL = {"steps": 50_000, "seeds": 20, "eval_every": 250}
 
     hidden: tuple[int, ...] = (100, 100, 100)

@@ -5,7 +5,9 @@ A threshold has parts, each fixed in the code before the run. The claim holds if
 and does not hold here if none is.
 """
 
+import contextlib
 import json
+import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
@@ -104,11 +106,12 @@ def bar(studies: int) -> tqdm:
     return tqdm(total=studies, bar_format=form, mininterval=0.5, disable=not runtime.is_primary())
 
 
-def run(study: Study, progress: Callable[[float, str], None]) -> None:
-    """Measure, and write the files."""
+def run(study: Study, dataset: data.Dataset, progress: tqdm | None = None) -> None:
+    """Measure, and write the files; the progress is shown among that of others, or alone."""
     begun = time.perf_counter()
-    dataset = data.load(study.data_dir)
-    records.write_run(study.folder, study, dataset, study.runs(dataset), progress)
+    runs = study.runs(dataset)  # here bad input is found, before anything is shown or written
+    with bar(1) if progress is None else contextlib.nullcontext(progress) as shown:
+        records.write_run(study.folder, study, dataset, runs, _teller(shown, study))
     if runtime.is_primary():
         seconds = round(time.perf_counter() - begun, 1)
         records.write_config(study.folder, study, dataset=dataset.name, seconds=seconds)
@@ -147,9 +150,9 @@ def conclude(study: Study) -> report.Section:
 
 def run_one(study: Study) -> None:
     """Run an experiment and print what it found."""
+    dataset = data.load(study.data_dir)
     study.prepare()
-    with bar(1) as progress:
-        run(study, _teller(progress, study))
+    run(study, dataset)
     if runtime.is_primary():
         section = conclude(study)
         verdict = section.verdict
@@ -159,8 +162,9 @@ def run_one(study: Study) -> None:
         print(f"figure: {section.figures[0]}")
 
 
-def run_all(studies: list[Study], facts: dict[str, str]) -> None:
+def run_all(studies: list[Study]) -> None:
     """Run the experiments that are not done, and write the report on all."""
+    dataset = data.load(studies[0].data_dir)
     for study in studies:
         study.prepare()
     out = studies[0].out
@@ -169,10 +173,15 @@ def run_all(studies: list[Study], facts: dict[str, str]) -> None:
             if is_done(study):
                 progress.update(1)
             else:
-                run(study, _teller(progress, study))
+                run(study, dataset, progress)
     sections = [conclude(study) for study in studies]
     seconds = sum(section.seconds for section in sections)
-    facts |= {"jax": f"{jax.__version__} on {jax.default_backend()}", "time": f"{seconds / 60:.1f} minutes"}
+    facts = {
+        "preset": studies[0].preset,
+        "data": dataset.name,
+        "jax": f"{jax.__version__} on {jax.devices()[0].device_kind}, {os.cpu_count()} CPU cores",
+        "time": f"{seconds / 60:.1f} minutes",
+    }
     report.write(out, sections, facts)
     rows = [[s.verdict.id, s.verdict.verdict, f"{s.seconds:.0f}"] for s in sections]
     print(table([["experiment", "verdict", "seconds"], *rows]))

@@ -84,7 +84,7 @@ def test_another_configuration_is_refused_with_what_differs(finished, capsys, mo
     assert main([*flags, "--learning-rate", "0.25", "--hidden", "8", "9"]) == 2
     message = capsys.readouterr().err
     assert "belongs to another configuration" in message
-    assert "hidden: [8] there, [8, 9] here; learning_rate: 1.0 there, 0.25 here)" in message
+    assert "hidden: [8] there, [8, 9] here; learning_rate: None there, 0.25 here)" in message
     assert message.count("\n") == 1
 
 
