@@ -24,9 +24,14 @@ MEASURES = {
     "training": "time of a training step, ms",
     "saved": "saved for the backward, MB",
     "evaluation": "time of an evaluation, ms",
-    "numbers": "parameters and statistics",
+    "parameters": "parameters",
+    "statistics": "running statistics",
 }
-FORMS = {"training": ".1f", "saved": ".2f", "evaluation": ".2f", "numbers": ".0f"}
+FORMS = {"training": ".1f", "saved": ".2f", "evaluation": ".2f", "parameters": ".0f", "statistics": ".0f"}
+
+
+def _numbers(tree) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
 @dataclass(frozen=True)
@@ -64,7 +69,8 @@ class Cost(study.Study):
         steps = {name: partial(jax.jit(gradient), *held, x) for name, (gradient, held) in networks.items()}
         saved = {name: footprint.residuals(*way, x) / 1e6 for name, way in training.items()}
         evaluations = footprint.serving(x)
-        numbers = {name: sum(leaf.size for leaf in jax.tree.leaves(held)) for name, (_, held) in networks.items()}
+        held = {name: [_numbers(tree) for tree in each] for name, (_, each) in networks.items()}
+        held["folded"] = held["never had it"]  # kernels and biases
         values = {name: np.full((len(WAYS), self.seeds), np.nan) for name in MEASURES}
         for seed in range(self.seeds):
             step = footprint.times(steps, self.rounds)
@@ -73,17 +79,17 @@ class Cost(study.Study):
                 values["training"][i, seed] = 1e3 * step.get(name, np.nan)
                 values["saved"][i, seed] = saved.get(name, np.nan)
                 values["evaluation"][i, seed] = 1e3 * evaluation.get(name, np.nan)
-                values["numbers"][i, seed] = numbers.get(name, np.nan)
-        values["numbers"][WAYS.index("folded")] = numbers["never had it"]  # a kernel and a bias
+                values["parameters"][i, seed], values["statistics"][i, seed] = held[name]
         flat = {name: value.ravel() for name, value in values.items()}
         yield train.Evaluation(0, 1.0, np.full(len(WAYS) * self.seeds, np.nan), flat)
 
     def _ratios(self, metrics):
-        """Of each measure and way to the network that never had it, of shape (seeds,)."""
-        return {
-            measure: {way: metrics[way][measure][:, 0] / metrics[WAYS[0]][measure][:, 0] for way in WAYS}
-            for measure in MEASURES
-        }
+        """Of each measure and way to the network that never had it, of shape (seeds,); statistics are added to the
+        parameters, since without batch normalization there are none."""
+        values = {way: {name: metrics[way][name][:, 0] for name in MEASURES} for way in WAYS}
+        for each in values.values():
+            each["held"] = each.pop("parameters") + each.pop("statistics")
+        return {name: {way: values[way][name] / values[WAYS[0]][name] for way in WAYS} for name in values[WAYS[0]]}
 
     def judge(self, metrics: dict[str, records.Series]) -> study.Finding:
         ratios = self._ratios(metrics)
@@ -94,17 +100,16 @@ class Cost(study.Study):
         return study.Finding(
             f"in multiples of the network without: training step {normalized['training']}, saved for the backward "
             f"{normalized['saved']} ({words['saved']['save_statistics']} with save_statistics, which takes "
-            f"{words['training']['save_statistics']} of the time), parameters and statistics {normalized['numbers']}, "
+            f"{words['training']['save_statistics']} of the time), parameters and statistics {normalized['held']}, "
             f"evaluation {normalized['evaluation']}, folded {words['evaluation']['folded']}",
             (
                 study.clearly(ratios["training"][WAYS[1]], 1 + MORE),
                 bool((ratios["saved"][WAYS[1]] >= 1 + MORE).all()),
-                bool((ratios["numbers"][WAYS[1]] >= 1 + MORE).all()),
+                bool((ratios["held"][WAYS[1]] >= 1 + MORE).all()),
                 study.clearly(ratios["evaluation"]["folded"], 1 + MORE),
             ),
             f"A training step takes {normalized['training']} times as long and saves {normalized['saved']} times as "
-            f"much; "
-            f"folded, an evaluation takes {words['evaluation']['folded']} times as long",
+            f"much; folded, an evaluation takes {words['evaluation']['folded']} times as long",
             [
                 ["", *MEASURES.values()],
                 *(
@@ -118,11 +123,12 @@ class Cost(study.Study):
         ratios = self._ratios(metrics)
         with plot.figure(path, title) as axes:
             for i, way in enumerate(WAYS[1:]):
-                values = np.stack([ratios[measure][way] for measure in MEASURES], 1)
-                places = np.arange(len(MEASURES)) + 0.25 * (i - 1)
+                values = np.stack([each[way] for each in ratios.values()], 1)
+                places = np.arange(len(ratios)) + 0.25 * (i - 1)
                 axes.bar(places, np.nan_to_num(values.mean(0)), 0.22, color=COLOURS[way], label=way)
                 axes.vlines(places, values.min(0), values.max(0), color="0.2")
             axes.axhline(1, color=COLOURS[WAYS[0]], linestyle="--", label=WAYS[0])
-            axes.set_xticks(range(len(MEASURES)), [measure.split(",")[0] for measure in MEASURES.values()], fontsize=8)
+            labels = [MEASURES.get(name, "parameters and statistics").split(",")[0] for name in ratios]
+            axes.set_xticks(range(len(ratios)), labels, fontsize=8)
             axes.set_ylabel("multiples of the network without it")
             plot.legend(axes, self.seeds)

@@ -78,7 +78,8 @@ class Initialization(study.Study):
         width = {name: np.array([self._width(run) for run in runs]) for name, runs in final.items()}
         words = {name: records.spread(width[name], ".1f") for name in NETWORKS}
         return study.Finding(
-            f"{words['batch normalization']} decades train with batch normalization, {words['plain']} without",
+            f"{words['batch normalization']} decades train in {self.steps} steps with batch normalization, "
+            f"{words['plain']} without",
             (
                 study.clearly(width["batch normalization"] - width["plain"], WIDER - 1e-6),
                 bool((width["batch normalization"] > 5 - 1e-6).all()),

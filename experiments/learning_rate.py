@@ -124,4 +124,4 @@ class LearningRate(study.Study):
                 axes.set_title(f"{activation} network", fontsize=10)
                 plot.ticks(axes, list(self.multiples))
             panels[0].set_ylabel("test accuracy at the end")
-            plot.legend(panels[0], self.seeds, loc="lower left")
+            plot.legend(panels[0], self.seeds, loc="center left")

@@ -98,6 +98,6 @@ class Placement(study.Study):
                 series = {place: metrics[f"{name}, {place}"] for place in PLACES}
                 plot.curves(axes, {place: (s.steps, s["test_accuracy"]) for place, s in series.items()}, COLOURS)
                 axes.set_title(f"network {name}", fontsize=10)
-                axes.set_ylim(min(s["test_accuracy"][:, -1].min() for s in series.values()) - 0.1, None)
+                axes.set_ylim(min(s["test_accuracy"][:, -1].min() for s in series.values()) - 0.1, 1)
             panels[0].set_ylabel("test accuracy")
             plot.legend(panels[1], self.seeds, loc="lower right")

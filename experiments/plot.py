@@ -28,7 +28,7 @@ MARKERS = "os^Dv<>"
 @contextmanager
 def figure(path: Path, title: str, panels: int = 1, height: float = 4.2, **options: Any) -> Iterator[Any]:
     """Axes to draw on, or an array of them, beside each other; with the title, and saved, when all is drawn."""
-    width = 7 if panels == 1 else 4.2 * panels
+    width = (7, 8.4, 10.5)[panels - 1]
     drawn, axes = plt.subplots(1, panels, figsize=(width, height), layout="constrained", **options)
     yield axes
     for each in np.ravel(axes):
