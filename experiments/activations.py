@@ -7,14 +7,12 @@ deviation, nearly).
 """
 
 from dataclasses import dataclass
-from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
-from experiments import data, networks, plot, records, study, train
+from experiments import data, networks, plot, records, study
 
 STEADIER = 2
 NETWORKS = ("plain", "batch normalization")
@@ -54,7 +52,7 @@ class Activations(study.Study):
 
     def _fit(self, dataset, batch_norm):
         network = networks.mlp(dataset, self.hidden, batch_norm, self.weight_std)
-        images = dataset.test_images.reshape(len(dataset.test_images), -1)
+        images = jnp.asarray(data.flat(dataset.test_images))
 
         def probe(params, state):
             seen = []
@@ -63,19 +61,10 @@ class Activations(study.Study):
                 seen.append(x)
                 return jax.nn.sigmoid(x)
 
-            network.apply(params, state, jnp.asarray(images), True, activation=sigmoid)
+            network.apply(params, state, images, True, activation=sigmoid)
             return {"percentiles": jnp.percentile(seen[-1][:, : self.units], jnp.array([15.0, 50.0, 85.0]), axis=0)}
 
-        return train.fit(
-            *network,
-            partial(optax.sgd, self.learning_rate),
-            dataset,
-            seeds=self.seeds,
-            steps=self.steps,
-            batch_size=self.batch_size,
-            eval_every=self.eval_every,
-            probe=probe,
-        )
+        return self.fit(*network, dataset, probe=probe)
 
     def judge(self, metrics: dict[str, records.Series]) -> study.Finding:
         drift, spread = {}, {}

@@ -86,7 +86,7 @@ def run(config: Averaging) -> None:
 
 def _evaluations(config: Averaging, network: Network, dataset: data.Dataset, seed: int) -> dict[str, list[float]]:
     """Accuracy and cross-entropy of each way."""
-    images, test = (a.reshape(len(a), -1) for a in (dataset.train_images, dataset.test_images))
+    images, test = map(data.flat, (dataset.train_images, dataset.test_images))
     variables = network.init(jax.random.key(seed), images[:1], False)
     state = TrainState.create(apply_fn=network.apply, tx=optax.sgd(config.learning_rate), **variables)
     ema = optax.ema(config.decay)

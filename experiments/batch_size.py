@@ -74,27 +74,23 @@ class BatchSize(study.Study):
         normalize = NORMALIZE.get(method, bnjax.bn_apply)
         options = {"activation": jax.nn.relu, "normalize": normalize}
         init, apply = networks.mlp(dataset, self.hidden, True, momentum=self.momentum, **options)
-        images = dataset.train_images.reshape(len(dataset.train_images), -1)
+        images, tests = (jnp.asarray(data.flat(x)) for x in (dataset.train_images, dataset.test_images))
 
         def recalibrated(params, state):
             # What bnjax.recalibrate does in many batches, in one: with momentum 0 its statistics replace the old ones.
-            _, state = networks.mlp_apply(params, state, jnp.asarray(images), True, momentum=0.0, **options)
-            tests = dataset.test_images.reshape(len(dataset.test_images), -1)
-            tested = train.accuracy(apply, params, state, jnp.asarray(tests), jnp.asarray(dataset.test_labels))
+            _, state = networks.mlp_apply(params, state, images, True, momentum=0.0, **options)
+            tested = train.accuracy(apply, params, state, tests, jnp.asarray(dataset.test_labels))
             return {"recalibrated_accuracy": tested}
 
         synchronized = method == "synchronized"
         batch_size = min(size * runtime.SEVERAL if synchronized else size, len(images))
-        steps = -(-self.images // batch_size)
-        return train.fit(
+        return self.fit(
             init,
             apply,
-            partial(optax.sgd, self.learning_rate * batch_size / USUAL),
             dataset,
-            seeds=self.seeds,
-            steps=steps,
+            optimizer=partial(optax.sgd, self.learning_rate * batch_size / USUAL),
+            steps=-(-self.images // batch_size),
             batch_size=batch_size,
-            eval_every=steps,
             probe=recalibrated if method == "batch normalization" else None,
             runtime=runtime.several("shard_map") if synchronized else runtime.Runtime(devices=1),
         )

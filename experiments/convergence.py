@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 import optax
 
-from experiments import checkpoints, data, flax_networks, networks, plot, records, study, train
+from experiments import checkpoints, data, flax_networks, networks, plot, records, study
 from experiments.runtime import Runtime
 
 FEWER = 2
@@ -66,14 +66,10 @@ class Convergence(study.Study):
         saved = checkpoints.claim(self, self.NAME, dataset)
         learning_rate = self.learning_rate or (1.0 if self.network == "sigmoid" else 0.1)
         return {
-            name: train.fit(
+            name: self.fit(
                 *self._network(dataset, batch_norm=name != "plain"),
-                partial(optax.sgd, learning_rate),
                 dataset,
-                seeds=self.seeds,
-                steps=self.steps,
-                batch_size=self.batch_size,
-                eval_every=self.eval_every,
+                optimizer=partial(optax.sgd, learning_rate),
                 runtime=self.runtime,
                 checkpoints=saved and saved / name.replace(" ", "-"),
             )

@@ -33,6 +33,11 @@ class InputError(ValueError):
     """Input of an experiment that cannot be used; the message says which, what was found and what to do."""
 
 
+def flat(images: np.ndarray) -> np.ndarray:
+    """Images as rows of pixels."""
+    return images.reshape(len(images), -1)
+
+
 class Dataset(NamedTuple):
     """Images, float32 in [0, 1] of shape (number, height, width[, channels]), and labels, int32 of shape (number,)."""
 

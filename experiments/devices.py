@@ -9,9 +9,8 @@ from functools import partial
 
 import jax
 import numpy as np
-import optax
 
-from experiments import data, networks, plot, records, runtime, study, train
+from experiments import data, networks, plot, records, runtime, study
 
 EQUAL, TIMES = 1e-3, 10
 NETWORKS = ("1 device", "4 devices, synchronized", "4 devices, each its own")
@@ -49,14 +48,10 @@ class Devices(study.Study):
         init, apply = networks.mlp(dataset, self.hidden, True, activation=jax.nn.relu)
 
         def fit(name):
-            return train.fit(
+            return self.fit(
                 init,
                 partial(_own_statistics, apply) if name == NETWORKS[2] else apply,
-                partial(optax.sgd, self.learning_rate),
                 dataset,
-                seeds=self.seeds,
-                steps=self.steps,
-                batch_size=self.batch_size,
                 eval_every=1,
                 runtime=runtime.Runtime(devices=1) if name == NETWORKS[0] else runtime.several("shard_map"),
             )

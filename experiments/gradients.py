@@ -8,12 +8,10 @@ Against the claim: Yang et al. (2019, section 4) derive that gradients explode a
 """
 
 from dataclasses import dataclass
-from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from experiments import data, networks, plot, records, study, train
 
@@ -55,27 +53,14 @@ class Gradients(study.Study):
 
     def _fit(self, dataset, batch_norm, weight_std):
         network = networks.mlp(dataset, [self.width] * self.depth, batch_norm, weight_std, activation=jax.nn.relu)
-        images = dataset.train_images.reshape(len(dataset.train_images), -1)[:500]
-        labels = dataset.train_labels[:500]
+        images, labels = (jnp.asarray(x[:500]) for x in (data.flat(dataset.train_images), dataset.train_labels))
 
         def probe(params, state):
-            def loss(params):
-                logits, _ = network.apply(params, state, jnp.asarray(images), True)
-                return optax.softmax_cross_entropy_with_integer_labels(logits, jnp.asarray(labels)).mean()
-
-            hidden = jax.grad(loss)(params)[1:-1]
+            gradient = jax.grad(lambda params: train.cross_entropy(network.apply, params, state, images, labels))
+            hidden = gradient(params)[1:-1]
             return {"gradient_norm": jnp.stack([jnp.linalg.norm(layer["kernel"]) for layer in hidden])}
 
-        return train.fit(
-            *network,
-            partial(optax.sgd, self.learning_rate),
-            dataset,
-            seeds=self.seeds,
-            steps=self.steps,
-            batch_size=self.batch_size,
-            eval_every=self.steps,
-            probe=probe,
-        )
+        return self.fit(*network, dataset, probe=probe)
 
     def judge(self, metrics: dict[str, records.Series]) -> study.Finding:
         slopes = {name: _slopes(series["gradient_norm"]) for name, series in metrics.items()}

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import optax
 
-from experiments import data, networks, plot, records, study, train
+from experiments import data, networks, plot, records, study
 
 TRAINS, WIDER = 0.9, 1.0
 NETWORKS = ("plain", "batch normalization")
@@ -56,15 +56,11 @@ class Initialization(study.Study):
             return networks.mlp(dataset, self.hidden, batch_norm, lambda n: scale * networks.he(n)).init(key)
 
         return {
-            self._names(name): train.fit(
+            self._names(name): self.fit(
                 partial(init, batch_norm=name != "plain"),
                 networks.mlp(dataset, self.hidden, name != "plain", activation=jax.nn.relu).apply,
-                lambda scale: optax.sgd(self.learning_rate),
                 dataset,
-                seeds=self.seeds,
-                steps=self.steps,
-                batch_size=self.batch_size,
-                eval_every=self.steps,
+                optimizer=lambda scale: optax.sgd(self.learning_rate),
                 settings=[{"scale": 10.0**decade} for decade in self.decades],
             )
             for name in NETWORKS

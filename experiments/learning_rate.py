@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import optax
 
-from experiments import data, networks, plot, records, study, train
+from experiments import data, networks, plot, records, study
 
 HIGHER, FEWER = 5, 2
 KINDS = ("plain", "BN")
@@ -57,15 +57,11 @@ class LearningRate(study.Study):
     def runs(self, dataset: data.Dataset) -> records.Runs:
         def fit(activation, kind):
             network = networks.mlp(dataset, self.hidden, kind == "BN", activation=ACTIVATIONS[activation])
-            return train.fit(
+            return self.fit(
                 lambda key, learning_rate: network.init(key),
                 network.apply,
-                optax.sgd,
                 dataset,
-                seeds=self.seeds,
-                steps=self.steps,
-                batch_size=self.batch_size,
-                eval_every=self.eval_every,
+                optimizer=optax.sgd,
                 settings=[{"learning_rate": multiple * self.learning_rate} for multiple in self.multiples],
             )
 

@@ -12,7 +12,6 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from experiments import data, networks, plot, records, study, train
 
@@ -48,19 +47,15 @@ class Noise(study.Study):
 
     def runs(self, dataset: data.Dataset) -> records.Runs:
         dataset = dataset.subset(min(self.images, len(dataset.train_images)))
-        population = dataset.train_images.reshape(len(dataset.train_images), -1)
+        population = data.flat(dataset.train_images)
 
         def fit(name, batch_size):
             init, apply = networks.mlp(dataset, self.hidden, name != "plain", activation=jax.nn.relu)
-            return train.fit(
+            return self.fit(
                 init,
                 partial(_with_population, apply, population) if name == "population statistics" else apply,
-                partial(optax.sgd, self.learning_rate),
                 dataset,
-                seeds=self.seeds,
-                steps=self.steps,
                 batch_size=min(batch_size, len(population)),
-                eval_every=self.steps,
                 probe=train.probe_accuracy(apply, dataset),
             )
 

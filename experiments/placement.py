@@ -7,13 +7,11 @@ accuracy at the end.
 """
 
 from dataclasses import dataclass
-from functools import partial
 
 import jax
 import numpy as np
-import optax
 
-from experiments import data, networks, plot, records, study, train
+from experiments import data, networks, plot, records, study
 
 PLACES = ("before", "after", "plain")
 COLOURS = dict(zip(PLACES, (plot.BLUE, plot.GREEN, plot.VERMILION), strict=True))
@@ -47,15 +45,8 @@ class Placement(study.Study):
     def runs(self, dataset: data.Dataset) -> records.Runs:
         def fit(hidden, place):
             batch_norm = {} if place == "plain" else {"placement": place}
-            return train.fit(
-                *networks.mlp(dataset, hidden, bool(batch_norm), activation=jax.nn.relu, **batch_norm),
-                partial(optax.sgd, self.learning_rate),
-                dataset,
-                seeds=self.seeds,
-                steps=self.steps,
-                batch_size=self.batch_size,
-                eval_every=self.eval_every,
-            )
+            network = networks.mlp(dataset, hidden, bool(batch_norm), activation=jax.nn.relu, **batch_norm)
+            return self.fit(*network, dataset)
 
         return {f"{name}, {place}": fit(hidden, place) for name, hidden in NETWORKS.items() for place in PLACES}
 

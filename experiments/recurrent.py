@@ -61,23 +61,14 @@ class Recurrent(study.Study):
             return networks.Network(init, partial(_apply, name=name, pixels=pixels, momentum=self.momentum))
 
         runs = {
-            name: train.fit(
-                *network(name),
-                partial(optax.adam, self.learning_rate),
-                dataset,
-                seeds=self.seeds,
-                steps=self.steps,
-                batch_size=self.batch_size,
-                eval_every=self.eval_every,
-            )
+            name: self.fit(*network(name), dataset, optimizer=partial(optax.adam, self.learning_rate))
             for name in NETWORKS
         }
         return runs | {tuple(f"scale {scale}" for scale in SCALES): self._gradients(*network("BN-LSTM"), dataset)}
 
     def _gradients(self, init, apply, dataset) -> Iterator[train.Evaluation]:
         """The gradient in each timestep's output, for every scale and seed."""
-        images = dataset.train_images[: self.batch_size]
-        images, labels = jnp.asarray(images.reshape(len(images), -1)), jnp.asarray(dataset.train_labels[: len(images)])
+        batch = [jnp.asarray(x[: self.batch_size]) for x in (data.flat(dataset.train_images), dataset.train_labels)]
         starts = [init(jax.random.key(seed)) for seed in range(self.seeds)]
         params, state = jax.tree.map(lambda *leaves: jnp.stack(leaves), *starts)
         steps = state.input_bn.count.shape[1]
@@ -91,10 +82,9 @@ class Recurrent(study.Study):
             params = params | {"lstm": lstm._replace(**norms)}
 
             def loss(added):
-                logits, _ = apply(params, state, images, True, added=added)
-                return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+                return train.cross_entropy(partial(apply, added=added), params, state, *batch)
 
-            return jnp.linalg.norm(jax.grad(loss)(jnp.zeros((steps, len(images), self.features))), axis=(1, 2))
+            return jnp.linalg.norm(jax.grad(loss)(jnp.zeros((steps, len(batch[0]), self.features))), axis=(1, 2))
 
         each = jax.jit(jax.vmap(jax.vmap(norms, (0, 0, None)), (None, None, 0)))
         values = np.asarray(each(params, state, jnp.array(SCALES))).reshape(len(SCALES) * self.seeds, -1)

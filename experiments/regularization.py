@@ -100,15 +100,11 @@ class Regularization(study.Study):
             logits, bn_state = network.apply(params, bn_state, x, train, activation=activation, **options)
             return logits, (bn_state, key, rate)
 
-        return train.fit(
+        return self.fit(
             init,
             apply,
-            lambda dropout, l1, l2: l1_and_l2(self.learning_rate, l1, l2),
             dataset,
-            seeds=self.seeds,
-            steps=self.steps,
-            batch_size=self.batch_size,
-            eval_every=self.steps,
+            optimizer=lambda dropout, l1, l2: l1_and_l2(self.learning_rate, l1, l2),
             settings=settings,
             probe=train.probe_accuracy(apply, dataset),
         )

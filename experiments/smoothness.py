@@ -86,13 +86,11 @@ class Smoothness(study.Study):
         init, apply = networks.mlp(dataset, self.hidden, name != "plain", self.weight_std)
         if name == NETWORKS[2]:
             init, apply = partial(noisy_init, init=init), partial(apply, normalize=noisy_bn_apply)
-        images = dataset.train_images.reshape(len(dataset.train_images), -1)[: self.batch_size]
-        labels = dataset.train_labels[: self.batch_size]
+        batch = [jnp.asarray(x[: self.batch_size]) for x in (data.flat(dataset.train_images), dataset.train_labels)]
 
         def probe(params, state):
             def loss(params):
-                logits, _ = apply(params, state, jnp.asarray(images), True)
-                return optax.softmax_cross_entropy_with_integer_labels(logits, jnp.asarray(labels)).mean()
+                return train.cross_entropy(apply, params, state, *batch)
 
             def at(length):
                 there = jax.tree.map(lambda p, g: p - length * self.learning_rate * g, params, gradient)
@@ -107,17 +105,7 @@ class Smoothness(study.Study):
                 "relative_distance": distances.max() / optax.global_norm(gradient),
             }
 
-        return train.fit(
-            init,
-            apply,
-            partial(optax.sgd, self.learning_rate),
-            dataset,
-            seeds=self.seeds,
-            steps=self.steps,
-            batch_size=self.batch_size,
-            eval_every=self.eval_every,
-            probe=probe,
-        )
+        return self.fit(init, apply, dataset, probe=probe)
 
     def judge(self, metrics: dict[str, records.Series]) -> study.Finding:
         best = np.fmax.reduce(metrics["plain"]["test_accuracy"], axis=1)

@@ -9,16 +9,18 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import jax
 import numpy as np
+import optax
 from tqdm import tqdm
 
-from experiments import data, records, report, runtime
+from experiments import data, records, report, runtime, train
 
 Preset = Literal["smoke", "default", "full"]
 
@@ -78,6 +80,13 @@ class Study:
     def runs(self, dataset: data.Dataset) -> records.Runs:
         """What is evaluated."""
         raise NotImplementedError
+
+    def fit(self, init: Any, apply: Any, dataset: data.Dataset, **changes: Any) -> Iterator[train.Evaluation]:
+        """`train.fit` as the fields say, by gradient descent and with an evaluation at the end, but for `changes`."""
+        names = ("seeds", "steps", "batch_size", "eval_every")
+        fields = {name: getattr(self, name) for name in names if hasattr(self, name)} | changes
+        optimizer = fields.pop("optimizer", None) or partial(optax.sgd, getattr(self, "learning_rate", 0.0))
+        return train.fit(init, apply, optimizer, dataset, **{"eval_every": fields["steps"]} | fields)
 
     def judge(self, metrics: dict[str, records.Series]) -> Finding:
         """What was found."""

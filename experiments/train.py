@@ -125,7 +125,7 @@ def fit(
         if done == steps:
             return
         update = updater(apply, optimizer, mesh, runtime.parallel)
-        images, labels = (put(x, mesh) for x in (_flat(dataset.train_images), dataset.train_labels))
+        images, labels = (put(x, mesh) for x in (data.flat(dataset.train_images), dataset.train_labels))
         cuts = [eval_every, runtime.checkpoint_every] if store else [eval_every]
         while done < steps:
             count = min(steps, *(done - done % cut + cut for cut in cuts)) - done
@@ -228,9 +228,17 @@ def accuracy(apply: Apply, params: Any, state: Any, images: Array, labels: Array
     return jnp.where(jnp.isfinite(logits).all(), (logits.argmax(-1) == labels).sum() / (number or len(labels)), jnp.nan)
 
 
+def cross_entropy(
+    apply: Callable[..., tuple[Array, Any]], params: Any, state: Any, images: Array, labels: Array
+) -> Array:
+    """The mean over a batch, in training."""
+    logits, _ = apply(params, state, images, True)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+
 def probe_accuracy(apply: Apply, dataset: data.Dataset) -> Probe:
     """A probe of the accuracy on the training set."""
-    images, labels = _flat(dataset.train_images), dataset.train_labels
+    images, labels = data.flat(dataset.train_images), dataset.train_labels
     return lambda params, state: {
         "train_accuracy": accuracy(apply, params, state, jnp.asarray(images), jnp.asarray(labels))
     }
@@ -242,7 +250,7 @@ def _evaluator(
     """The test accuracy of all runs, each device counting in its part of the test set, and what is probed."""
     number = len(dataset.test_images)
     padded = np.arange(_multiple(number, mesh.size)) % number
-    images, labels = _flat(dataset.test_images)[padded], dataset.test_labels[padded]
+    images, labels = data.flat(dataset.test_images)[padded], dataset.test_labels[padded]
     labels[number:] = -1  # no prediction equals it
     images, labels = (put(x, mesh, AXIS) for x in (images, labels))
 
@@ -253,10 +261,6 @@ def _evaluator(
         return {"test_accuracy": accuracy(apply, params, state, images, labels, number), **known}
 
     return lambda learner: jax.tree.map(np.asarray, values(learner.params, learner.state, images, labels))
-
-
-def _flat(images: np.ndarray) -> np.ndarray:
-    return images.reshape(len(images), -1)
 
 
 def _multiple(number: int, of: int) -> int:
