@@ -3,7 +3,8 @@
 The paper's network, three hidden layers of 100 sigmoid units trained in batches of 60, with and without batch
 normalization before each nonlinearity; everything else is equal. Measured: the steps that each network takes to the
 plain network's best test accuracy, and the accuracy at the end. The threshold is below and is the paper's: with batch
-normalization Inception needs 13.3 of 31.0 million steps at the same learning rate (figure 3).
+normalization Inception needs 13.3 of 31.0 million steps at the same learning rate (figure 3). The plain network's best
+lies on a plateau, so that its own steps to it vary, and are more in longer runs.
 """
 
 from dataclasses import dataclass, field
@@ -28,8 +29,8 @@ class Convergence(study.Study):
     CLAIM = "batch-normalized networks converge faster"
     SOURCE = "Ioffe & Szegedy (2015), section 4.1, figures 1a and 3"
     THRESHOLD = (
-        f"(a) at most 1/{FEWER} of the plain network's steps to its best test accuracy, since in the paper Inception "
-        "needs 13.3 of 31.0 million; (b) a higher accuracy at the end"
+        f"{study.CLEARLY}: (a) at most 1/{FEWER} of the plain network's steps to its best test accuracy, since in the "
+        "paper Inception needs 13.3 of 31.0 million; (b) a higher accuracy at the end"
     )
     SMOKE = {"hidden": (30,), "steps": 400, "seeds": 2}
     FULL = {"steps": 50_000, "seeds": 20}
@@ -47,7 +48,7 @@ class Convergence(study.Study):
     network), for the other networks 0.1"""
     weight_std: float = 0.1
     """standard deviation of the sigmoid network's initial kernels"""
-    momentum: float = 0.99
+    momentum: float = 0.9
     """weight of the old value in the running statistics"""
     eval_every: int = 50
     """steps between evaluations on the test set"""
@@ -95,7 +96,10 @@ class Convergence(study.Study):
             f"{steps['batch normalization']} steps to the plain network's best test accuracy "
             f"({records.spread(best, '.4f')}) with batch normalization, {steps['plain']} without; "
             f"at the end {final['batch normalization']} and {final['plain']}",
-            (study.clearly(plain / FEWER - normalized), study.clearly(last["batch normalization"] - last["plain"])),
+            (
+                study.fewer(normalized, plain, self.steps, FEWER),
+                study.clearly(last["batch normalization"] - study.lower(last["plain"])),
+            ),
             title,
             [
                 ["network", "steps to the plain best", "final test accuracy"],

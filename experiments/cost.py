@@ -4,8 +4,8 @@ A network of twelve blocks of convolution, normalization or a bias, and ReLU, wi
 with `save_statistics`, under which the backward pass keeps statistics and computes the normalization again. Measured:
 what the forward pass saves for the backward, from its jaxpr; the time of loss and gradient; the numbers that the
 network holds; and the time of an evaluation, also with batch normalization folded away. Times are medians of calls in
-turn, anew for each seed, on the machine at hand: on others the ratios differ, and on CPUs XLA undoes `save_statistics`
-where blocks are not under a scan.
+turn, each seed one more repetition, on the machine at hand: on others the ratios differ, and on CPUs XLA undoes part of
+what `save_statistics` asks for where blocks are not under a scan.
 """
 
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ MORE = 0.05
 WAYS = ("never had it", "batch normalization", "save_statistics", "folded")
 COLOURS = dict(zip(WAYS, (plot.VERMILION, plot.BLUE, plot.GREEN, plot.SKY), strict=True))
 MEASURES = {
-    "training": "time of a training step, ms",
+    "training": "time of loss and gradient, ms",
     "saved": "saved for the backward, MB",
     "evaluation": "time of an evaluation, ms",
     "parameters": "parameters",
@@ -42,9 +42,9 @@ class Cost(study.Study):
     CLAIM = "batch normalization costs memory, time and parameters"
     SOURCE = "common knowledge; Rota Bulò et al. (2018) on memory, Jacob et al. (2018) on folding"
     THRESHOLD = (
-        f"more by {MORE:.0%} or more than the network without it, from where one notices: (a) the time of a training "
-        "step, clearly over seeds (by two standard errors); (b) what is saved for the backward; (c) parameters and "
-        "running statistics; (d) the time of an evaluation, even when folded, clearly over seeds"
+        f"more by {MORE:.0%} or more than the network without it, from where one notices: (a) the time of loss and "
+        "gradient; (b) what is saved for the backward; (c) parameters and running statistics; (d) the time of an "
+        f"evaluation, even when folded. Times {study.CLEARLY.replace('seeds', 'repetitions')}"
     )
     SMOKE = {"batch_size": 2, "side": 4, "features": 8, "rounds": 2, "seeds": 2}
     FULL = {"batch_size": 128, "rounds": 51, "seeds": 10}
@@ -98,7 +98,7 @@ class Cost(study.Study):
         }
         normalized = {measure: each[WAYS[1]] for measure, each in words.items()}
         return study.Finding(
-            f"in multiples of the network without: training step {normalized['training']}, saved for the backward "
+            f"in multiples of the network without: loss and gradient {normalized['training']}, saved for the backward "
             f"{normalized['saved']} ({words['saved']['save_statistics']} with save_statistics, which takes "
             f"{words['training']['save_statistics']} of the time), parameters and statistics {normalized['held']}, "
             f"evaluation {normalized['evaluation']}, folded {words['evaluation']['folded']}",
@@ -108,7 +108,7 @@ class Cost(study.Study):
                 bool((ratios["held"][WAYS[1]] >= 1 + MORE).all()),
                 study.clearly(ratios["evaluation"]["folded"], 1 + MORE),
             ),
-            f"A training step takes {normalized['training']} times as long and saves {normalized['saved']} times as "
+            f"Loss and gradient take {normalized['training']} times as long and save {normalized['saved']} times as "
             f"much; folded, an evaluation takes {words['evaluation']['folded']} times as long",
             [
                 ["", *MEASURES.values()],

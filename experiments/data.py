@@ -8,6 +8,7 @@ blue. Its python version is a pickle, which could run any code, and is refused.
 """
 
 import gzip
+import hashlib
 import math
 import zlib
 from pathlib import Path
@@ -50,6 +51,10 @@ class Dataset(NamedTuple):
     @property
     def classes(self) -> int:
         return 1 + int(max(self.train_labels.max(), self.test_labels.max()))
+
+    def sha256(self) -> str:
+        """A checksum of all images and labels."""
+        return hashlib.sha256(b"".join(array.tobytes() for array in self[1:])).hexdigest()
 
     def subset(self, number: int) -> "Dataset":
         """With `number` training images, the first ones, but as many of each class as can be; the test set is whole.

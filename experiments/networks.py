@@ -104,7 +104,10 @@ def mlp(
     placement: Placement = "before",
     **options: Any,
 ) -> Network:
-    """A fully connected network for a data set; `options` are those of `mlp_apply`."""
+    """A fully connected network for a data set; `options` are those of `mlp_apply`.
+
+    The running statistics have a short memory, since many of these networks train for a few hundred steps only.
+    """
     sizes = (dataset.train_images[0].size, *hidden, dataset.classes)
     init = partial(mlp_init, sizes=sizes, weight_std=weight_std, batch_norm=batch_norm, placement=placement)
-    return Network(init, partial(mlp_apply, placement=placement, **options))
+    return Network(init, partial(mlp_apply, placement=placement, **{"momentum": 0.9} | options))

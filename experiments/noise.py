@@ -27,9 +27,9 @@ class Noise(study.Study):
     CLAIM = "the noise of batch statistics is what regularizes"
     SOURCE = "Ioffe & Szegedy (2015), section 3.4; Luo et al. (2019), section 3"
     THRESHOLD = (
-        "clearly over seeds (by two standard errors): (a) with batch statistics the gap is smaller in the smallest "
-        "batches than in the largest; (b) in the smallest batches it is smaller with batch statistics than with the "
-        "population's, where only the noise is missing"
+        f"{study.CLEARLY}: (a) from the largest batches to the smallest the gap falls with batch statistics, and by "
+        "more than with the population's, which have the gradient's noise too; (b) in the smallest it is smaller with "
+        "batch statistics than with the population's, where only their noise is missing"
     )
     SMOKE = {"hidden": (30,), "steps": 100, "seeds": 2, "batch_sizes": (10, 100)}
     FULL = {"steps": 10_000, "seeds": 40}
@@ -55,46 +55,51 @@ class Noise(study.Study):
                 init,
                 partial(_with_population, apply, population) if name == "population statistics" else apply,
                 dataset,
-                batch_size=min(batch_size, len(population)),
+                batch_size=batch_size,
                 probe=train.probe_accuracy(apply, dataset),
             )
 
-        return {f"{name}, {size}": fit(name, size) for name in NETWORKS for size in self.batch_sizes}
+        sizes = [size for size in self.batch_sizes if size <= len(population)]
+        return {f"{name}, {size}": fit(name, size) for name in NETWORKS for size in sizes}
 
     def _gaps(self, metrics):
-        """Of each network, of shape (seeds, batch sizes)."""
-        runs = {name: [metrics[f"{name}, {size}"] for size in self.batch_sizes] for name in NETWORKS}
-        return {
+        """The batch sizes that there are data for, from the smallest; of each network, of shape (seeds, sizes)."""
+        sizes = sorted(size for size in self.batch_sizes if f"plain, {size}" in metrics)
+        runs = {name: [metrics[f"{name}, {size}"] for size in sizes] for name in NETWORKS}
+        return sizes, {
             name: np.stack([s["train_accuracy"][:, -1] - s["test_accuracy"][:, -1] for s in series], 1)
             for name, series in runs.items()
         }
 
     def judge(self, metrics: dict[str, records.Series]) -> study.Finding:
-        gaps = self._gaps(metrics)
+        sizes, gaps = self._gaps(metrics)
         batch, population = gaps["batch statistics"], gaps["population statistics"]
-        small, large = (records.spread(batch[:, i], ".3f") for i in (0, -1))
-        known = records.spread(population[:, 0], ".3f")
+        falls, known = batch[:, -1] - batch[:, 0], population[:, -1] - population[:, 0]
+        words = {name: [records.spread(gap, ".3f") for gap in values.T] for name, values in gaps.items()}
+        small, other = (words[name][0] for name in NETWORKS[:2])
+        met = (
+            study.clearly(falls) and study.clearly(falls - known),
+            study.clearly(population[:, 0] - batch[:, 0]),
+        )
         return study.Finding(
-            f"gap in batches of {self.batch_sizes[0]}: {small} with their statistics, {known} with the population's; "
-            f"in batches of {self.batch_sizes[-1]}: {large}",
-            (study.clearly(batch[:, -1] - batch[:, 0]), study.clearly(population[:, 0] - batch[:, 0])),
-            f"In batches of {self.batch_sizes[0]} the gap is {small} with their statistics and {known} with the "
-            f"population's; in batches of {self.batch_sizes[-1]} {large}",
+            f"gap in batches of {sizes[0]}: {small} with their statistics, {other} with the population's; in batches "
+            f"of {sizes[-1]}: {words[NETWORKS[0]][-1]} and {words[NETWORKS[1]][-1]}",
+            met,
+            f"In batches of {sizes[0]} the noise of their statistics {'narrows' if met[1] else 'does not narrow'} the "
+            f"gap: {small} with it, {other} with the population's statistics",
             [
                 ["batch size", *NETWORKS],
-                *(
-                    [str(size), *(records.spread(gaps[name][:, i], ".3f") for name in NETWORKS)]
-                    for i, size in enumerate(self.batch_sizes)
-                ),
+                *([str(size), *(words[name][i] for name in NETWORKS)] for i, size in enumerate(sizes)),
             ],
         )
 
     def draw(self, path, metrics, title):
+        sizes, gaps = self._gaps(metrics)
         with plot.figure(path, title) as axes:
-            gaps = {name: (self.batch_sizes, values) for name, values in self._gaps(metrics).items()}
-            plot.curves(axes, gaps, COLOURS, markers=True, xlabel="images in a batch")
+            series = {name: (sizes, values) for name, values in gaps.items()}
+            plot.curves(axes, series, COLOURS, markers=True, xlabel="images in a batch")
             axes.set(xscale="log", ylabel="training accuracy less test accuracy", ylim=(0, None))
-            plot.ticks(axes, list(self.batch_sizes))
+            plot.ticks(axes, sizes)
             plot.legend(axes, self.seeds)
 
 

@@ -1,7 +1,7 @@
 """Figures, read from the files of a run; nothing here trains. The colours are Okabe and Ito's, told apart by all."""
 
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -127,7 +127,7 @@ def growth(path: Path, megabytes: list[float], series: dict[str, list[float]], *
         axes.legend(frameon=False)
 
 
-def ticks(axes: Any, places: list[float]) -> None:
+def ticks(axes: Any, places: Sequence[float]) -> None:
     """Ticks of a logarithmic x axis at these places alone, as plain numbers."""
     axes.xaxis.set_major_locator(FixedLocator(places))
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")

@@ -18,6 +18,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, Self
 import jax
 import numpy as np
 import optax
+import scipy.stats
 from tqdm import tqdm
 
 from experiments import data, records, report, runtime, train
@@ -84,9 +85,10 @@ class Study:
     def fit(self, init: Any, apply: Any, dataset: data.Dataset, **changes: Any) -> Iterator[train.Evaluation]:
         """`train.fit` as the fields say, by gradient descent and with an evaluation at the end, but for `changes`."""
         names = ("seeds", "steps", "batch_size", "eval_every")
-        fields = {name: getattr(self, name) for name in names if hasattr(self, name)} | changes
-        optimizer = fields.pop("optimizer", None) or partial(optax.sgd, getattr(self, "learning_rate", 0.0))
-        return train.fit(init, apply, optimizer, dataset, **{"eval_every": fields["steps"]} | fields)
+        given = {name: getattr(self, name) for name in names if hasattr(self, name)} | changes
+        if "optimizer" not in given:
+            given["optimizer"] = partial(optax.sgd, getattr(self, "learning_rate"))  # noqa: B009  not in all studies
+        return train.fit(init, apply, dataset=dataset, **{"eval_every": given["steps"]} | given)
 
     def judge(self, metrics: dict[str, records.Series]) -> Finding:
         """What was found."""
@@ -97,10 +99,26 @@ class Study:
         raise NotImplementedError
 
 
+CLEARLY = "clearly over seeds (beyond the 95% confidence limits of the mean, by Student's t)"
+
+
 def clearly(values: np.ndarray, limit: float = 0.0) -> bool:
-    """Whether the mean over seeds is above the limit by two standard errors; never if a run has no value."""
-    error = values.std(ddof=1) / np.sqrt(values.size) if values.size > 1 else 0.0
-    return bool(values.mean() - 2 * error > limit)
+    """Whether the mean over seeds is above the limit as `CLEARLY` says; never of one seed, or if one has no value."""
+    if values.size < 2:
+        return False
+    error = values.std(ddof=1) / np.sqrt(values.size)
+    return bool(values.mean() - scipy.stats.t.ppf(0.975, values.size - 1) * error > limit)
+
+
+def lower(values: np.ndarray) -> np.ndarray:
+    """Accuracies of what should be worse: a network that has diverged recognizes nothing."""
+    return np.nan_to_num(values, nan=0.0)
+
+
+def fewer(steps: np.ndarray, others: np.ndarray, last: int, times: float = 1.0) -> bool:
+    """Whether all arrive, clearly in less than 1 / times of the others' steps, of which those that do not arrive at all
+    count as the last step."""
+    return clearly(np.nan_to_num(others, nan=float(last)) / times - steps)
 
 
 def first(steps: np.ndarray, accuracy: np.ndarray, target: np.ndarray | float) -> np.ndarray:
@@ -122,18 +140,23 @@ def run(study: Study, dataset: data.Dataset, progress: tqdm | None = None) -> No
     with bar(1) if progress is None else contextlib.nullcontext(progress) as shown:
         records.write_run(study.folder, study, dataset, runs, _teller(shown, study))
     if runtime.is_primary():
-        seconds = round(time.perf_counter() - begun, 1)
-        records.write_config(study.folder, study, dataset=dataset.name, seconds=seconds)
+        done = {"seconds": round(time.perf_counter() - begun, 1), "dataset_sha256": dataset.sha256()}
+        records.write_config(study.folder, study, dataset=dataset.name, **done)
 
 
-def is_done(study: Study) -> bool:
-    """Whether its folder has the whole run of this configuration."""
+def is_done(study: Study, dataset: data.Dataset) -> bool:
+    """Whether its folder has the whole run of this configuration on these data; not if a file is damaged."""
     try:
         config = records.read_config(study.folder)
-    except (OSError, ValueError):
+        study.judge(records.read_metrics(study.folder))
+        wanted = json.loads(json.dumps(asdict(study), default=str))
+        return (
+            "seconds" in config
+            and config["dataset_sha256"] == dataset.sha256()
+            and config["config"] | {"out": ""} == wanted | {"out": ""}
+        )
+    except (OSError, ValueError, LookupError, TypeError):
         return False
-    wanted = json.loads(json.dumps(asdict(study), default=str))
-    return "seconds" in config and config["config"] | {"out": ""} == wanted | {"out": ""}
 
 
 def conclude(study: Study) -> report.Section:
@@ -179,7 +202,7 @@ def run_all(studies: list[Study]) -> None:
     out = studies[0].out
     with bar(len(studies)) as progress:
         for study in studies:
-            if is_done(study):
+            if is_done(study, dataset):
                 progress.update(1)
             else:
                 run(study, dataset, progress)

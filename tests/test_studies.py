@@ -84,11 +84,13 @@ def test_all_in_smoke_write_report_and_verdicts_and_go_on_where_they_were_stoppe
     del begun["seconds"]
     (tmp_path / "devices" / "config.json").write_text(json.dumps(begun))
     (tmp_path / "placement" / "config.json").unlink()
+    metrics = tmp_path / "initialization" / "metrics.jsonl"  # damaged: cut within a line
+    metrics.write_text(metrics.read_text()[:-20])
     for name in ("report.html", "verdicts.json"):
         (tmp_path / name).unlink()
     measured.clear()
     run("all", "--preset", "smoke", "--out", tmp_path)
-    assert measured == ["placement", "devices"]
+    assert measured == ["initialization", "placement", "devices"]
     assert json.loads((tmp_path / "verdicts.json").read_text()) == verdicts  # seeds fix the rest
 
 
@@ -120,7 +122,7 @@ def test_committed_verdicts_follow_from_the_committed_metrics():
         finding = kind.of("default").judge(records.read_metrics(RESULTS / kind.NAME))
         assert verdict["measured"] == finding.measured
         assert report.VERDICTS.index(verdict["verdict"]) == 2 - any(finding.met) - all(finding.met)
-        assert (verdict["claim"], verdict["threshold"]) == (kind.CLAIM, kind.THRESHOLD)
+        assert [verdict[name] for name in ("claim", "source", "threshold")] == [kind.CLAIM, kind.SOURCE, kind.THRESHOLD]
     assert_report_has(RESULTS, verdicts)
 
 
@@ -137,12 +139,33 @@ def test_readme_has_the_committed_verdicts():
         assert f"| {' | '.join(cells)} |" in readme
 
 
-def test_clearly_asks_for_two_standard_errors():
-    values = np.array([1.0, 2.0, 3.0])  # mean 2, standard error 1 / sqrt(3)
-    assert study.clearly(values, 2 - 2 / np.sqrt(3) - 1e-9)
-    assert not study.clearly(values, 2 - 2 / np.sqrt(3) + 1e-9)
+def test_clearly_asks_for_the_95_percent_limit_of_the_mean():
+    values = np.array([1.0, 2.0, 3.0, 4.0, 5.0])  # mean 3, standard error sqrt(2.5 / 5); t(0.975, 4) is 2.776
+    limit = 3 - 2.776 * np.sqrt(0.5)
+    assert study.clearly(values, limit - 1e-3)
+    assert not study.clearly(values, limit + 1e-3)
     assert not study.clearly(np.array([1.0, np.nan, 3.0]), -100)
-    assert study.clearly(np.array([1.0]), 0.5)
+    assert not study.clearly(np.array([1.0]), 0.5)
+
+
+def test_what_never_arrives_or_diverges_loses():
+    quick, never = np.array([20.0, 30.0]), np.array([np.nan, np.nan])
+    assert study.fewer(quick, never, last=1000)
+    assert not study.fewer(never, quick, last=1000)
+    assert not study.fewer(quick, never, last=1000, times=50)
+    assert study.clearly(np.array([0.9, 0.91]) - study.lower(never))
+
+
+def test_placement_counts_what_never_reaches_the_target_as_the_last_step():
+    best, slow = [[0.1, 0.9, 0.9]] * 2, [[0.1, 0.2, 0.3]] * 2
+    metrics = {
+        f"{n}, {p}": series(test_accuracy=a)
+        for n in placement.NETWORKS
+        for p, a in (("before", best), ("after", slow), ("plain", [[0.1, 0.2, 0.5]] * 2))
+    }
+    finding = placement.Placement(seeds=2, steps=1000).judge(metrics)
+    assert finding.met == (True,) * 4
+    assert finding.title.endswith("in 256-128 before is better, in 64 before is better")
 
 
 def test_settings_in_one_vmap_are_the_runs_that_each_would_be_alone():
@@ -179,8 +202,8 @@ def test_a_rate_at_which_a_run_diverges_does_not_count_as_reached():
         "sigmoid, BN, 10x": slow,
     }
     finding = experiment.judge({name: series(test_accuracy=values) for name, values in metrics.items()})
-    assert finding.measured.startswith("all runs reach the target at up to 10x with batch normalization, 1x without")
-    assert "in 10 ± 0 and 30 ± 0 steps" in finding.measured
+    assert finding.measured.startswith("the highest rate at which all runs reach the target is 10x with batch")
+    assert "they take 10 ± 0 and 30 ± 0 steps" in finding.measured
     assert finding.met == (True, True, True)
     row = dict(zip(*finding.table[:3:2], strict=True))
     assert (row["network"], row["diverged"]) == ("ReLU, plain, 10x", "1 of 2")
@@ -196,7 +219,10 @@ def test_the_range_that_trains_is_unbroken():
         for i, name in enumerate(experiment._names(network)):
             metrics[name] = series(test_accuracy=[[0.1, run[i]] for run in runs])
     finding = experiment.judge(metrics)
-    assert finding.measured == "5.0 ± 0.0 decades train in 1200 steps with batch normalization, 1.0 ± 1.4 without"
+    assert (
+        finding.measured
+        == "5.0 ± 0.0 decades train in 1200 steps with batch normalization, 1.0 ± 1.4 without, 0 being one scale alone"
+    )
     assert finding.met == (True, True)
 
 
