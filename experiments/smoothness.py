@@ -121,7 +121,10 @@ class Smoothness(study.Study):
             ]
             for name in NETWORKS
         ]
-        times = [f"{np.mean(mean[plain][key]) / np.mean(mean[normalized][key]):.2g}" for key in MEASURES]
+        times = [
+            records.spread(mean[plain][key].mean(keepdims=True) / mean[normalized][key].mean(), ".2g")
+            for key in MEASURES
+        ]
         return study.Finding(
             f"along a step the plain network's loss varies {times[0]} times as much as the normalized one's, its "
             f"gradient {times[1]} times, in units of its norm {times[2]} times; steps to the plain network's best "

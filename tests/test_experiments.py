@@ -134,8 +134,10 @@ def test_convergence_reports_what_the_metrics_say(tmp_path):
     ]
     assert "best test accuracy (0.7000 ± 0.1414)" in finding.measured
     assert finding.title.endswith("reached with batch normalization after 15 steps, without after 25")
-    # 25 / 2 is below 15; 0.2 and 0.1 more at the end have the mean 0.15 and the standard error 0.05.
-    assert finding.met == (False, True)
+    # 25 / 2 is below 15; 0.2 and 0.1 more at the end have the mean 0.15 and the standard error 0.05, and t is 12.7.
+    assert finding.met == (False, False)
+    alike = judged(tmp_path / "alike", [[0.1, 0.5, 0.7, 0.8]] * 2, [[0.2, 0.8, 0.9, 0.9]] * 2)
+    assert alike.met == (True, True)  # 10 of 30 steps, 0.1 more
 
 
 def test_convergence_says_what_diverged_and_what_was_never_reached(tmp_path):

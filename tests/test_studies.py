@@ -12,6 +12,7 @@ import optax
 import pytest
 
 from experiments import (
+    activations,
     data,
     devices,
     gradients,
@@ -19,6 +20,7 @@ from experiments import (
     learning_rate,
     networks,
     noise,
+    placement,
     records,
     recurrent,
     regularization,
@@ -158,11 +160,8 @@ def test_what_never_arrives_or_diverges_loses():
 
 def test_placement_counts_what_never_reaches_the_target_as_the_last_step():
     best, slow = [[0.1, 0.9, 0.9]] * 2, [[0.1, 0.2, 0.3]] * 2
-    metrics = {
-        f"{n}, {p}": series(test_accuracy=a)
-        for n in placement.NETWORKS
-        for p, a in (("before", best), ("after", slow), ("plain", [[0.1, 0.2, 0.5]] * 2))
-    }
+    accuracy = {"before": best, "after": slow, "plain": [[0.1, 0.2, 0.5]] * 2}
+    metrics = {f"{n}, {p}": series(test_accuracy=a) for n in placement.NETWORKS for p, a in accuracy.items()}
     finding = placement.Placement(seeds=2, steps=1000).judge(metrics)
     assert finding.met == (True,) * 4
     assert finding.title.endswith("in 256-128 before is better, in 64 before is better")
@@ -212,24 +211,94 @@ def test_a_rate_at_which_a_run_diverges_does_not_count_as_reached():
 
 def test_the_range_that_trains_is_unbroken():
     experiment = initialization.Initialization(seeds=2, scales=6)
-    broken = [[0.95, 0.1, 0.95, 0.95, 0.95, 0.1], [0.1, 0.95, np.nan, 0.1, 0.1, 0.1]]  # 2 decades and none
+    broken = [[0.95, 0.1, 0.95, 0.95, 0.95, 0.1], [0.95, 0.95, 0.95, np.nan, 0.95, 0.1]]  # 2 decades each
     whole = np.full((2, 6), 0.95)
     metrics = {}
     for network, runs in (("plain", broken), ("batch normalization", whole)):
         for i, name in enumerate(experiment._names(network)):
             metrics[name] = series(test_accuracy=[[0.1, run[i]] for run in runs])
     finding = experiment.judge(metrics)
-    assert (
-        finding.measured
-        == "5.0 ± 0.0 decades train in 1200 steps with batch normalization, 1.0 ± 1.4 without, 0 being one scale alone"
-    )
+    assert "5.0 ± 0.0 decades train in 1200 steps with batch normalization, 2.0 ± 0.0 without" in finding.measured
     assert finding.met == (True, True)
+    assert finding.table[4] == ["10^0", "0.950 (1 of 2)", "0.950 ± 0.000"]
 
 
 def test_slopes_of_gradients_that_change_by_a_factor_a_layer():
     layers = np.arange(49)
-    norms = np.stack([10 ** (-0.3 * layers), 2 * 10 ** (0.05 * layers)])[None]
-    np.testing.assert_allclose(gradients._slopes(norms), [[-0.3, 0.05]], rtol=1e-9)
+    norms = np.stack([10 ** (-0.3 * layers), 2 * 10 ** (0.05 * layers), np.where(layers < 9, 0, 1)])[None]
+    np.testing.assert_allclose(gradients._slopes(norms), [[-0.3, 0.05, np.nan]], rtol=1e-9)
+
+
+def probed(monkeypatch, experiment):
+    """The functions that the study would train and probe, of each of its networks."""
+    found = []
+
+    def fit(self, init, apply, dataset, **options):
+        found.append((init, apply, options))
+
+    monkeypatch.setattr(study.Study, "fit", fit)
+    experiment.runs(data.digits())
+    return found
+
+
+def test_gradients_are_those_of_the_output_of_each_layer(monkeypatch):
+    """Of the plain network, by the chain rule in float64."""
+    (init, _, options), *_ = probed(monkeypatch, gradients.Gradients(depth=3, width=5))
+    params, state = init(jax.random.key(0))
+    norms = options["probe"](params, state)["gradient_norm"]
+    digits = data.digits()
+    x, labels = np.float64(data.flat(digits.train_images)[:500]), digits.train_labels[:500]
+    kernels = [np.float64(layer["kernel"]) for layer in params]
+    outputs = [x]
+    for kernel in kernels[:-1]:
+        outputs.append(np.maximum(outputs[-1] @ kernel, 0))
+    logits = outputs[-1] @ kernels[-1]
+    softmax = np.exp(logits - logits.max(1, keepdims=True))
+    cotangent = (softmax / softmax.sum(1, keepdims=True) - np.eye(10)[labels]) / 500
+    want = []
+    for kernel, output in zip(kernels[::-1], [logits, *outputs[:0:-1]], strict=True):
+        cotangent = (cotangent if output is logits else cotangent * (output > 0)) @ kernel.T
+        want.append(np.linalg.norm(cotangent))
+    np.testing.assert_allclose(norms, want[2::-1], rtol=1e-4)
+
+
+def test_smoothness_follows_the_gradient_downhill(monkeypatch):
+    experiment = smoothness.Smoothness(hidden=(5,), learning_rate=0.01)
+    (init, apply, options), *_ = probed(monkeypatch, experiment)
+    params, state = init(jax.random.key(0))
+    got = options["probe"](params, state)
+    digits = data.digits()
+    x, labels = data.flat(digits.train_images)[:60], digits.train_labels[:60]
+
+    def loss(params):
+        logits, _ = apply(params, state, x, True)
+        return -jnp.mean(jax.nn.log_softmax(logits)[np.arange(60), labels])
+
+    gradient = jax.grad(loss)(params)
+    there = [jax.tree.map(lambda p, g, h=h: p - 0.01 * h * g, params, gradient) for h in (0.5, 1, 2, 4)]
+    losses = [float(loss(each)) for each in there]
+    assert losses == sorted(losses, reverse=True)  # such short steps lead downhill
+    np.testing.assert_allclose(got["loss_range"], losses[0] - losses[-1], rtol=1e-3)
+    distances = [
+        np.sqrt(sum(np.sum(np.square(np.float64(a) - b)) for a, b in zip(*map(jax.tree.leaves, pair), strict=True)))
+        for pair in ((jax.grad(loss)(each), gradient) for each in there)
+    ]
+    np.testing.assert_allclose(got["gradient_distance"], max(distances), rtol=1e-3)
+    norm = np.sqrt(sum(np.sum(np.square(np.float64(leaf))) for leaf in jax.tree.leaves(gradient)))
+    np.testing.assert_allclose(got["relative_distance"], max(distances) / norm, rtol=1e-3)
+
+
+def test_activations_are_percentiles_of_the_last_hidden_layer(monkeypatch):
+    _, (init, _, options) = probed(monkeypatch, activations.Activations(hidden=(6, 4), units=3))
+    params, state = init(jax.random.key(0))
+    got = options["probe"](params, state)["percentiles"]
+    x = np.float64(data.flat(data.digits().test_images))
+    for layer in params[:2]:
+        x = x @ np.float64(layer["kernel"])
+        _, mean, var = reference.moments(x)
+        x = normalized = reference.normalize(x, mean, var, 1, 0)
+        x = 1 / (1 + np.exp(-x))
+    np.testing.assert_allclose(got, np.percentile(normalized[:, :3], (15, 50, 85), axis=0), rtol=1e-3, atol=1e-3)
 
 
 def test_penalties_are_the_gradients_of_their_formula():
