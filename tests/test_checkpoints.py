@@ -55,7 +55,8 @@ def test_a_run_killed_at_random_moments_has_the_metrics_of_one_that_was_not(tmp_
     metrics = [(tmp_path / run / "convergence" / "metrics.jsonl").read_bytes() for run in ("whole", "stopped")]
     assert metrics[0] == metrics[1]
     assert len(metrics[0].splitlines()) == 2 * 2 * 9  # networks, seeds, evaluations
-    assert names(saved / "plain") == ["55", "60"]
+    # One that was cut off while it was written may lie there still, set aside.
+    assert [name for name in names(saved / "plain") if name.isdecimal()] == ["55", "60"]
 
 
 @pytest.fixture(scope="module")
