@@ -23,7 +23,7 @@ class Devices(study.Study):
 
     NAME = "devices"
     CLAIM = "statistics synchronized over devices equal those of one big batch"
-    SOURCE = "the definition of batch normalization; Peng et al. (2018), section 3.3"
+    SOURCE = "the definition of batch normalization; Peng et al. (2018) on many devices"
     THRESHOLD = (
         f"(a) no loss with synchronized statistics is further than {EQUAL:g} of it from one device's: float32 rounds "
         f"by 6e-8, and training enlarges that; (b) without synchronization the largest distance is at least {TIMES} "

@@ -25,7 +25,7 @@ class Noise(study.Study):
 
     NAME = "noise"
     CLAIM = "the noise of batch statistics is what regularizes"
-    SOURCE = "Ioffe & Szegedy (2015), section 3.4; Luo et al. (2019), section 3"
+    SOURCE = "Ioffe & Szegedy (2015), section 3.4; Luo et al. (2019)"
     THRESHOLD = (
         f"{study.CLEARLY}: (a) from the largest batches to the smallest the gap falls with batch statistics, and by "
         "more than with the population's, which have the gradient's noise too; (b) in the smallest it is smaller with "

@@ -3,8 +3,8 @@
 The networks of `convergence`, and a third with noise AFTER each batch normalization, whose mean and variance change at
 every step (their algorithm 1 in appendix A): no layer's inputs have steady distributions any more. At every evaluation
 the gradient g of a fixed batch is followed over half to four times the learning rate. Measured: the range of the loss
-along the step; the largest distance of the gradient there from g, as in the paper and in units of |g|; and
-how fast each network trains.
+along the step; the largest distance of the gradient there from g, as in the paper and in units of |g|; and how fast
+each network trains.
 """
 
 from dataclasses import dataclass
@@ -60,8 +60,8 @@ class Smoothness(study.Study):
         f"{study.CLEARLY}: along the gradient, on average over training, (a) the loss varies at most 1/{SMOOTHER} as "
         "much as in the plain network, (b) so does the gradient, (c) so does the gradient in units of its own norm, "
         "which a network does not gain by a small loss alone; (d) with noise after batch normalization a network still "
-        f"needs at most 1/{SMOOTHER} of the plain network's steps to its best accuracy. Their figures have logarithmic "
-        f"axes and state no number: less than a factor of {SMOOTHER} would not be seen there"
+        f"needs at most 1/{SMOOTHER} of the plain network's steps to its best accuracy. A factor of {SMOOTHER} since "
+        "the paper states no number, and less could hardly be seen in its figures"
     )
     SMOKE = {"hidden": (30,), "steps": 400, "seeds": 2}
     FULL = {"steps": 50_000, "seeds": 20, "eval_every": 250}
