@@ -187,6 +187,7 @@ def bn_collect(
     unbiased_var: bool,
     collect: bool,
     earlier: Collected | None = None,
+    dtype: Any = None,
 ) -> tuple[Array, BNState | None, Collected | None]:
     """`bn_apply`, and in training, if `collect`, the batch's moments.
 
@@ -194,7 +195,7 @@ def bn_collect(
     parts that the state absorbs and that come back. The output is normalized by this part's own.
     """
     options, rate = canonical(
-        "bn_apply", train, axis, momentum, epsilon, axis_name, axis_index_groups, unbiased_var, collect
+        "bn_apply", train, axis, momentum, epsilon, axis_name, axis_index_groups, unbiased_var, collect, dtype
     )
     return apply_canonical(params, state, x, mask, rate, earlier, options=options)
 
@@ -211,10 +212,11 @@ class Options(NamedTuple):
     groups: Any
     unbiased_var: bool
     collect: bool
+    dtype: Any
 
 
 def canonical(
-    call, train, axis, momentum, epsilon, axis_name, axis_index_groups, unbiased_var, collect
+    call, train, axis, momentum, epsilon, axis_name, axis_index_groups, unbiased_var, collect, dtype=None
 ) -> tuple[Options, Any]:
     """The options, and the momentum with its complement, None if it is a function."""
     checks.boolean(call, "train", train)
@@ -229,6 +231,7 @@ def canonical(
         checks.index_groups(axis_index_groups),
         unbiased_var,
         collect,
+        dtype,
     )
     return options, None if callable(momentum) else checks.momentum(call, momentum)
 
@@ -240,12 +243,18 @@ def apply_canonical(params, state, x, mask, rate, earlier, *, options):
     if state is not None and not options.train:
         mean, var = state.mean, state.var.real
     else:
-        batch = Collected(*supported_moments(wide, mask, features, options.names, options.groups))
+        batch = batch_collected(wide, mask, features, state, x.dtype, options)
         mean, var = usable(batch.moments, state, x, mask)
         state, collected = absorbed(state, batch, earlier, rate, options)
     scale, bias = params
     y = normalize(wide, *(aligned(v, x, features) for v in (mean, var, scale, bias)), mask, options.epsilon)
-    return y.astype(x.dtype), state, collected
+    return y.astype(options.dtype or x.dtype), state, collected
+
+
+def batch_collected(x, mask, features, state, dtype, options):
+    """The moments of widened `x`, looked at around the running mean, over the named axes too."""
+    shift = None if state is None else state.mean
+    return Collected(*supported_moments(x, mask, features, options.names, options.groups, dtype=dtype, shift=shift))
 
 
 def widened(params, state, x, mask, options):

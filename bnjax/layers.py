@@ -12,7 +12,7 @@ from jax import Array
 from bnjax import checks
 from bnjax.functional import BNParams, BNState, Collected, bn_collect
 from bnjax.inference import Affine, fold_into_next, fold_into_previous
-from bnjax.moments import Moments, Support
+from bnjax.moments import Moments, Support, wider
 
 
 def feature_axes(x: Array, axis: Any) -> tuple[int, ...]:
@@ -54,6 +54,7 @@ def batch_norm(
       y, the state, and what was collected.
     """
     inexact = x.dtype if jnp.issubdtype(x.dtype, jnp.inexact) else jnp.float32  # half precision cannot hold integers
+    x = x.astype(inexact)
     wide = jnp.result_type(inexact, *(v for v in (mean, *params) if v is not None))
     real = jnp.isrealobj(x) and jnp.isrealobj(mean)  # complex scale and bias do not make the mean complex
     if jnp.issubdtype(wide, jnp.complexfloating):
@@ -69,17 +70,18 @@ def batch_norm(
     y, state, collected = apply(
         params,
         BNState(mean, var, jnp.zeros(mean.shape, jnp.int32) if count is None else count),
-        x.astype(wide),
+        x if wide == wider(x.dtype) else x.astype(wide),
         train,
         mask=mask,
         axis_name=axis_name,
         axis_index_groups=None if axis_name is None else axis_index_groups,
+        dtype=jnp.dtype(dtype),
         **options,
     )
     assert state is not None
     if real:
         state = state._replace(mean=state.mean.real)
-    return y.astype(dtype), state, collected
+    return y, state, collected
 
 
 def nothing(mean: Array, var: Array) -> Collected:

@@ -2,13 +2,21 @@
 
     weight = sum_i w_i        mean = sum_i w_i x_i / weight        var = sum_i w_i |x_i - mean|^2 / weight
 
+An array is read once, around a shift c that is known before it is, such as the running mean:
+
+    mean = c + E[x - c]       var = E|x - c|^2 - |E[x - c]|^2
+
+With r = |mean - c|^2 / var, the two terms of `var` are (1 + r) var and r var, so that rounding errors of relative size
+e in the sums become a relative error of about e (1 + r) in `var`, and of e sqrt(1 + r) standard deviations in `mean`.
+A guard keeps r to 8, per feature: where a feature has more, the moments are taken again in two reads, around the mean
+that a plain sum gives. So the errors grow with |mean| / std once, as the rounding of the input does, whatever c is.
+The textbook E|x|^2 - |E x|^2 is c = 0 without a guard, and loses the square of |mean| / std.
+
 Values that already are means of parts, with variances of their own, pool to (Chan, Golub & LeVeque, 1983)
 
     var = sum_i w_i (var_i + |mean_i - mean|^2) / weight
 
-so one function, `_pool`, serves the places of an array, the shards of a mesh and the steps of an accumulation. Its
-sums are taken around a pivot, first the mean as a plain sum gives it. Rounding then loses |mean| / std once; the
-textbook E|x|^2 - |E x|^2 loses its square.
+so one function, `_pool`, serves the second look at an array, the shards of a mesh and the steps of an accumulation.
 
 This module knows neither scale and bias nor running statistics.
 """
@@ -113,7 +121,7 @@ def _batch_moments(x, mask, *, axis, names, groups):
     features = checks.feature_axes("batch_moments", x, axis)
     checks.weights("batch_moments", mask, x)
     checks.bound_axes("batch_moments", names, groups)
-    return supported_moments(x.astype(wider(x.dtype)), mask, features, names, groups)[0]
+    return supported_moments(x.astype(wider(x.dtype)), mask, features, names, groups, dtype=x.dtype)[0]
 
 
 def merge(*moments: Moments) -> Moments:
@@ -156,19 +164,57 @@ def merge(*moments: Moments) -> Moments:
 
 
 def supported_moments(
-    x: Array, mask: Array | None, features: tuple[int, ...], names: tuple[Hashable, ...], groups: Groups
+    x: Array,
+    mask: Array | None,
+    features: tuple[int, ...],
+    names: tuple[Hashable, ...],
+    groups: Groups,
+    *,
+    dtype: Any,
+    shift: Array | None = None,
+    divided: bool = True,
 ) -> tuple[Moments, Support]:
-    """The moments of `x`, of 32 bits or more, and their support; arguments as `batch_moments` has them, canonical."""
+    """The moments of `x` and their support.
+
+    Args:
+      x: of 32 bits or more.
+      mask, features, names, groups: as `batch_moments` has them, checked and in one spelling.
+      dtype: that of `x` before it was widened, in which a second look reads it.
+      shift: a guess of the mean, of the shape of the features, such as the running mean; None is 0. It changes how much
+        is read, never the result.
+      divided: whether the reduced axes may be divided among devices.
+    """
     if mask is not None and mask.dtype != bool:
         mask = lax.stop_gradient(mask.astype(jnp.finfo(x.dtype).dtype))
     axes = tuple(a for a in range(x.ndim) if a not in features)
     mesh, mapped = _kinds(names, groups)
-    moments, support = _moments(x, mask, axes, mesh, groups if mesh else None)
+    if shift is None:
+        shift = jnp.zeros([x.shape[a] for a in features], x.dtype)
+    shift = shift if jnp.iscomplexobj(x) else shift.real
+    shift = _sharded_as(x, jnp.expand_dims(lax.stop_gradient(shift).astype(x.dtype), axes))
+    look = Look(dtype, guarded=bool(divided and not mapped))
+    moments, support = _moments(x, mask, shift, axes, mesh, groups if mesh else None, look)
     if mapped:
         # Axes of vmap stay outside the derivative rule: under jit it is traced where their names are out of scope. No
         # data move along them, so that autodiff may transpose this merge as it likes.
         moments, support = _named(_merge_over(mapped, groups, moments, support))
     return moments, Support(moments.weight, moments.weight) if support is None else support
+
+
+class Look(NamedTuple):
+    """How an array is looked at: in which dtype, and around a shift with a guard or around the mean of a part."""
+
+    dtype: Any
+    guarded: bool
+
+
+def _sharded_as(x, few):
+    """`few`, of x's rank and of size 1 where it is not x's, sharded as `x` is, which explicit sharding wants."""
+    sharding = jax.typeof(x).sharding
+    if jax.sharding.AxisType.Explicit not in sharding.mesh.axis_types:
+        return few
+    spec = [None if n == 1 else name for n, name in zip(few.shape, sharding.spec, strict=True)]
+    return jax.sharding.reshard(few, jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(*spec)))
 
 
 def merge_along(moments: Moments, support: Support, axis: int) -> tuple[Moments, Support]:
@@ -212,23 +258,26 @@ def _completed(moments, x, mask, axes, names, groups):
     return _merge_over(names, groups, moments, support) if names else (moments, support)
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4))
-def _moments(x, mask, axes, names, groups):
+@partial(jax.custom_jvp, nondiff_argnums=(3, 4, 5, 6))
+def _moments(x, mask, shift, axes, names, groups, look):
     """Moments, and their support where it differs from the weight; `mask` is boolean, real of x's width, or None."""
-    if mask is None and not jnp.iscomplexobj(x) and axes:
-        moments = Moments(*_unmasked_moments.bind(x, axes=axes))
-    else:
+    if math.prod(x.shape[a] for a in axes) < 2 or not (mask is None or look.guarded):
         moments = _pool(mask, x, None, axes)
+    elif mask is None and not look.guarded:
+        moments = Moments(*_whole_moments.bind(x.astype(look.dtype), shift, axes=axes))
+    else:
+        masks = [] if mask is None else [mask]
+        moments = Moments(*_local_moments.bind(x.astype(look.dtype), shift, *masks, axes=axes))
     return _completed(moments, x, mask, axes, names, groups)
 
 
 @_moments.defjvp
-def _moments_jvp(axes, names, groups, primals, tangents):
-    # dmean = E[dx] and dvar = 2 E[Re(conj(x - mean) dx)]: the pivots of `_pool` drop out, and what is left transposes
-    # to one elementwise pass. Both sums travel in one psum, forward and, transposed, backward.
-    x, mask = primals
-    moments, support = _named(_moments(x, mask, axes, names, groups))
-    dx, _ = tangents
+def _moments_jvp(axes, names, groups, look, primals, tangents):
+    # dmean = E[dx] and dvar = 2 E[Re(conj(x - mean) dx)]: what the sums were taken around drops out, and what is left
+    # transposes to one elementwise pass. Both sums travel in one psum, forward and, transposed, backward.
+    x, mask, _ = primals
+    moments, support = _named(_moments(*primals, axes, names, groups, look))
+    dx, *_ = tangents
     mean = jnp.expand_dims(moments.mean, axes)
     if mask is not None:
         x = jnp.where(valid(mask, x), x, mean)  # a NaN there times a zero cotangent would be a NaN
@@ -238,12 +287,61 @@ def _moments_jvp(axes, names, groups, primals, tangents):
     return (moments, support), (dmoments, jax.tree.map(jnp.zeros_like, support))
 
 
+# The guard. Sums by trees, as TPUs and GPUs take them, round by about eps, which becomes 9 eps at the most; what
+# rounding the input does to a variance is as large. Where `var` itself is not far above (1024 eps mean)^2, as for a
+# feature that is constant, |mean - c| may be as large: its square times eps is less than rounding the mean to eps does.
+NEAR = 8.0
+ROUNDED = 1024.0
+
+
+def _guarded_moments(x, shift, *mask, axes):
+    """Moments in one read of `x` around the shift, and in two more where that is too far from the mean.
+
+    `x` may be of half precision, `shift` has the dtype of the result and is broadcastable to `x`.
+    """
+    weights = mask[0] if mask else None
+    shift = jnp.where(jnp.isfinite(shift), shift, 0)
+    (total, mean, var), offset = _around(x, shift, weights, axes)
+    rounding = ROUNDED * jnp.finfo(var.dtype).eps * jnp.abs(mean)
+    near = (_abs_square(offset) <= NEAR * var + rounding * rounding) & jnp.isfinite(var)
+
+    def around_the_mean(x, mean, var):
+        exact = _pool(weights, x.astype(shift.dtype), None, axes)
+        return exact.mean + lax.full_like(mean, 0), exact.var + lax.full_like(var, 0)  # and sharded as those
+
+    # Two rules of XLA: a conditional stays one if a branch does nothing, else it may become a select, which computes
+    # both; and what enters it is in memory, so that `x` enters before it is widened.
+    mean, var = lax.cond(jnp.all(near), lambda x, mean, var: (mean, var), around_the_mean, x, mean, var)
+    return Moments(total, mean, jnp.maximum(var, 0))
+
+
+def _group_moments(x, shift, *, axes):
+    """Moments in one read of `x` around the mean of its first sixteenth along the first of the axes.
+
+    The mean of a fraction f is at most sqrt((1 - f) / f) standard deviations from the mean of all, whatever the data:
+    this needs no guard, but an axis that is not divided among devices, and a part of `x` is read twice.
+    """
+    part = lax.slice_in_dim(x, 0, -(-x.shape[axes[0]] // 16), axis=axes[0]).astype(shift.dtype)
+    moments, _ = _around(x, jnp.mean(part, axes, keepdims=True), None, axes)
+    return moments._replace(var=jnp.maximum(moments.var, 0))
+
+
+def _around(x, shift, weights, axes):
+    """Moments by sums around the shift, which may leave `var` a little below 0, and mean - shift."""
+    centered = x.astype(shift.dtype) - shift
+    offset = jnp.sum(_weigh(weights, centered), axes)
+    total = _total_weight(x.shape, weights, axes, offset)
+    share = _share(total, offset.dtype)
+    offset *= share
+    var = jnp.sum(_weigh(weights, _abs_square(centered)), axes) * share.real - _abs_square(offset)
+    return Moments(total, jnp.where(total > 0, jnp.squeeze(shift, axes) + offset, 0), var), offset
+
+
 def _pool(weight, mean, var, axes):
     """Moments over `axes` of values `mean` with weights (None: 1 each) and variances (None: 0 each)."""
     plain = jnp.sum(_weigh(weight, mean), axes)
-    ones = jnp.ones((1,) * mean.ndim if weight is None else weight.shape, plain.real.dtype)
-    total = _named(_sum_as(mean.shape, _weigh(weight, ones), axes, plain.real))
-    share = (1 / _nonzero(total)).astype(mean.dtype)
+    total = _named(_total_weight(mean.shape, weight, axes, plain))
+    share = _share(total, mean.dtype)
     pivot = _named(plain * share)
     centered = mean - jnp.expand_dims(pivot, axes)
     square = _abs_square(centered) if var is None else var + _abs_square(centered)
@@ -255,25 +353,37 @@ def _pool(weight, mean, var, axes):
     return Moments(total, pivot + shift, var - lax.stop_gradient(jnp.minimum(var, 0)))
 
 
-def _moments_on_cpu(x, *, axes):
-    """As `_pool`, in one sum around the mean of a sixteenth of the values.
+def _total_weight(shape, weight, axes, like):
+    """The weight of all places of an array, per feature; real, and sharded as `like`."""
+    ones = jnp.ones((1,) * len(shape) if weight is None else weight.shape, like.real.dtype)
+    return _sum_as(shape, _weigh(weight, ones), axes, like.real)
+
+
+def _share(total, dtype):
+    return (1 / _nonzero(total)).astype(dtype)
+
+
+def _moments_on_cpu(x, shift, *mask, axes):
+    """As `_guarded_moments`, in one sum around the mean of a sixteenth of the values; under a mask, in two reads.
 
     The mean of a fraction f is at most sqrt((1 - f) / f) standard deviations from the mean of all: around it `var`
     loses that much more, whatever the data.
     """
-    parts = cut(16, axes, x)
+    x = x.astype(shift.dtype)
+    parts = None if mask or jnp.iscomplexobj(x) else cut(16, axes, x)
     if parts is None:
-        return _pool(None, x, None, axes)
+        return _pool(mask[0] if mask else None, x, None, axes)
     (slabs,), axis, _, rest = parts
     pivot = jnp.expand_dims(jnp.mean(lax.index_in_dim(slabs, 0, axis, keepdims=False), rest), axes)
     both = two_sums(lambda x, pivot: (x - pivot, (x - pivot) ** 2), 16, axes, x, pivot)
     weight = math.prod(x.shape[a] for a in axes)
-    shift, spread = (v / weight for v in both)
-    var = jnp.maximum(spread - shift * shift, 0)
-    return Moments(*(jnp.squeeze(v, axes) for v in (jnp.full_like(var, weight), pivot + shift, var)))
+    offset, spread = (v / weight for v in both)
+    var = jnp.maximum(spread - offset * offset, 0)
+    return Moments(*(jnp.squeeze(v, axes) for v in (jnp.full_like(var, weight), pivot + offset, var)))
 
 
-_unmasked_moments = primitive("bnjax_moments", lambda x, *, axes: _pool(None, x, None, axes), _moments_on_cpu)
+_local_moments = primitive("bnjax_moments", _guarded_moments, cpu=_moments_on_cpu, first_is_full=True)
+_whole_moments = primitive("bnjax_group_moments", _group_moments, cpu=_moments_on_cpu, first_is_full=True)
 
 _named = partial(checkpoint_name, name=CHECKPOINT_NAME)
 

@@ -1,4 +1,4 @@
-"""The two reductions of batch normalization, as primitives with a lowering of their own on CPU.
+"""The two reductions of batch normalization, as primitives with a lowering of their own on CPU and on CUDA GPUs.
 
     sums(g, x, mean)        = sum g, sum g (x - mean)          over the reduced axes
     spread(c, k, x, mean)   = c + k (x - mean)
@@ -26,10 +26,25 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 
-def primitive(name: str, plain: Callable[..., Any], cpu: Callable[..., Any], linear: int = 0) -> Primitive:
-    """A primitive that computes `plain(*arrays, axes=axes)`, a tuple; by `cpu` where one CPU device holds the arrays.
+def primitive(
+    name: str,
+    plain: Callable[..., Any],
+    *,
+    cpu: Callable[..., Any] | None = None,
+    cuda: Callable[..., Any] | None = None,
+    linear: int = 0,
+    first_is_full: bool = False,
+) -> Primitive:
+    """A primitive that computes `plain(*arrays, axes=axes)`, a tuple.
 
-    It is linear in its first `linear` arguments together. Its derivative in the others is that of `plain`.
+    Args:
+      name: of the primitive.
+      plain: the computation on every platform, and what its derivative is taken of.
+      cpu: the computation where one CPU device holds the arrays.
+      cuda: the computation on CUDA GPUs, an elementwise one, so that it serves sharded arrays too.
+      linear: how many of the first arguments it is linear in, together.
+      first_is_full: whether the arrays broadcast against the first one. Then several models under `vmap` are one
+        computation on arrays with one more axis, also if some of the arrays are the same for all models.
     """
     p = Primitive(name)
     p.multiple_results = True
@@ -52,7 +67,12 @@ def primitive(name: str, plain: Callable[..., Any], cpu: Callable[..., Any], lin
         return p.bind(*primals, axes=axes), [functools.reduce(jnp.add, t) for t in zip(*terms, strict=True)]
 
     def batch(args, dims, *, axes):
-        if None in dims:
+        if first_is_full:
+            size = next(v.shape[d] for v, d in zip(args, dims, strict=True) if d is not None)
+            first, *rest = (v[None] if d is None else jnp.moveaxis(v, d, 0) for v, d in zip(args, dims, strict=True))
+            first = jnp.broadcast_to(first, (size, *first.shape[1:]))
+            out = p.bind(first, *rest, axes=tuple(a + 1 for a in axes))
+        elif None in dims:
             out = jax.vmap(partial(plain, axes=axes), in_axes=tuple(dims))(*args)
         else:
             args = (jnp.moveaxis(v, d, 0) for v, d in zip(args, dims, strict=True))
@@ -60,13 +80,15 @@ def primitive(name: str, plain: Callable[..., Any], cpu: Callable[..., Any], lin
         return out, (0,) * len(out)
 
     def lower_on_cpu(ctx, *args, axes):
-        rule = cpu if _held_whole(ctx.module_context.axis_context) else plain
+        rule = cpu if cpu and _held_whole(ctx.module_context.axis_context) else plain
         return mlir.lower_fun(rule, multiple_results=True)(ctx, *args, axes=axes)
 
     ad.primitive_jvps[p] = jvp
     batching.primitive_batchers[p] = batch
     mlir.register_lowering(p, mlir.lower_fun(plain, multiple_results=True))
     mlir.register_lowering(p, lower_on_cpu, platform="cpu")
+    if cuda is not None:
+        mlir.register_lowering(p, mlir.lower_fun(cuda, multiple_results=True), platform="cuda")
     return p
 
 
@@ -147,8 +169,15 @@ def _plain_spread(c, k, x, mean, *, axes):
     return (c + k * (x - mean),)
 
 
-_sums = primitive("bnjax_sums", _plain_sums, _cpu_sums, linear=1)
-_spread = primitive("bnjax_spread", _plain_spread, _plain_spread, linear=2)
+def _cuda_spread(c, k, x, mean, *, axes):
+    # One operation less for each value. XLA's cost model for GPUs then computes the derivative of an activation again
+    # in both passes of the backward, where it would write it and read it twice. The rounding of k x and k mean is no
+    # larger than that of rounding x, and where x is its mean k is 0.
+    return ((c - k * mean) + k * x,)
+
+
+_sums = primitive("bnjax_sums", _plain_sums, cpu=_cpu_sums, linear=1)
+_spread = primitive("bnjax_spread", _plain_spread, cuda=_cuda_spread, linear=2)
 
 
 def _transpose(other, linear, cotangents, *args, axes):

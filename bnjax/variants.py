@@ -26,6 +26,7 @@ from bnjax.functional import (
     absorbed,
     aligned,
     apply_canonical,
+    batch_collected,
     canonical,
     joined,
     usable,
@@ -154,18 +155,18 @@ def _ghost_bn_apply(params, state, x, mask, rate, earlier, *, size, options):
         return apply_canonical(params, state, x, mask, rate, earlier, options=options)
     size = min(size, number)
     whole = number - number % size
-    y, batch = _grouped(params, state, wide, mask, features, batch_axis, slice(0, whole), size, options)
+    y, batch = _grouped(params, state, wide, mask, features, batch_axis, slice(0, whole), size, x.dtype, options)
     if whole < number:
-        rest = slice(whole, number)
-        y_rest, batch_rest = _grouped(params, state, wide, mask, features, batch_axis, rest, number - whole, options)
+        rest = slice(whole, number), number - whole, x.dtype
+        y_rest, batch_rest = _grouped(params, state, wide, mask, features, batch_axis, *rest, options)
         y, batch = lax.concatenate([y, y_rest], batch_axis), joined(batch, batch_rest)
     support = None if mask is None or mask.dtype == bool else batch.support
     batch = Collected(*merge_over(batch.moments, support, options.names, options.groups))
     state, collected = absorbed(state, batch, earlier, rate, options)
-    return y.astype(x.dtype), state, collected
+    return y.astype(options.dtype or x.dtype), state, collected
 
 
-def _grouped(params, state, x, mask, features, batch_axis, part, size, options):
+def _grouped(params, state, x, mask, features, batch_axis, part, size, dtype, options):
     """A part of the batch in groups of one size: normalized, and the moments of all groups together."""
 
     def grouped(v) -> Any:  # of x's rank
@@ -179,7 +180,7 @@ def _grouped(params, state, x, mask, features, batch_axis, part, size, options):
     # A group is one more feature axis, before the axis of its examples.
     position = sum(a < batch_axis for a in features)
     features = (*features[:position], batch_axis, *(a + 1 for a in features[position:]))
-    batch = Collected(*supported_moments(groups, mask, features, (), None))
+    batch = Collected(*supported_moments(groups, mask, features, (), None, dtype=dtype, divided=False))
     if state is not None:
         running = (jnp.expand_dims(v, position) for v in state)
         state = BNState(*(jnp.broadcast_to(v, batch.moments.weight.shape) for v in running))
@@ -273,7 +274,7 @@ def _renorm_bn_apply(params, state, x, mask, rate, earlier, limits, *, schedules
     features, wide = widened(params, state, x, mask, options)
     if jnp.iscomplexobj(x):
         raise TypeError(f"renorm_bn_apply(x=...): x is {x.dtype}, but d is clipped to an interval. Pass a real x.")
-    batch = Collected(*supported_moments(wide, mask, features, options.names, options.groups))
+    batch = batch_collected(wide, mask, features, state, x.dtype, options)
     mean, var = usable(batch.moments, state, x, mask)
     running_std, std = (jnp.sqrt(v.astype(var.dtype) + options.epsilon) for v in (state.var, var))
     r_max, d_max = (
@@ -288,7 +289,7 @@ def _renorm_bn_apply(params, state, x, mask, rate, earlier, limits, *, schedules
     bias = shift if bias is None else bias.astype(d.dtype) + shift
     y = normalize(wide, mean, var, scale, bias, mask, options.epsilon)
     state, collected = absorbed(state, batch, earlier, rate, options, std_epsilon=options.epsilon)
-    return y.astype(x.dtype), state, collected
+    return y.astype(options.dtype or x.dtype), state, collected
 
 
 def _limit(name, least, value, std):

@@ -1,0 +1,106 @@
+"""What a compiled program moves, read from its text: bytes between main memory and the chip, and collectives.
+
+Each instruction of the entry computation reads its operands and writes its result once. Not counted are instructions
+that only name or view an array, and arrays in on-chip memory (memory space S(1) of a TPU). Of a conditional the
+cheapest branch counts, which is the one that is usually taken; the body of a loop counts once.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8}
+_BYTES |= {"f64": 8, "c64": 8, "c128": 16}
+_VIEWS = {"parameter", "tuple", "get-tuple-element", "bitcast", "constant", "after-all", "partition-id", "iota"}
+_VIEWS |= {"opt-barrier"}
+_COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+
+_ARRAY = re.compile(r"(\w+)\[([\d,]*)\](\{[^}]*\})?")
+_OPENING = re.compile(r"^(ENTRY )?%?([\w.\-]+) (?:\(.*\) -> .* )?\{")
+_INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([\w\-]+)\((.*)")
+_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}|(?:true|false)_computation=%?([\w.\-]+)")
+
+
+@dataclass(frozen=True)
+class Collective:
+    """One collective operation: its kind, such as all-reduce, and the bytes of its result on one device."""
+
+    kind: str
+    bytes: int
+
+
+class Program:
+    """The text of a compiled program, `jax.stages.Compiled.as_text()`."""
+
+    def __init__(self, text: str):
+        self._lines: dict[str, list[str]] = {}
+        self._entry = name = ""
+        for line in text.splitlines():
+            if opening := _OPENING.match(line):
+                name = opening.group(2)
+                self._lines[name] = []
+                self._entry = name if opening.group(1) else self._entry
+            elif line.startswith("}"):
+                name = ""
+            elif name:
+                self._lines[name].append(line)
+
+    @cached_property
+    def bytes(self) -> int:
+        """Bytes that the program reads from main memory and writes to it, on one device."""
+        return self._moved(self._entry)
+
+    @cached_property
+    def collectives(self) -> list[Collective]:
+        """Collectives that always run: those of the entry computation. Branches of conditionals are left out."""
+        found = []
+        for _, kind, operation, _ in self._instructions(self._entry):
+            if (name := operation.removesuffix("-start")) in _COLLECTIVES:
+                sizes = [size for size, _ in _arrays(kind)]
+                # An asynchronous all-gather returns its operand beside its result.
+                found.append(Collective(name, sizes[-1] if operation == "all-gather-start" else sum(sizes)))
+        return found
+
+    def _instructions(self, computation: str) -> Iterator[tuple[str, str, str, str]]:
+        """Name, type, operation and the rest of the line of each instruction."""
+        for line in self._lines[computation]:
+            if instruction := _INSTRUCTION.match(line):
+                yield instruction.groups()  # pyright: ignore[reportReturnType]  the four groups all match
+
+    def _moved(self, computation: str) -> int:
+        sizes: dict[str, int] = {}
+        total = 0
+        for name, kind, operation, rest in self._instructions(computation):
+            arrays = _arrays(kind)
+            sizes[name] = sum(size for size, on_chip in arrays if not on_chip)
+            if operation in _VIEWS or operation.endswith("-done"):
+                continue
+            if operation == "conditional":
+                found = _BRANCHES.findall(rest)
+                branches = [b.strip().lstrip("%") for many, one in found for b in (many or one).split(",")]
+                total += min(self._moved(branch) for branch in branches)
+            elif operation in ("call", "while"):
+                called = re.search(r"(?:to_apply|body)=%?([\w.\-]+)", rest)
+                assert called is not None, rest
+                total += self._moved(called.group(1))
+            elif operation in ("copy-start", "slice-start"):
+                # Asynchronous; the type names source and destination. What is moved has the destination's size.
+                (first, second) = arrays[:2]
+                (size, to_chip), (_, from_chip) = (first, second) if operation == "copy-start" else (second, first)
+                total += size * ((not to_chip) + (not from_chip))
+            else:
+                operands = set(re.findall(r"%([\w.\-]+)", rest.split(")")[0]))
+                total += sizes[name] + sum(sizes.get(operand, 0) for operand in operands)
+        return total
+
+
+def _arrays(kind: str) -> list[tuple[int, bool]]:
+    """Bytes of each array that the text of a type names, and whether it lies in on-chip memory."""
+    found = []
+    for dtype, dimensions, layout in _ARRAY.findall(kind):
+        size = _BYTES.get(dtype, 0)
+        for dimension in filter(None, dimensions.split(",")):
+            size *= int(dimension)
+        found.append((size, "S(1)" in layout))
+    return found
