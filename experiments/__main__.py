@@ -14,6 +14,7 @@ from experiments import (
     averaging,
     batch_size,
     bench,
+    compiled,
     convergence,
     cost,
     data,
@@ -90,7 +91,7 @@ def _commands(args: list[str]) -> dict[str, Any]:
     commands: dict[str, Any] = {"all": run_all}
     for each in STUDIES:
         commands[each.NAME] = _command(each, each.of(preset if preset in get_args(study.Preset) else "default"))
-    return commands | {"averaging": averaging.run, "bench": bench.run}
+    return commands | {"averaging": averaging.run, "bench": bench.run, "compiled": compiled.run}
 
 
 def _command(kind: type[study.Study], default: study.Study) -> Any:

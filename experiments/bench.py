@@ -215,7 +215,7 @@ def _variants(config: Bench) -> Iterator[dict[str, Any]]:
         x, cotangent = jax.random.normal(jax.random.key(0), (2, *shape))
         calls = {
             name: partial(jax.jit(_step(apply, state)), params, x, cotangent)
-            for name, (apply, (params, state)) in _calls(config, shape).items()
+            for name, (apply, (params, state)) in variants(shape, config.ghost_size).items()
         }
         yield {"shape": shape, "seconds": times(calls, config.rounds)}
 
@@ -227,7 +227,7 @@ def _folded(config: Bench) -> Iterator[dict[str, Any]]:
     yield {"shape": shape, "seconds": times(calls, 3 * config.rounds)}
 
 
-def _calls(config, shape) -> dict[str, tuple[Callable[..., Any], tuple[Any, Any]]]:
+def variants(shape: tuple[int, ...], ghost_size: int) -> dict[str, tuple[Callable[..., Any], tuple[Any, Any]]]:
     """Calls of the form of `bn_apply(params, state, x, train)`, and their variables."""
     features = shape[-1]
     plain, indexed = bnjax.bn_init(features), bnjax.indexed_bn_init(features, 10)
@@ -235,7 +235,7 @@ def _calls(config, shape) -> dict[str, tuple[Callable[..., Any], tuple[Any, Any]
     label = jnp.arange(shape[0]) % 10
 
     def ghost(*args):
-        return bnjax.ghost_bn_apply(*args, ghost_size=config.ghost_size)
+        return bnjax.ghost_bn_apply(*args, ghost_size=ghost_size)
 
     def renorm(*args):
         return bnjax.renorm_bn_apply(*args, r_max=bnjax.RENORM_R_MAX, d_max=bnjax.RENORM_D_MAX)

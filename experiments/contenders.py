@@ -10,6 +10,7 @@ import importlib.util
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -40,6 +41,11 @@ class Case:
     def axis(self) -> int:
         return -1 if self.layout == "last" else 1
 
+    def one(self) -> np.ndarray:
+        """A batch of one example, of zeros."""
+        rest = self.shape[1:] if self.layout == "last" else (self.shape[-1], *self.shape[1:-1])
+        return np.zeros((1, *rest), np.float32)
+
     def arrays(self) -> list[np.ndarray]:
         """x, the other branch of an addition, and the cotangent, float32."""
         return _arrays(self.shape if self.layout == "last" else (self.shape[0], self.shape[-1], *self.shape[1:-1]))
@@ -57,44 +63,54 @@ def _block(case: Case, y: Array, other: Array) -> Array:
     return y if case.block == "bn" else jax.nn.relu(y)
 
 
-def _compiled(case: Case, apply: Callable[[Any, Array], Any], params: Any) -> Callable[[], Any]:
-    """`apply(params, x)` gives y and whatever the layer keeps."""
-    x, other, cotangent = (jnp.asarray(a, case.dtype) for a in case.arrays())
+Layer = tuple[Callable[[Any, Any, Array], Any], Any, Any]
+"""`apply(params, state, x)`, which gives y and whatever the layer keeps; params, and state."""
 
-    def forward(params, x, other):
-        y, kept = apply(params, x)
+
+def step(case: Case, apply: Callable[[Any, Any, Array], Any]) -> Callable[..., Any]:
+    """The block as a function of params, state, x, the other branch of an addition and, with backward, a cotangent."""
+
+    def forward(params, state, x, other):
+        y, kept = apply(params, state, x)
         return _block(case, y.astype(x.dtype), other), kept  # Haiku and Equinox return float32 for bfloat16
 
-    @jax.jit
-    def both(params, x, other, cotangent):
+    def both(params, state, x, other, cotangent):
         if case.block == "bn_add_relu":
-            y, pullback, kept = jax.vjp(forward, params, x, other, has_aux=True)
+            y, pullback, kept = jax.vjp(lambda p, x, o: forward(p, state, x, o), params, x, other, has_aux=True)
         else:
-            y, pullback, kept = jax.vjp(lambda params, x: forward(params, x, other), params, x, has_aux=True)
+            y, pullback, kept = jax.vjp(lambda p, x: forward(p, state, x, other), params, x, has_aux=True)
         return y, kept, pullback(cotangent)
 
-    if case.direction == "forward":
-        compiled = jax.jit(forward)
-        return lambda: compiled(params, x, other)
-    return lambda: both(params, x, other, cotangent)
+    return forward if case.direction == "forward" else both
+
+
+def _compiled(layer: Callable[[Case], Layer]) -> Callable[[Case], Callable[[], Any]]:
+    def make(case):
+        apply, *variables = layer(case)
+        arrays = [jnp.asarray(a, case.dtype) for a in case.arrays()]
+        if case.direction == "forward":
+            arrays.pop()
+        return partial(jax.jit(step(case, apply)), *variables, *arrays)
+
+    return make
 
 
 def _bnjax(case):
-    params, state = bnjax.bn_init(case.shape[-1])
-    return _compiled(case, lambda params, x: bnjax.bn_apply(params, state, x, True, axis=case.axis), params)
+    return (lambda params, state, x: bnjax.bn_apply(params, state, x, True, axis=case.axis)), *bnjax.bn_init(
+        case.shape[-1]
+    )
 
 
-def _linen(case):
+def _linen(case, **options):
     from flax import linen as nn
 
-    layer = nn.BatchNorm(use_running_average=False, axis=case.axis, dtype=case.dtype)
-    variables = layer.init(jax.random.key(0), case.arrays()[0][:1])
-    stats = variables["batch_stats"]
+    layer = nn.BatchNorm(use_running_average=False, axis=case.axis, dtype=case.dtype, **options)
+    variables = layer.init(jax.random.key(0), case.one())
 
-    def apply(params, x):
+    def apply(params, stats, x):
         return layer.apply({"params": params, "batch_stats": stats}, x, mutable=["batch_stats"])
 
-    return _compiled(case, apply, variables["params"])
+    return apply, variables["params"], variables["batch_stats"]
 
 
 def _nnx(case):
@@ -103,11 +119,11 @@ def _nnx(case):
     layer = nnx.BatchNorm(case.shape[-1], axis=case.axis, dtype=jnp.dtype(case.dtype), rngs=nnx.Rngs(0))
     graph, params, stats = nnx.split(layer, nnx.Param, nnx.BatchStat)
 
-    def apply(params, x):
+    def apply(params, stats, x):
         layer = nnx.merge(graph, params, jax.tree.map(lambda v: v, stats))  # new variables, of this trace
         return layer(x, use_running_average=False), nnx.state(layer, nnx.BatchStat)
 
-    return _compiled(case, apply, params)
+    return apply, params, stats
 
 
 def _haiku(case):
@@ -116,8 +132,7 @@ def _haiku(case):
     form = "channels_last" if case.layout == "last" else "channels_first"
 
     layer = hk.transform_with_state(lambda x: hk.BatchNorm(True, True, 0.99, data_format=form)(x, is_training=True))
-    params, state = layer.init(jax.random.key(0), case.arrays()[0][:1])
-    return _compiled(case, lambda params, x: layer.apply(params, state, None, x), params)
+    return (lambda params, state, x: layer.apply(params, state, None, x)), *layer.init(jax.random.key(0), case.one())
 
 
 def _equinox(case):
@@ -127,14 +142,14 @@ def _equinox(case):
     params, rest = eqx.partition(layer, eqx.is_inexact_array)
     channels = len(case.shape) - 2 if case.layout == "last" else 0
 
-    def apply(params, x):
+    def apply(params, state, x):
         def example(x):  # its channels come first
             y, kept = eqx.combine(params, rest)(jnp.moveaxis(x, channels, 0), state)
             return jnp.moveaxis(y, 0, channels), kept
 
         return jax.vmap(example, axis_name="batch", out_axes=(0, None))(x)
 
-    return _compiled(case, apply, params)
+    return apply, params, state
 
 
 def _keras(case):
@@ -143,10 +158,10 @@ def _keras(case):
 
     policy = case.dtype if case.dtype == "float32" else f"mixed_{case.dtype}"
     layer = keras.layers.BatchNormalization(axis=case.axis, dtype=policy)
-    layer.build((None, *case.arrays()[0].shape[1:]))
+    layer.build((None, *case.one().shape[1:]))
     params = [v.value for v in layer.trainable_variables]
     stats = [v.value for v in layer.non_trainable_variables]
-    return _compiled(case, lambda params, x: layer.stateless_call(params, stats, x, training=True), params)
+    return (lambda params, stats, x: layer.stateless_call(params, stats, x, training=True)), params, stats
 
 
 def _torch(case):
@@ -186,13 +201,19 @@ def _torch(case):
     return finished
 
 
-CONTENDERS: dict[str, tuple[str, Callable[[Case], Callable[[], Any]]]] = {
+LAYERS: dict[str, tuple[str, Callable[[Case], Layer]]] = {
     "bnjax": ("bnjax", _bnjax),
     "Flax Linen": ("flax", _linen),
+    "Flax Linen, two reads": ("flax", partial(_linen, use_fast_variance=False)),
     "Flax NNX": ("flax", _nnx),
     "Haiku": ("haiku", _haiku),
     "Equinox": ("equinox", _equinox),
     "Keras on JAX": ("keras", _keras),
+}
+"""The module and the layer of each library on JAX."""
+
+CONTENDERS: dict[str, tuple[str, Callable[[Case], Callable[[], Any]]]] = {
+    **{name: (module, _compiled(layer)) for name, (module, layer) in LAYERS.items() if "," not in name},
     "PyTorch": ("torch", _torch),
 }
 

@@ -114,6 +114,21 @@ def limits(path: Path, panels: dict[tuple[str, str], dict[str, list[float]]], *,
     plt.close(figure)
 
 
+def bars(path: Path, panels: Mapping[str, Mapping[str, Mapping[str, float]]], *, title: str) -> None:
+    """A panel for each quantity: by library, a bar for each target."""
+    with figure(path, title, panels=len(panels), height=3.6) as axes:
+        for each, (label, libraries) in zip(np.ravel(axes), panels.items(), strict=True):
+            targets = list(dict.fromkeys(target for values in libraries.values() for target in values))
+            width = 0.8 / len(libraries)
+            for i, (name, values) in enumerate(libraries.items()):
+                places = [targets.index(target) + (i - (len(libraries) - 1) / 2) * width for target in values]
+                drawn = each.bar(places, list(values.values()), width, color=PALETTE[i], label=name)
+                each.bar_label(drawn, fmt="%.1f", fontsize=6)
+            each.set_xticks(range(len(targets)), targets, fontsize=8)
+            each.set_ylabel(label)
+        np.ravel(axes)[0].legend(frameon=False, fontsize=8)
+
+
 def growth(path: Path, megabytes: list[float], series: dict[str, list[float]], *, title: str) -> None:
     """Nanoseconds for each value against the size of x."""
     with figure(path, title, height=4) as axes:

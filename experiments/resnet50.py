@@ -20,9 +20,18 @@ CLASSES = 1000
 Norm = Callable[..., Callable[[Array], Array]]
 
 
-def identity(**_: Any) -> Callable[[Array], Array]:
-    """No normalization, in place of a layer of it."""
-    return lambda x: x
+class Affine(nn.Module):
+    """A scale and a bias for each feature, and no normalization: what is left of a layer without its statistics."""
+
+    scale_init: Callable[..., Array] = nn.initializers.ones
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        scale, bias = (
+            self.param(name, init, (x.shape[-1],)).astype(x.dtype)
+            for name, init in (("scale", self.scale_init), ("bias", nn.initializers.zeros))
+        )
+        return x * scale + bias
 
 
 class Bottleneck(nn.Module):
