@@ -26,9 +26,9 @@ class BatchNorm(nn.BatchNorm):
     Arguments, defaults, variables, dtypes and initialization are Flax's, and checkpoints serve both, either way.
     Where it departs from Flax, on purpose:
 
-    * The variance is exact: taken around the mean, never as E[x^2] - E[x]^2. Reductions are float32 or wider.
-      `use_fast_variance` is accepted and makes no difference, nor does `force_float32_reductions=False`, but for the
-      dtype in which statistics are stored.
+    * The variance is exact: taken around the running mean or the batch's, never as E[x^2] - E[x]^2. Reductions are
+      float32 or wider. `use_fast_variance` is accepted and makes no difference, nor does
+      `force_float32_reductions=False`, but for the dtype in which statistics are stored.
     * Running statistics stay as they are for a feature with fewer than two valid values, or whose batch statistics are
       not finite. Without a valid value `x` is normalized by the running statistics, where Flax gives NaN.
     * Devices and masks are merged by weight: unequal and empty shards are exact. Flax takes the mean of means.

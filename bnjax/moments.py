@@ -86,7 +86,8 @@ def batch_moments(
 
     with w the mask, or 1. Devices are merged by weight (Chan, Golub & LeVeque, 1983, equation 2.1), so unequal and
     empty shards are exact. The relative error of `var`, and the error of `mean` in units of the standard deviation,
-    grow with |mean| / std once.
+    grow with |mean| / std once. `x` is read once, around 0, and twice more where |mean|^2 > 8 var for some feature
+    (`bnjax.bn_apply` reads it around the running mean).
 
     Args:
       x: floating or complex, any shape.

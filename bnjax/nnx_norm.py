@@ -14,6 +14,7 @@ from jax import Array
 from bnjax import checks, layers
 from bnjax.functional import BNParams, bn_collect
 from bnjax.indexed import conditional_params, indexed_bn_collect
+from bnjax.moments import wider
 from bnjax.momentum import Momentum
 from bnjax.variants import RENORM_D_MAX, RENORM_R_MAX, Limit, ghost_bn_collect, renorm_bn_collect
 
@@ -33,8 +34,8 @@ class BatchNorm(nnx.BatchNorm):
     Arguments, defaults, variables, dtypes and initialization are Flax's, and checkpoints serve both, either way.
     Where it departs from Flax, on purpose:
 
-    * The variance is exact: taken around the mean, never as E[x^2] - E[x]^2. `use_fast_variance` is accepted and makes
-      no difference.
+    * The variance is exact: taken around the running mean or the batch's, never as E[x^2] - E[x]^2.
+      `use_fast_variance` is accepted and makes no difference.
     * Running statistics stay as they are for a feature with fewer than two valid values, or whose batch statistics are
       not finite. Without a valid value `x` is normalized by the running statistics, where Flax gives NaN.
     * Devices and masks are merged by weight: unequal and empty shards are exact. Flax takes the mean of means.
@@ -151,7 +152,8 @@ class BatchNorm(nnx.BatchNorm):
         stored = (None if v is None else v[...] for v in (self.scale, self.bias))
         # The running statistics stay as they are stored: in half precision they would lose what they are kept for.
         promoted, _, _, scale, bias = self.promote_dtype((x, mean, var, *stored), dtype=self.dtype)
-        x = promoted if jnp.iscomplexobj(x) else promoted.real  # complex parameters leave the mean of real data real
+        if not jnp.issubdtype(x.dtype, jnp.floating) or promoted.dtype != wider(x.dtype):  # else it is widened later
+            x = promoted if jnp.iscomplexobj(x) else promoted.real  # complex parameters leave the mean of real data real
         schedules = (getattr(self, name, None) for name in ("momentum", "r_max", "d_max"))
         counting = train and any(map(callable, schedules))
         if counting and not hasattr(self, "count"):

@@ -105,7 +105,8 @@ def ghost_bn_apply(
       params, state, x, train and the rest: as in `bnjax.bn_apply`.
 
     Returns:
-      y and the state, as `bnjax.bn_apply` does. A group without a valid value of a feature is normalized by the running
+      y and the state, as `bnjax.bn_apply` does. A group is read once, around the mean of its first sixteenth, and that
+      part twice; under a mask it is read twice. A group without a valid value of a feature is normalized by the running
       statistics. Under sharded jit a group that lies on one device needs no communication for its normalization.
 
     Raises:

@@ -3,7 +3,8 @@
 All that is compared runs in one process, in turn. Before each there is a rest, since the threads of another library
 may still spin (PyTorch's do for about 20 ms); then a call to warm up, and the one that is timed. glibc hands large
 blocks back to the system, and paging them in again can take longer than the layer; here it keeps them (`keep_memory`).
-Ratios of medians; on a shared machine an absolute time says little.
+On a shared machine neighbours only add to a time, and most to PyTorch, whose threads spin at barriers. So the least of
+a call's times stands for it, with the spread of the others beside it; ratios, since an absolute time says little.
 
 A pass is one reading or writing of an array of x's size. Forward needs 3 (read x for the statistics, read x, write y);
 with backward 8 (read x and dy for the two sums, read both, write dx). Copying an array is two passes.
@@ -72,7 +73,7 @@ class Bench:
     """sizes of x for the growth, of 2**20 bytes"""
     ghost_size: int = 16
     """examples in a group, for the variants"""
-    rounds: int = 11
+    rounds: int = 25
     """timings of each call"""
     out: Path = Path("results")
     """folder for config.json, times.jsonl and figures, in a folder of their own"""
@@ -280,16 +281,16 @@ MEASURES: dict[str, Callable[[Bench], Iterator[dict[str, Any]]]] = {
 }
 
 
-def medians(entry: dict[str, Any]) -> dict[str, float]:
-    """Of each call, with the fastest of the copies under the name `copy`."""
-    found = {name: statistics.median(seconds) for name, seconds in entry["seconds"].items()}
+def least(entry: dict[str, Any]) -> dict[str, float]:
+    """The least time of each call, with the fastest of the copies under the name `copy`."""
+    found = {name: min(seconds) for name, seconds in entry["seconds"].items()}
     copied = [found.pop(name) for name in list(found) if name.startswith("copy by")]
     return {**found, "copy": min(copied)} if copied else found
 
 
 def of_the_limit(entry: dict[str, Any]) -> dict[str, float]:
     """Time of each library over that of its block's passes at the speed of copying."""
-    found = medians(entry)
+    found = least(entry)
     limit = PASSES[entry["block"], entry["direction"]] * found.pop("copy") / 2
     return {name: seconds / limit for name, seconds in found.items()}
 
@@ -299,9 +300,14 @@ def geometric_mean(values: Iterable[float]) -> float:
 
 
 def spread(entry: dict[str, Any], name: str) -> float:
-    """Half the distance of the quartiles of a call's times, over their median."""
-    low, middle, high = np.quantile(entry["seconds"][name], [0.25, 0.5, 0.75])
-    return float((high - low) / 2 / middle)
+    """How far the median of a call's times is above the least, in parts of that."""
+    seconds = entry["seconds"][name]
+    return statistics.median(seconds) / min(seconds) - 1
+
+
+def disturbed(entry: dict[str, Any]) -> list[str]:
+    """The calls whose median is more than half above the least: somebody else was at work."""
+    return [name for name in entry["seconds"] if spread(entry, name) > 0.5]
 
 
 def figures(folder: Path, results: dict[str, Any]) -> None:
@@ -324,7 +330,7 @@ def figures(folder: Path, results: dict[str, Any]) -> None:
     if entries := results.get("growth"):
         series: dict[str, list[float]] = {}
         for e in entries:
-            for name, seconds in medians(e).items():
+            for name, seconds in least(e).items():
                 passes = PASSES["bn", "backward"] / 2 if name == "copy" else 1
                 series.setdefault(name, []).append(1e9 * passes * seconds / math.prod(e["shape"]))
         megabytes = [math.prod(e["shape"]) * 4 / 2**20 for e in entries]
@@ -335,40 +341,43 @@ def report(results: dict[str, Any]) -> None:
     """Print the tables."""
     if entries := results.get("libraries"):
         names = [name for name in entries[0]["seconds"] if not name.startswith("copy")]
-        print(
-            "\nHow many times as fast as each library, geometric mean over the shapes; time over that of the passes at"
-        )
-        print("the speed of copying; and the spread of its times (half the distance of the quartiles).\n")
+        print("\nHow many times as fast as each library, by least times, geometric mean over the shapes; time over")
+        print("that of the passes at the speed of copying; and how far the median of its times is above the least.\n")
         print(f"{'':34}" + "".join(f"{name:>14}" for name in names[1:]) + f"{'limit':>8}{'spread':>8}")
         keys = [tuple(e[k] for k in ("layout", "dtype", "direction", "block")) for e in entries]
         for key in dict.fromkeys(keys):
             rows = [e for e, k in zip(entries, keys, strict=True) if k == key]
-            ratios = [geometric_mean(medians(e)[n] / medians(e)["bnjax"] for e in rows) for n in names[1:]]
+            ratios = [geometric_mean(least(e)[n] / least(e)["bnjax"] for e in rows) for n in names[1:]]
             limit = geometric_mean(of_the_limit(e)["bnjax"] for e in rows)
             wide = statistics.fmean(spread(e, "bnjax") for e in rows)
             label = f"{key[3]:12}{key[2]:9}{key[1]:9} {key[0]}"
             print(f"{label:34}" + "".join(f"{r:>14.2f}" for r in ratios) + f"{limit:>8.2f}{wide:>8.0%}")
+        if names := sorted({name for e in entries for name in disturbed(e)}):
+            print(
+                f"\nDisturbed, medians more than half above the least for: {', '.join(names)}. Run it again, or compare"
+            )
+            print("the least times alone.")
     for part, title in ("growth", "Growth: ns for each value"), ("small", "A small batch: microseconds"):
         for i, e in enumerate(results.get(part, [])):
-            found = medians(e)
+            found = least(e)
             scale = 1e9 / math.prod(e["shape"]) if part == "growth" else 1e6
             if i == 0:
                 print(f"\n{title}\n\n{'':24}" + "".join(f"{name:>14}" for name in found))
             label = f"{math.prod(e['shape']) * 4 / 2**20:.0f} MB" if part == "growth" else e["direction"]
             print(f"{label:24}" + "".join(f"{seconds * scale:>14.2f}" for seconds in found.values()))
     for e in results.get("vmap", []):
-        found = medians(e)
+        found = least(e)
         ratio = found["one vmap"] / found["eight calls"]
         print(f"\n{e['models']} models in one vmap take {ratio:.2f} of the time of as many calls")
     for i, e in enumerate(results.get("variants", [])):
-        found = medians(e)
+        found = least(e)
         if i == 0:
             print(f"\nVariants: times bn_apply\n\n{'':24}" + "".join(f"{name:>18}" for name in found))
         label = "x".join(map(str, e["shape"]))
         print(f"{label:24}" + "".join(f"{seconds / found['bn_apply']:>18.2f}" for seconds in found.values()))
     footprint.report(results.get("network", []))
     for e in results.get("folded", []):
-        found = medians(e)
+        found = least(e)
         print("\nEvaluation: times a network that never had batch normalization\n")
         for name, seconds in found.items():
             print(f"{name:24}{seconds / found['never had it']:>8.3f}{1e3 * seconds:>10.2f} ms")

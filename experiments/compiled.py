@@ -116,7 +116,10 @@ def count(mesh: Any, f: Callable[..., Any], variables: Any, arrays: list[Any], p
     begun = time.perf_counter()
     compiled = jax.jit(f).lower(*variables, *arrays).compile()
     seconds = time.perf_counter() - begun
-    program, memory = Program(compiled.as_text()), compiled.memory_analysis()
+    text, memory = compiled.as_text(), compiled.memory_analysis()
+    assert text is not None
+    assert memory is not None
+    program = Program(text)
     return {
         "bytes": program.bytes,
         "passes": round(program.bytes / pass_bytes, 3) if pass_bytes else None,

@@ -60,8 +60,8 @@ def layer(block, direction, dtype, devices, apply=bnjax.bn_apply, variables=None
 @pytest.mark.parametrize(("block", "direction"), CASES)
 def test_a_layer_for_tpu_reads_once_and_has_one_collective_each_way(block, direction, dtype, tpu):
     found = compiled.count(tpu, *layer(block, direction, dtype, tpu.size))
-    # Forward: x for the statistics, x again, y. Backward: x and dy for the sums; both again, and dx, of which XLA reads x
-    # once for dx and y. With ReLU in bfloat16 it writes the masked dy, as it does not for Flax, which needs 7.
+    # Forward: x for the statistics, x again, y. Backward: x and dy for the sums; both again, and dx, where XLA reads x
+    # once for dx and y. With ReLU in bfloat16 it writes the masked dy first; for Flax's formula it does not.
     most = 3 if direction == "forward" else 8 if (block, dtype) == ("bn_relu", "bfloat16") else 7
     assert found["passes"] <= most + 0.01
     assert [kind for kind, _ in found["collectives"]] == ["all-reduce"] * (1 if direction == "forward" else 2)
