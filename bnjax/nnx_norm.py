@@ -152,8 +152,10 @@ class BatchNorm(nnx.BatchNorm):
         stored = (None if v is None else v[...] for v in (self.scale, self.bias))
         # The running statistics stay as they are stored: in half precision they would lose what they are kept for.
         promoted, _, _, scale, bias = self.promote_dtype((x, mean, var, *stored), dtype=self.dtype)
-        if not jnp.issubdtype(x.dtype, jnp.floating) or promoted.dtype != wider(x.dtype):  # else it is widened later
-            x = promoted if jnp.iscomplexobj(x) else promoted.real  # complex parameters leave the mean of real data real
+        x = jnp.asarray(x)
+        if not jnp.issubdtype(x.dtype, jnp.floating) or promoted.dtype != wider(x.dtype):
+            # Complex parameters leave the mean of real data real.
+            x = promoted if jnp.iscomplexobj(x) else promoted.real
         schedules = (getattr(self, name, None) for name in ("momentum", "r_max", "d_max"))
         counting = train and any(map(callable, schedules))
         if counting and not hasattr(self, "count"):
