@@ -270,7 +270,7 @@ def added(entries: dict[str, dict[str, Any]], library: str) -> float:
 
 
 def _adds(entries: dict[str, dict[str, Any]]) -> bool:
-    """Whether the network without normalization is a baseline: on several GPUs it compiles otherwise, and moves more."""
+    """Whether the network without normalization is a baseline: on several GPUs it compiles otherwise and moves more."""
     return NONE in entries and entries["Flax Linen"]["bytes"] > entries[NONE]["bytes"]
 
 
