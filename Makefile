@@ -41,7 +41,8 @@ test: $(VENV)/.installed ## the whole test suite
 	$(BIN)/python -m pytest --numprocesses 2
 
 oracles: $(OTHERS)/.installed ## compare it live with PyTorch, Keras, Haiku, Equinox, Flax and ONNX; compile it for a GPU
-	$(OTHERS)/bin/python -m pytest --numprocesses 2 tests/oracles tests/test_compiled.py
+	$(OTHERS)/bin/python -m pytest --numprocesses 2 tests/oracles
+	$(OTHERS)/bin/python -m pytest tests/test_compiled.py -k gpu
 
 lint: $(VENV)/.installed ## ruff and pyright
 	$(BIN)/ruff check .

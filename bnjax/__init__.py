@@ -1,6 +1,7 @@
 """Batch normalization for JAX: pure functions, exact on one device or many. See README.md."""
 
 from bnjax import interop as interop
+from bnjax.array_moments import Moments as Moments
 from bnjax.diagnostics import Diagnosis as Diagnosis
 from bnjax.diagnostics import diagnose as diagnose
 from bnjax.functional import BNParams as BNParams
@@ -12,7 +13,6 @@ from bnjax.inference import fold as fold
 from bnjax.inference import fold_into_next as fold_into_next
 from bnjax.inference import fold_into_previous as fold_into_previous
 from bnjax.inference import recalibrate as recalibrate
-from bnjax.moments import Moments as Moments
 from bnjax.moments import batch_moments as batch_moments
 from bnjax.moments import merge as merge
 from bnjax.momentum import cumulative_average as cumulative_average

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from bnjax import checks
-from bnjax.moments import Moments, Support, merge, supported_moments, wider
+from bnjax.array_moments import Moments
+from bnjax.moments import Support, merge, supported_moments, wider
 from bnjax.momentum import Momentum
 from bnjax.normalize import normalize
 
@@ -202,7 +203,8 @@ def bn_collect(
     """`bn_apply`, and in training, if `collect`, the batch's moments.
 
     `earlier` moments, of other parts of one larger batch, are merged with those of this part: it is the moments of all
-    parts that the state absorbs and that come back. The output is normalized by this part's own.
+    parts that the state absorbs and that come back. The output is normalized by this part's own. `dtype` is that of
+    the output, by default x's: a layer whose output is wider than its input need not widen the input first.
     """
     options, rate = canonical(
         "bn_apply", train, axis, momentum, epsilon, axis_name, axis_index_groups, unbiased_var, collect, dtype

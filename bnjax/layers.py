@@ -10,9 +10,10 @@ import numpy as np
 from jax import Array
 
 from bnjax import checks
+from bnjax.array_moments import Moments
 from bnjax.functional import BNParams, BNState, Collected, bn_collect
 from bnjax.inference import Affine, fold_into_next, fold_into_previous
-from bnjax.moments import Moments, Support, wider
+from bnjax.moments import Support, wider
 
 
 def feature_axes(x: Array, axis: Any) -> tuple[int, ...]:

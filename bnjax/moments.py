@@ -2,21 +2,12 @@
 
     weight = sum_i w_i        mean = sum_i w_i x_i / weight        var = sum_i w_i |x_i - mean|^2 / weight
 
-An array is read once, around a shift c that is known before it is, such as the running mean:
-
-    mean = c + E[x - c]       var = E|x - c|^2 - |E[x - c]|^2
-
-With r = |mean - c|^2 / var, the two terms of `var` are (1 + r) var and r var, so that rounding errors of relative size
-e in the sums become a relative error of about e (1 + r) in `var`, and of e sqrt(1 + r) standard deviations in `mean`.
-A guard keeps r to 8, per feature: where a feature has more, the moments are taken again in two reads, around the mean
-that a plain sum gives. So the errors grow with |mean| / std once, as the rounding of the input does, whatever c is.
-The textbook E|x|^2 - |E x|^2 is c = 0 without a guard, and loses the square of |mean| / std.
-
 Values that already are means of parts, with variances of their own, pool to (Chan, Golub & LeVeque, 1983)
 
     var = sum_i w_i (var_i + |mean_i - mean|^2) / weight
 
-so one function, `_pool`, serves the second look at an array, the shards of a mesh and the steps of an accumulation.
+so one function, `pool`, serves the shards of a mesh, the steps of an accumulation and a second look at an array. How an
+array is read is in `array_moments.py`.
 
 This module knows neither scale and bias nor running statistics.
 """
@@ -31,30 +22,22 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jax.ad_checkpoint import checkpoint_name
 
 from bnjax import checks
-from bnjax.reductions import cut, primitive, sums, two_sums
+from bnjax.array_moments import (
+    Moments,
+    grouped_moments,
+    guarded_moments,
+    named,
+    nonzero,
+    pool,
+    sum_as,
+    valid,
+    weigh,
+)
+from bnjax.reductions import sums
 
 Groups = tuple[tuple[int, ...], ...] | None
-
-# The name of the statistics for `jax.checkpoint`: a policy that saves it keeps the backward from reducing x again.
-CHECKPOINT_NAME = "bnjax_statistics"
-
-
-class Moments(NamedTuple):
-    """Weight, mean and variance per feature; all three have the shape of the features.
-
-    `weight` is the number of values (the sum of the mask where one is given), `var` is divided by `weight`. Where
-    `weight` is 0, `mean` and `var` are 0.
-    """
-
-    weight: Array
-    mean: Array
-    var: Array
-
-
-jax.export.register_namedtuple_serialization(Moments, serialized_name="bnjax.Moments")
 
 
 class Support(NamedTuple):
@@ -161,7 +144,7 @@ def merge(*moments: Moments) -> Moments:
             "Merge moments of the same features."
         )
     weight, mean, var = (jnp.stack(leaves) for leaves in zip(*moments, strict=True))
-    return _pool(weight, mean, var, (0,))
+    return pool(weight, mean, var, (0,))
 
 
 def supported_moments(
@@ -198,7 +181,7 @@ def supported_moments(
     if mapped:
         # Axes of vmap stay outside the derivative rule: under jit it is traced where their names are out of scope. No
         # data move along them, so that autodiff may transpose this merge as it likes.
-        moments, support = _named(_merge_over(mapped, groups, moments, support))
+        moments, support = named(_merge_over(mapped, groups, moments, support))
     return moments, Support(moments.weight, moments.weight) if support is None else support
 
 
@@ -220,7 +203,7 @@ def _sharded_as(x, few):
 
 def merge_along(moments: Moments, support: Support, axis: int) -> tuple[Moments, Support]:
     """Those of the parts of a batch that lie along an array axis, together."""
-    return _pool(*moments, (axis,)), Support(*(jnp.sum(leaf, axis) for leaf in support))
+    return pool(*moments, (axis,)), Support(*(jnp.sum(leaf, axis) for leaf in support))
 
 
 def merge_over(
@@ -247,15 +230,15 @@ def _kinds(names, groups):
 
 def autodiff_moments(x, mask, axes, names, groups):
     """`_moments` without its derivative rule: the tests' oracle for it."""
-    return _completed(_pool(mask, x, None, axes), x, mask, axes, names, groups)
+    return _completed(pool(mask, x, None, axes), x, mask, axes, names, groups)
 
 
 def _completed(moments, x, mask, axes, names, groups):
     """The moments of `x` with their support, over named axes too."""
     support = None
     if mask is not None and mask.dtype != bool:
-        parts = (mask > 0).astype(mask.dtype), _weigh(mask, mask)
-        support = Support(*(_sum_as(x.shape, part, axes, moments.weight) for part in parts))
+        parts = (mask > 0).astype(mask.dtype), weigh(mask, mask)
+        support = Support(*(sum_as(x.shape, part, axes, moments.weight) for part in parts))
     return _merge_over(names, groups, moments, support) if names else (moments, support)
 
 
@@ -263,12 +246,12 @@ def _completed(moments, x, mask, axes, names, groups):
 def _moments(x, mask, shift, axes, names, groups, look):
     """Moments, and their support where it differs from the weight; `mask` is boolean, real of x's width, or None."""
     if math.prod(x.shape[a] for a in axes) < 2 or not (mask is None or look.guarded):
-        moments = _pool(mask, x, None, axes)
+        moments = pool(mask, x, None, axes)
     elif mask is None and not look.guarded:
-        moments = Moments(*_whole_moments.bind(x.astype(look.dtype), shift, axes=axes))
+        moments = Moments(*grouped_moments.bind(x.astype(look.dtype), shift, axes=axes))
     else:
         masks = [] if mask is None else [mask]
-        moments = Moments(*_local_moments.bind(x.astype(look.dtype), shift, *masks, axes=axes))
+        moments = Moments(*guarded_moments.bind(x.astype(look.dtype), shift, *masks, axes=axes))
     return _completed(moments, x, mask, axes, names, groups)
 
 
@@ -277,143 +260,15 @@ def _moments_jvp(axes, names, groups, look, primals, tangents):
     # dmean = E[dx] and dvar = 2 E[Re(conj(x - mean) dx)]: what the sums were taken around drops out, and what is left
     # transposes to one elementwise pass. Both sums travel in one psum, forward and, transposed, backward.
     x, mask, _ = primals
-    moments, support = _named(_moments(*primals, axes, names, groups, look))
+    moments, support = named(_moments(*primals, axes, names, groups, look))
     dx, *_ = tangents
     mean = jnp.expand_dims(moments.mean, axes)
     if mask is not None:
         x = jnp.where(valid(mask, x), x, mean)  # a NaN there times a zero cotangent would be a NaN
-    both = [jnp.squeeze(t, axes).astype(x.dtype) for t in sums(_weigh(mask, dx), x, mean, axes)]
-    dmean, dvar = (t / _nonzero(moments.weight).astype(x.dtype) for t in _total(both, names, groups))
+    both = [jnp.squeeze(t, axes).astype(x.dtype) for t in sums(weigh(mask, dx), x, mean, axes)]
+    dmean, dvar = (t / nonzero(moments.weight).astype(x.dtype) for t in _total(both, names, groups))
     dmoments = Moments(jnp.zeros_like(moments.weight), dmean, 2 * dvar.real)
     return (moments, support), (dmoments, jax.tree.map(jnp.zeros_like, support))
-
-
-# The guard. Sums by trees, as TPUs and GPUs take them, round by about eps, which becomes 9 eps at the most; what
-# rounding the input does to a variance is as large. Where `var` itself is not far above (1024 eps mean)^2, as for a
-# feature that is constant, |mean - c| may be as large: its square times eps is less than rounding the mean to eps does.
-NEAR = 8.0
-ROUNDED = 1024.0
-
-
-def _guarded_moments(x, shift, *mask, axes):
-    """Moments in one read of `x` around the shift, and in two more where that is too far from the mean.
-
-    `x` may be of half precision, `shift` has the dtype of the result and is broadcastable to `x`.
-    """
-    weights = mask[0] if mask else None
-    shift = jnp.where(jnp.isfinite(shift), shift, 0)
-    (total, mean, var), offset = _around(x, shift, weights, axes)
-    rounding = ROUNDED * jnp.finfo(var.dtype).eps * jnp.abs(mean)
-    near = (_abs_square(offset) <= NEAR * var + rounding * rounding) & jnp.isfinite(var)
-
-    def around_the_mean(x, mean, var):
-        exact = _pool(weights, x.astype(shift.dtype), None, axes)
-        return exact.mean + lax.full_like(mean, 0), exact.var + lax.full_like(var, 0)  # and sharded as those
-
-    # Two rules of XLA: a conditional stays one if a branch does nothing, else it may become a select, which computes
-    # both; and what enters it is in memory, so that `x` enters before it is widened.
-    mean, var = lax.cond(jnp.all(near), lambda x, mean, var: (mean, var), around_the_mean, x, mean, var)
-    return Moments(total, mean, jnp.maximum(var, 0))
-
-
-def _group_moments(x, shift, *, axes):
-    """Moments in one read of `x` around the mean of its first sixteenth along the first of the axes.
-
-    The mean of a fraction f is at most sqrt((1 - f) / f) standard deviations from the mean of all, whatever the data:
-    this needs no guard, but an axis that is not divided among devices, and a part of `x` is read twice.
-    """
-    part = lax.slice_in_dim(x, 0, -(-x.shape[axes[0]] // 16), axis=axes[0]).astype(shift.dtype)
-    moments, _ = _around(x, jnp.mean(part, axes, keepdims=True), None, axes)
-    return moments._replace(var=jnp.maximum(moments.var, 0))
-
-
-def _around(x, shift, weights, axes):
-    """Moments by sums around the shift, which may leave `var` a little below 0, and mean - shift."""
-    centered = x.astype(shift.dtype) - shift
-    offset = jnp.sum(_weigh(weights, centered), axes)
-    total = _total_weight(x.shape, weights, axes, offset)
-    share = _share(total, offset.dtype)
-    offset *= share
-    var = jnp.sum(_weigh(weights, _abs_square(centered)), axes) * share.real - _abs_square(offset)
-    return Moments(total, jnp.where(total > 0, jnp.squeeze(shift, axes) + offset, 0), var), offset
-
-
-def _pool(weight, mean, var, axes):
-    """Moments over `axes` of values `mean` with weights (None: 1 each) and variances (None: 0 each)."""
-    plain = jnp.sum(_weigh(weight, mean), axes)
-    total = _named(_total_weight(mean.shape, weight, axes, plain))
-    share = _share(total, mean.dtype)
-    pivot = _named(plain * share)
-    centered = mean - jnp.expand_dims(pivot, axes)
-    square = _abs_square(centered) if var is None else var + _abs_square(centered)
-    # The pivot carries the rounding of a plain sum; the mean around it carries the rounding of one that is near 0.
-    shift = _named(jnp.sum(_weigh(weight, centered), axes) * share)
-    spread = jnp.sum(_weigh(weight, square), axes) * share.real
-    var = spread - _abs_square(shift)
-    # Rounding may leave it below 0. Not jnp.maximum, whose derivative is a half at 0 and nothing below.
-    return Moments(total, pivot + shift, var - lax.stop_gradient(jnp.minimum(var, 0)))
-
-
-def _total_weight(shape, weight, axes, like):
-    """The weight of all places of an array, per feature; real, and sharded as `like`."""
-    ones = jnp.ones((1,) * len(shape) if weight is None else weight.shape, like.real.dtype)
-    return _sum_as(shape, _weigh(weight, ones), axes, like.real)
-
-
-def _share(total, dtype):
-    return (1 / _nonzero(total)).astype(dtype)
-
-
-def _moments_on_cpu(x, shift, *mask, axes):
-    """As `_guarded_moments`, in one sum around the mean of a sixteenth of the values; under a mask, in two reads.
-
-    The mean of a fraction f is at most sqrt((1 - f) / f) standard deviations from the mean of all: around it `var`
-    loses that much more, whatever the data.
-    """
-    x = x.astype(shift.dtype)
-    parts = None if mask or jnp.iscomplexobj(x) else cut(16, axes, x)
-    if parts is None:
-        return _pool(mask[0] if mask else None, x, None, axes)
-    (slabs,), axis, _, rest = parts
-    pivot = jnp.expand_dims(jnp.mean(lax.index_in_dim(slabs, 0, axis, keepdims=False), rest), axes)
-    both = two_sums(lambda x, pivot: (x - pivot, (x - pivot) ** 2), 16, axes, x, pivot)
-    weight = math.prod(x.shape[a] for a in axes)
-    offset, spread = (v / weight for v in both)
-    var = jnp.maximum(spread - offset * offset, 0)
-    return Moments(*(jnp.squeeze(v, axes) for v in (jnp.full_like(var, weight), pivot + offset, var)))
-
-
-_local_moments = primitive("bnjax_moments", _guarded_moments, cpu=_moments_on_cpu, first_is_full=True)
-_whole_moments = primitive("bnjax_group_moments", _group_moments, cpu=_moments_on_cpu, first_is_full=True)
-
-_named = partial(checkpoint_name, name=CHECKPOINT_NAME)
-
-
-def valid(weight, values):
-    """Where the weight is not 0, sharded as `values`, which select requires under explicit sharding."""
-    return (weight if weight.dtype == bool else weight > 0) & lax.full_like(values, True, bool)
-
-
-def _weigh(weight, values):
-    """`values` times `weight`, and 0 where the weight is, whatever stands there."""
-    if weight is None:
-        return values
-    weighed = values if weight.dtype == bool else weight.astype(values.dtype) * values
-    return jnp.where(valid(weight, values), weighed, 0)
-
-
-def _sum_as(shape, values, axes, like):
-    """The sum over `axes` of `values` broadcast to `shape`, without the broadcast, and sharded as `like`."""
-    repeats = math.prod(shape[a] for a in axes if values.shape[a] != shape[a])
-    return jnp.sum(values, axes) * repeats + lax.full_like(like, 0)
-
-
-def _nonzero(weight):
-    return jnp.where(weight > 0, weight, 1)
-
-
-def _abs_square(values):
-    return jnp.real(jnp.conj(values) * values)
 
 
 def _merge_over(names, groups, moments, support):
@@ -425,7 +280,7 @@ def _merge_over(names, groups, moments, support):
     else:
         gathered = [_gather(leaf, names, groups) for leaf in leaves]
     weight, mean, var, *rest = gathered
-    return _pool(weight, mean, var, (0,)), Support(*(jnp.sum(leaf, 0) for leaf in rest)) if rest else None
+    return pool(weight, mean, var, (0,)), Support(*(jnp.sum(leaf, 0) for leaf in rest)) if rest else None
 
 
 def _total(rows, names, groups):

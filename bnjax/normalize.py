@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 
-from bnjax.moments import valid
+from bnjax.array_moments import valid
 from bnjax.reductions import spread
 
 

@@ -15,7 +15,7 @@ from flax.training import train_state
 from jax import Array
 
 from bnjax import checks, trees
-from bnjax.moments import CHECKPOINT_NAME
+from bnjax.array_moments import CHECKPOINT_NAME
 
 Loss = Callable[["Model", Any, bool], Array | tuple[Array, Mapping[str, Array]]]
 

@@ -9,8 +9,9 @@ from typing import Any
 
 import jax
 
+from bnjax.array_moments import Moments
 from bnjax.functional import BNParams, BNState, Collected
-from bnjax.moments import Moments, Support
+from bnjax.moments import Support
 
 
 def leaves(tree: Any) -> dict[str, dict[str, Any]]:

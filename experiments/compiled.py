@@ -64,17 +64,11 @@ def run(config: Compiled) -> None:
     if not targets:
         raise data.InputError("targets: none has a compiler here. Install bnjax's extra `compiled`, on Linux.")
     records.write_config(folder, config, libraries=contenders.versions())
-    with (folder / "programs.jsonl").open("w") as lines:
+    with (folder / "programs.jsonl").open("w") as file:
         for name in targets:
-            process = compilers.run(name, "-m", "experiments.compiled", name, *config.parts)
-            assert process.stdout is not None
-            for line in tqdm(process.stdout, desc=name, unit="program"):
-                if line.startswith("{"):
-                    lines.write(line)
-                    lines.flush()
-            _, errors = process.communicate()
-            if process.returncode:
-                raise data.InputError(f"{name}: the compiler stopped. {errors.strip()[-2000:]}")
+            for entry in tqdm(compiled_for(name, *config.parts), desc=name, unit="program"):
+                file.write(json.dumps(entry) + "\n")
+                file.flush()
     entries = read(folder)
     report(entries)
     figure(folder, entries)
@@ -85,6 +79,13 @@ def read(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "programs.jsonl").read_text().splitlines()]
 
 
+def compiled_for(name: str, *parts: str) -> Iterator[dict[str, Any]]:
+    """The entries of these parts for one target, as a process of its own counts them."""
+    for line in compilers.lines(name, "-m", "experiments.compiled", name, *parts):
+        if line.startswith("{"):
+            yield json.loads(line)
+
+
 # The process that compiles for one target.
 
 
@@ -92,8 +93,7 @@ def programs(mesh: Any, name: str, part: str) -> Iterator[dict[str, Any]]:
     """Entries of one part for one target."""
     if part in ("layer", "variants"):
         for facts, f, variables, case in _layers(part, mesh.size):
-            shape = case.shape if case.layout == "last" else (case.shape[0], case.shape[-1], *case.shape[1:-1])
-            arrays = [jax.ShapeDtypeStruct(shape, case.dtype)] * (2 if case.direction == "forward" else 3)
+            arrays = [jax.ShapeDtypeStruct(case.stored, case.dtype)] * (2 if case.direction == "forward" else 3)
             pass_bytes = math.prod(case.shape) * jnp.dtype(case.dtype).itemsize // mesh.size
             yield {**facts, **count(mesh, f, variables, arrays, pass_bytes)}
     elif name in IMAGES:
@@ -134,7 +134,7 @@ def _layers(part: str, devices: int) -> Iterator[tuple[dict[str, Any], Callable[
     if part == "layer":
         matrix = itertools.product(_known(), get_args(Block), get_args(Direction), get_args(Dtype))
         for library, block, direction, dtype in matrix:
-            # The other libraries' blocks differ from Flax's in what a layer does alone.
+            # ReLU and addition are the same for all, so that two libraries tell what they add.
             if block == "bn" or library in LIBRARIES[:3]:
                 case = Case(shape, block, direction, dtype)
                 yield _layer(case, library, contenders.LAYERS[library][1](case))

@@ -8,6 +8,8 @@ import importlib.util
 import os
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,15 +73,25 @@ def installed(names: tuple[str, ...]) -> list[str]:
     return [name for name in names if importlib.util.find_spec(target(name).module)]
 
 
-def run(name: str, *arguments: str) -> subprocess.Popen[str]:
-    """A Python process with these arguments, set up to compile for the target; its output is to be read."""
+def lines(name: str, *arguments: str) -> Iterator[str]:
+    """The lines that a Python process with these arguments prints, set up to compile for the target.
+
+    Raises:
+      InputError: if the process fails, with the end of what it wrote to its standard error.
+    """
     command = [sys.executable, *arguments]
-    environment = target(name).environment
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # A file, since a pipe that nobody reads would fill with what compilers log, and stop the process.
+    with tempfile.TemporaryFile("w+") as log:
+        process = subprocess.Popen(command, env=target(name).environment, stdout=subprocess.PIPE, stderr=log, text=True)
+        assert process.stdout is not None
+        yield from process.stdout
+        if process.wait():
+            log.seek(0)
+            raise InputError(f"{name}: the compiler stopped. {log.read().strip()[-2000:]}")
 
 
 def mesh(name: str) -> Any:
-    """All devices of the target as a mesh of one axis, "data", in a process that `run` has set up."""
+    """All devices of the target as a mesh of one axis, "data", in a process that `lines` has set up."""
     import jax
     import numpy as np
     from jax.experimental import topologies

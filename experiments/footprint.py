@@ -4,7 +4,6 @@ Saved residuals are what a forward pass keeps for the backward beside its argume
 undoes rematerialization in unrolled code, so temporary memory and time are those of blocks under `jax.lax.scan`.
 """
 
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -104,14 +103,14 @@ def report(entries: list[dict[str, Any]]) -> None:
 
 
 def times(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-    """The median seconds of each call, made in turn, `rounds` times after one that is not counted."""
+    """The least seconds of each call, made in turn, `rounds` times after one that is not counted."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds + 1):  # the first is not counted
         for name, call in calls.items():
             begun = time.perf_counter()
             jax.block_until_ready(call())
             seconds[name].append(time.perf_counter() - begun)
-    return {name: statistics.median(s[1:]) for name, s in seconds.items()}
+    return {name: min(s[1:]) for name, s in seconds.items()}
 
 
 def _temporary(compiled):

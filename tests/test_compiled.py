@@ -4,7 +4,6 @@ A change that adds a pass or a collective fails here. Flax, compiled beside ours
 """
 
 import importlib.util
-import json
 from functools import partial
 
 import jax
@@ -16,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 import bnjax
 from experiments import __main__ as main
 from experiments import compiled, compilers
+from experiments.data import InputError
 from experiments.traffic import Program
 
 CASES = [("bn", "forward"), ("bn_relu", "forward"), ("bn", "backward"), ("bn_relu", "backward")]
@@ -84,6 +84,24 @@ def test_a_variant_for_tpu_reads_once_and_has_one_collective_each_way(name, tpu)
 
 
 @needs_tpu_compiler
+def test_models_under_vmap_for_tpu_read_once_and_share_one_collective(tpu):
+    models, shape = 4, (compiled.SHAPE[0] * tpu.size, *compiled.SHAPE[1:])
+    variables = jax.tree.map(lambda v: jnp.stack([v] * models), bnjax.bn_init(shape[-1]))
+    # The axis of the models is the second, so that the first is divided among the devices.
+    many = jax.vmap(lambda params, state, x: bnjax.bn_apply(params, state, x, True), (0, 0, 1), (1, 0))
+    x = jax.ShapeDtypeStruct((shape[0], models, *shape[1:]), jnp.bfloat16)
+    found = compiled.count(tpu, many, variables, [x], 2 * models * int(np.prod(compiled.SHAPE)))
+    assert found["passes"] <= 3.01
+    assert [kind for kind, _ in found["collectives"]] == ["all-reduce"]
+
+
+@needs_cuda_compiler
+def test_a_compiler_that_fails_says_why():
+    with pytest.raises(InputError, match=r"(?s)h100: the compiler stopped.*no_such_part"):
+        list(compilers.lines("h100", "-c", "import sys; sys.stderr.write('x' * 10**6); import no_such_part"))
+
+
+@needs_tpu_compiler
 def test_groups_for_tpu_need_no_collective_for_the_output(tpu):
     ghost = partial(bnjax.ghost_bn_apply, ghost_size=16)
 
@@ -120,10 +138,7 @@ def test_a_network_for_tpu_moves_no_more_than_with_flax(tpu):
 @needs_cuda_compiler
 @pytest.mark.parametrize("name", ["h100", "h100-8"])
 def test_programs_for_gpu_move_no_more_than_with_flax(name):
-    process = compilers.run(name, "-m", "experiments.compiled", name, "variants", "nnx")
-    output, errors = process.communicate()
-    assert process.returncode == 0, errors
-    entries = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
+    entries = list(compiled.compiled_for(name, "variants", "nnx"))
     for entry in entries:
         if entry["part"] == "layer" and entry["library"] == "bnjax":
             assert entry["passes"] <= (3.1 if entry["direction"] == "forward" else 8.1), entry

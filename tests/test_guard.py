@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import bnjax
-from bnjax import moments
+from bnjax import array_moments
 from bnjax.functional import bn_collect
 from tests import reference
 from tests.test_accuracy import EPS, FACTOR
@@ -184,8 +184,8 @@ def test_the_guess_of_the_mean_changes_neither_moments_nor_derivatives(rng):
 
 def test_the_guard_is_what_its_comment_says(rng):
     # eps (1 + NEAR) is inside the bound of test_accuracy, which is 16 eps at the least.
-    assert 1 + moments.NEAR < 2 * FACTOR
+    assert 1 + array_moments.NEAR < 2 * FACTOR
     x = np.concatenate([batch(0.0, 1.0, rng)] * 48)  # about 200,000 rows
-    worst = np.sqrt(moments.NEAR) * 0.99
-    got = jax.jit(moments._guarded_moments, static_argnames="axes")(x, np.full((1, FEATURES), worst, "f"), axes=(0,))
+    worst = np.sqrt(array_moments.NEAR) * 0.99
+    got = jax.jit(array_moments.guarded, static_argnames="axes")(x, np.full((1, FEATURES), worst, "f"), axes=(0,))
     assert_exact(x, got.mean, got.var)
