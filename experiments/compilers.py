@@ -82,10 +82,11 @@ def lines(name: str, *arguments: str) -> Iterator[str]:
     command = [sys.executable, *arguments]
     # A file, since a pipe that nobody reads would fill with what compilers log, and stop the process.
     with tempfile.TemporaryFile("w+") as log:
-        process = subprocess.Popen(command, env=target(name).environment, stdout=subprocess.PIPE, stderr=log, text=True)
-        assert process.stdout is not None
-        yield from process.stdout
-        if process.wait():
+        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": log, "text": True}
+        with subprocess.Popen(command, env=target(name).environment, **pipes) as process:
+            assert process.stdout is not None
+            yield from process.stdout
+        if process.returncode:
             log.seek(0)
             raise InputError(f"{name}: the compiler stopped. {log.read().strip()[-2000:]}")
 
