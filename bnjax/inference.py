@@ -165,7 +165,7 @@ def recalibrate(
         `bnjax.nnx.functional` gives. Dropout is as in training; `partial(..., rngs={...})` has its keys. It is compiled
         once for each shape of a batch.
       variables: `params` and `batch_stats`, and whatever else the model has. Its layers are those of `bnjax.linen` or
-        `bnjax.nnx`; Flax's are, under `exact_batch_norm` and after `convert`.
+        `bnjax.nnx`; those of Flax are after `convert`.
       batches: arrays or trees of arrays, of any sizes, sharded or not. They are read once.
       unbiased_var: whether the variance is divided by n - 1 in place of n.
       progress: whether tqdm shows a bar.

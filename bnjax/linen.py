@@ -1,10 +1,9 @@
 """Flax Linen layers. They hold variables; the mathematics is in `functional.py` and beside it.
 
-`BatchNorm` takes the place of `flax.linen.BatchNorm` by a changed import. `exact_batch_norm` is for models that cannot
-be edited: under `flax.linen.intercept_methods` their own BatchNorm layers compute through bnjax.
+`BatchNorm` takes the place of `flax.linen.BatchNorm` by a changed import. `convert` is for models that cannot be
+edited: their own BatchNorm layers compute through bnjax.
 """
 
-import inspect
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -17,35 +16,15 @@ from jax import Array
 
 from bnjax import checks, inference, layers, trees
 from bnjax.functional import aligned
+from bnjax.linen_conversion import convert as convert
+from bnjax.linen_conversion import exact_batch_norm as exact_batch_norm
 from bnjax.linen_norm import BatchNorm as BatchNorm
 from bnjax.linen_norm import ConditionalBatchNorm as ConditionalBatchNorm
 from bnjax.linen_norm import GhostBatchNorm as GhostBatchNorm
 from bnjax.linen_norm import IndexedBatchNorm as IndexedBatchNorm
 from bnjax.linen_norm import RenormBatchNorm as RenormBatchNorm
-from bnjax.linen_norm import batch_norm
 from bnjax.momentum import Momentum
 from bnjax.recurrent import SCALE, BNLSTMCarry, bn_lstm_carry, norm_layers, orthogonal, step
-
-
-def exact_batch_norm(next_function: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
-    """Interceptor for `flax.linen.intercept_methods` under which every `flax.linen.BatchNorm` computes through bnjax.
-
-    Variables, arguments and results are those of `BatchNorm`.
-
-    Example:
-      >>> import flax.linen as nn, jax, jax.numpy as jnp
-      >>> import bnjax.linen
-      >>> model = nn.BatchNorm(use_running_average=False)
-      >>> x = 1e4 + jax.random.normal(jax.random.key(0), (256, 1))
-      >>> with nn.intercept_methods(bnjax.linen.exact_batch_norm):
-      ...     y, _ = model.init_with_output(jax.random.key(0), x)
-      >>> y.std().round(2).tolist()
-      1.0
-    """
-    # By the function, not the class: a subclass that calls super().__call__ keeps what it adds.
-    if getattr(context.orig_method, "func", None) is _FLAX_CALL:
-        return batch_norm(context.module, *args, **kwargs)
-    return next_function(*args, **kwargs)
 
 
 def fold(
@@ -178,7 +157,6 @@ def _argument(args, kwargs):
 
 _LINEAR = (nn.Dense, nn.Conv, nn.ConvTranspose)
 _NORM = (nn.BatchNorm, BatchNorm, GhostBatchNorm, RenormBatchNorm)
-_FLAX_CALL = inspect.unwrap(nn.BatchNorm.__call__)
 
 
 class BNLSTMCell(nn.RNNCellBase, kw_only=True):

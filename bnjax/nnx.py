@@ -14,6 +14,7 @@ from jax import Array
 from bnjax import checks, inference, layers
 from bnjax.functional import BNParams, BNState
 from bnjax.momentum import Momentum
+from bnjax.nnx_conversion import convert as convert
 from bnjax.nnx_norm import BatchMoments as BatchMoments
 from bnjax.nnx_norm import BatchNorm as BatchNorm
 from bnjax.nnx_norm import ConditionalBatchNorm as ConditionalBatchNorm
@@ -24,36 +25,6 @@ from bnjax.recurrent import SCALE, BNLSTMCarry, bn_lstm_carry, norm_layers, orth
 
 Model = TypeVar("Model")
 _kernel, _zeros = nnx.initializers.lecun_normal(), nnx.initializers.zeros_init()
-
-
-def convert(model: Model, *, axis_name: checks.AxisName | None = None) -> Model:
-    """Turn every `flax.nnx.BatchNorm` in `model` into a `bnjax.nnx.BatchNorm`, in place.
-
-    What `convert_sync_batchnorm` is to PyTorch. The layers stay the objects that they were, of another class: values,
-    options and metadata are kept, and lists, vmapped stacks and shared layers need no care. Instances of subclasses of
-    `flax.nnx.BatchNorm` are left as they are. Convert outside of transforms, and before `nnx.view` and
-    `nnx.cached_partial`, which hold on to the layers as they find them.
-
-    Args:
-      model: an NNX module, or any container of modules.
-      axis_name: if not None, the mapped axis, or several, whose devices are to share statistics from now on.
-
-    Returns:
-      `model` itself.
-
-    Example:
-      >>> from flax import nnx
-      >>> import bnjax.nnx
-      >>> model = nnx.Sequential(nnx.Linear(3, 4, rngs=nnx.Rngs(0)), nnx.BatchNorm(4, rngs=nnx.Rngs(0)))
-      >>> isinstance(bnjax.nnx.convert(model).layers[1], bnjax.nnx.BatchNorm)
-      True
-    """
-    for _, layer in nnx.iter_graph(model):
-        if type(layer) is nnx.BatchNorm:
-            layer.__class__ = BatchNorm
-        if isinstance(layer, BatchNorm) and axis_name is not None:
-            layer.axis_name = axis_name  # pyright: ignore[reportAttributeAccessIssue]
-    return model
 
 
 class Identity(nnx.Module):

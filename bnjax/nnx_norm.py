@@ -121,6 +121,10 @@ class BatchNorm(nnx.BatchNorm):
         if callable(momentum):
             self._add_count()
 
+    def _counts(self):
+        """Whether an option is a function of the number of updates."""
+        return any(callable(getattr(self, name, None)) for name in ("momentum", "r_max", "d_max"))
+
     def _add_count(self):
         self.count = nnx.BatchStat(jnp.zeros(self.mean[...].shape, jnp.int32))
 
@@ -156,8 +160,7 @@ class BatchNorm(nnx.BatchNorm):
         if not jnp.issubdtype(x.dtype, jnp.floating) or promoted.dtype != wider(x.dtype):
             # Complex parameters leave the mean of real data real.
             x = promoted if jnp.iscomplexobj(x) else promoted.real
-        schedules = (getattr(self, name, None) for name in ("momentum", "r_max", "d_max"))
-        counting = train and any(map(callable, schedules))
+        counting = train and self._counts()
         if counting and not hasattr(self, "count"):
             self._add_count()
         count = self.count if counting else None

@@ -1,0 +1,205 @@
+"""The BatchNorm layers of a Linen model that somebody else wrote, computed by bnjax.
+
+A Linen module makes its layers while it runs, so that there is nothing to replace beforehand. Flax's interceptors see
+every call of a method; `convert` gives a model a class of its own, whose methods put the interceptor around themselves.
+
+Interceptors are no part of the key by which `jax.jit` knows a function: a function that was compiled without one stays
+so under it. Therefore a converted model is another object, of another class, and what is converted is a user context of
+JAX, which is in that key.
+"""
+
+import functools
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import flax.linen as nn
+import jax
+
+from bnjax import linen_norm
+from bnjax.conversion import VARIANTS, Conversion, Where, conversion
+from bnjax.linen_norm import BatchNorm
+
+_KINDS = {
+    inspect.unwrap(nn.BatchNorm.__call__): BatchNorm,
+    **{
+        inspect.unwrap(layer.__call__): layer
+        for layer in vars(linen_norm).values()
+        if isinstance(layer, type) and issubclass(layer, BatchNorm)
+    },
+}
+"""The layer that computes, by the function called: so a subclass that calls super().__call__ keeps what it adds."""
+_FLAX_CALL = inspect.unwrap(nn.BatchNorm.__call__)
+
+
+def exact_batch_norm(next_function: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+    """Interceptor for `flax.linen.intercept_methods` under which every `flax.linen.BatchNorm` computes through bnjax.
+
+    Variables, arguments and results are those of `BatchNorm`. `convert` does the same to a model, and is what to use
+    wherever something is compiled: `jax.jit` does not know that an interceptor is there. A function that it compiled
+    outside of the context keeps Flax's formula inside of it, one that it compiled inside keeps this one outside, and so
+    do blocks under `flax.linen.jit`.
+
+    Example:
+      >>> import flax.linen as nn, jax, jax.numpy as jnp
+      >>> import bnjax.linen
+      >>> model = nn.BatchNorm(use_running_average=False)
+      >>> x = 1e4 + jax.random.normal(jax.random.key(0), (256, 1))
+      >>> with nn.intercept_methods(bnjax.linen.exact_batch_norm):
+      ...     y, _ = model.init_with_output(jax.random.key(0), x)
+      >>> y.std().round(2).tolist()
+      1.0
+    """
+    if getattr(context.orig_method, "func", None) is _FLAX_CALL:
+        return linen_norm.batch_norm(context.module, *args, **kwargs)
+    return next_function(*args, **kwargs)
+
+
+def convert(model: nn.Module, *, to: type | None = None, where: Where | None = None, **changes: Any) -> Any:
+    """The same Linen model, whose `flax.linen.BatchNorm` layers compute through bnjax, wherever they are made.
+
+    `init`, `apply`, `bind`, `tabulate`, names, variables and checkpoints are those of the model, but for a variable
+    `count` where the momentum or a limit is a function. Layers of bnjax in the model are changed as well; a subclass of
+    `flax.linen.BatchNorm` is converted where it calls `super().__call__`.
+
+    The converted model may be compiled beside the original, whichever comes first: it is another object, of another
+    class, and blocks of it under `flax.linen.jit` are compiled anew. Two conversions by equal arguments are equal, but
+    for functions written twice, such as a lambda.
+
+    Args:
+      model: a Linen module that is not bound. Inside another module's method it may be a submodule just made.
+      to: the layer to convert to, `BatchNorm`, `GhostBatchNorm` or `RenormBatchNorm`; by default each layer's own kind.
+      where: which layers to convert: a function of the layer's path in the variables, such as "block/BatchNorm_0".
+        By default all of them.
+      **changes: `axis_name` (None takes away what the model's author wrote), `axis_index_groups`, `momentum`,
+        `epsilon`, `unbiased_var`, `frozen`, `frozen_params`, as `BatchNorm` has them, and those of the variant:
+        `ghost_size`; `r_max`, `d_max`. What is not named stays as the model has it.
+
+    Returns:
+      A module of a subclass of model's class, with its name.
+
+    Raises:
+      TypeError, ValueError: for something other than a Linen module, a bound one, a change that the layers do not have,
+        or a value that they do not take.
+
+    Example:
+      >>> import flax.linen as nn, jax, jax.numpy as jnp
+      >>> import bnjax.linen
+      >>> class Network(nn.Module):
+      ...     @nn.compact
+      ...     def __call__(self, x, train):
+      ...         return nn.BatchNorm(use_running_average=not train, axis_name="batch")(nn.Dense(3)(x))
+      >>> model = bnjax.linen.convert(Network(), axis_name=None, momentum=0.9)
+      >>> x = 1e4 + jax.random.normal(jax.random.key(0), (256, 1))
+      >>> variables = model.init(jax.random.key(0), x, False)
+      >>> y, updates = jax.jit(model.apply, static_argnums=2, static_argnames="mutable")(
+      ...     variables, x, True, mutable=("batch_stats",))
+      >>> y.std(0).round(2).tolist()
+      [1.0, 1.0, 1.0]
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"convert(model={type(model).__name__}): expected a Linen module. For an NNX model use bnjax.nnx.convert."
+            if not isinstance(model, type)
+            else f"convert(model={model.__name__}): expected a module, got a class. Pass {model.__name__}(...)."
+        )
+    layers = {name: getattr(linen_norm, name) for name in VARIANTS}
+    changed = conversion("linen", to, where, changes, layers)
+    if isinstance(model.parent, nn.Module):  # made just now, in a method of its parent
+        return _become(model, changed)
+    if model.scope is not None:
+        raise ValueError(
+            f"convert(model={type(model).__name__}): the module is bound to variables. Convert it, then call bind."
+        )
+    return _become(model.clone(), changed)
+
+
+def _become(module: nn.Module, changed: Conversion) -> Any:
+    """The module itself, of the class that converts."""
+    if not isinstance(module, _Converted):
+        object.__setattr__(module, "__class__", _class(type(module), changed))
+    elif module._conversion != changed:
+        object.__setattr__(module, "__class__", _class(type(module).__mro__[2], changed))
+    return module
+
+
+@functools.cache
+def _class(cls: type, changed: Conversion) -> type:
+    """A subclass of a Linen module that converts. Flax names layers by the name of their class, which is kept."""
+    body = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
+    methods = {name: inspect.getattr_static(cls, name) for name in dir(cls)}
+    wrapped = {name: _under(changed, f) for name, f in methods.items() if hasattr(f, "method_handler_wrapped")}
+    return type(cls)(cls.__name__, (_Converted, cls), body | wrapped | {"_conversion": changed})
+
+
+def _under(changed: Conversion, method: Any) -> Any:
+    """A method of a module, run under the conversion. The wrapper keeps Flax's mark, so that it is wrapped once."""
+
+    @functools.wraps(method)
+    def converting(*args, **kwargs):
+        with _converting(changed):
+            return method(*args, **kwargs)
+
+    return converting
+
+
+class _Converted:
+    """A base class before that of a Linen module."""
+
+    _conversion = Conversion(None, None, ())
+
+    def _register_submodules(self, name, val):
+        # A bound model's submodules can be called without it: `model.bind(variables).encoder(x)`. Every submodule in an
+        # attribute comes through this private method.
+        super()._register_submodules(name, val)  # pyright: ignore[reportAttributeAccessIssue]
+        for module in jax.tree.leaves(self.__dict__[name], is_leaf=lambda leaf: isinstance(leaf, nn.Module)):
+            if isinstance(module, nn.Module) and module.parent is self and not isinstance(module, _Converted):
+                _become(module, self._conversion)
+
+    def __reduce__(self):
+        fields = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "parent"}
+        return _rebuilt, (type(self).__mro__[2], self._conversion, fields)
+
+
+def _rebuilt(cls, changed, fields):
+    return _become(cls(**fields), changed)
+
+
+_active = jax.make_user_context(None)
+
+
+@contextmanager
+def _converting(changed: Conversion) -> Iterator[None]:
+    """The layers that are called within are converted so; the innermost conversion counts."""
+    before = _active.value
+    if before == changed:
+        yield
+    elif before is None:
+        with _active(changed), nn.intercept_methods(_intercept):
+            yield
+    else:
+        with _active(changed):
+            yield
+
+
+def _intercept(next_function, args, kwargs, context):
+    changed, module = _active.value, context.module
+    kind = _KINDS.get(getattr(context.orig_method, "func", None))
+    if kind is None or not changed.converts("/".join(module.path)):
+        return next_function(*args, **kwargs)
+    if changed.to is not None and kind.__name__ in VARIANTS:
+        kind = changed.to
+    return inspect.unwrap(kind.__call__)(_Changed(module, kind, dict(changed.changes)), *args, **kwargs)
+
+
+class _Changed:
+    """A layer with other options: those of the changes, else its own, else the defaults of the kind that computes."""
+
+    def __init__(self, module, kind, changes):
+        self._sources = module, kind
+        self.__dict__.update(changes)
+
+    def __getattr__(self, name):
+        module, kind = self._sources
+        return getattr(module if hasattr(module, name) else kind, name)
