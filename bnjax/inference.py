@@ -163,10 +163,12 @@ def recalibrate(
       apply: called as `apply(variables, batch, mutable=[...])`, has to run the model in training mode and to return its
         output and the collections named: `functools.partial(model.apply, train=True)` of a Linen model, or what
         `bnjax.nnx.functional` gives. Dropout is as in training; `partial(..., rngs={...})` has its keys. It is compiled
-        once for each shape of a batch.
+        once for each shape of a batch. Batches that are tuples or dictionaries come as they are: for a model of images,
+        `lambda variables, batch, **options: model.apply(variables, batch["image"], train=True, **options)`.
       variables: `params` and `batch_stats`, and whatever else the model has. Its layers are those of `bnjax.linen` or
         `bnjax.nnx`; those of Flax are after `convert`.
-      batches: arrays or trees of arrays, of any sizes, sharded or not. They are read once.
+      batches: a list or another iterable of batches, which are arrays or trees of arrays, of any sizes, sharded or not.
+        They are read once.
       unbiased_var: whether the variance is divided by n - 1 in place of n.
       progress: whether tqdm shows a bar.
 
@@ -176,7 +178,9 @@ def recalibrate(
       own, and so do frozen layers.
 
     Raises:
-      ValueError: without a batch, or if a layer with running statistics or the whole model gave no moments.
+      TypeError, ValueError: for an array or a dictionary in place of an iterable of batches, without a batch or
+        `batch_stats`, if `apply` does not take a batch, or if a layer with running statistics or the whole model gave
+        no moments.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -188,6 +192,16 @@ def recalibrate(
       >>> variables["batch_stats"]["mean"].tolist(), variables["batch_stats"]["var"].tolist()
       ([4.0], [12.5])
     """
+    if "batch_stats" not in variables:
+        raise ValueError(
+            f"recalibrate(variables=...): no batch_stats among {sorted(variables)}. Pass what init or training "
+            'returned: {"params": ..., "batch_stats": ...}.'
+        )
+    if isinstance(batches, Mapping) or hasattr(batches, "shape"):
+        raise TypeError(
+            f"recalibrate(batches=...): expected an iterable of batches, got one {type(batches).__name__}, which "
+            "would be taken apart. Pass a list: [batch]."
+        )
     layers = {name: state for name, (_, state) in trees.norms({}, variables["batch_stats"]).items()}
     # From count 0 a batch that tells a layer something leaves 1, and renormalization does not correct yet.
     counts = {name: jnp.zeros_like(state.count) for name, state in layers.items() if state.count is not None}
@@ -197,7 +211,7 @@ def recalibrate(
     moments = None
     for batch in _with_bar(batches) if progress else batches:
         if moments is None:  # weights of 0, so that the first batch needs no program of its own
-            given = jax.eval_shape(update, start, batch).get("batch_moments", {})
+            given = _tried(update, start, batch).get("batch_moments", {})
             trees.check_collected("recalibrate(apply=...)", variables["batch_stats"], given)
             moments = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), given)
         left = update({**start, "batch_moments": moments}, batch)
@@ -221,6 +235,20 @@ def recalibrate(
         if name in counts:
             new[name]["count"] = select(enough, counts[name], state.count)
     return {**variables, "batch_stats": trees.replaced(variables["batch_stats"], new)}
+
+
+def _tried(update, variables, batch):
+    """The shapes that `update` returns; where it does not take a tuple or a dictionary, the error says what will."""
+    try:
+        return jax.eval_shape(update, variables, batch)
+    except (TypeError, AttributeError) as error:
+        if hasattr(batch, "shape"):
+            raise
+        raise TypeError(
+            f"recalibrate(apply=...): apply(variables, batch, mutable=...) does not take a {type(batch).__name__} as "
+            "batch. Pass a function that takes it apart: lambda variables, batch, **options: "
+            "model.apply(variables, batch[0], train=True, **options)."
+        ) from error
 
 
 def _population(moments, support, unbiased_var):

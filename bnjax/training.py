@@ -19,6 +19,8 @@ from bnjax.array_moments import CHECKPOINT_NAME
 
 Loss = Callable[["Model", Any, bool], Array | tuple[Array, Mapping[str, Array]]]
 
+_OUTPUTS = ("intermediates", "batch_moments")
+
 _DOTS_AND_STATISTICS = jax.checkpoint_policies.save_from_both_policies(
     jax.checkpoint_policies.dots_saveable, jax.checkpoint_policies.save_only_these_names(CHECKPOINT_NAME)
 )
@@ -59,6 +61,10 @@ class TrainState(train_state.TrainState):
       params, tx: parameters and the optax transformation that moves them.
       batch_stats: running statistics.
       rngs: None, or keys by name (`{"dropout": key}`). Every step and every micro-batch gets its own from them.
+      collections: the model's other variables by collection, such as a cache or metrics of its own. `create` gathers
+        here what it is given by any other name, but for `intermediates` and `batch_moments`, which are outputs. They
+        are mutable in training, as in Flax: each call of the model gets what the call before left, from micro-batch to
+        micro-batch and from step to step. In evaluation the model reads them.
 
     Example:
       >>> import flax.linen as nn, jax, jax.numpy as jnp, optax
@@ -73,10 +79,21 @@ class TrainState(train_state.TrainState):
 
     batch_stats: Any = struct.field(default_factory=dict)
     rngs: Any = None
+    collections: Any = struct.field(default_factory=dict)
 
     @classmethod
     def create(cls, *, apply_fn: Any, params: Any, tx: Any, **kwargs: Any) -> "TrainState":
         """A state at step 0. It holds copies: a step that donates it leaves the variables that made it alone."""
+        others = set(kwargs) - set(cls.__dataclass_fields__)
+        given = {name: kwargs.pop(name) for name in sorted(others)}
+        given = {name: tree for name, tree in given.items() if name not in _OUTPUTS} | kwargs.pop("collections", {})
+        for name, tree in given.items():
+            if not isinstance(tree, Mapping):
+                raise TypeError(
+                    f"TrainState.create({name}=...): expected a collection of variables, got {type(tree).__name__}. "
+                    f"Names are {sorted(cls.__dataclass_fields__)} and those of the model's collections."
+                )
+        kwargs["collections"] = unfreeze(given)
         if "batch_stats" in kwargs:
             kwargs["batch_stats"] = unfreeze(kwargs["batch_stats"])  # as every step returns them
         return jax.tree.map(jnp.copy, super().create(apply_fn=apply_fn, params=params, tx=tx, **kwargs))
@@ -111,11 +128,15 @@ def train_step(
     Args:
       loss: `loss(model, batch, train)` calls `model` as the module is called and returns the loss, or the loss and a
         dictionary of metrics. `train` is True here and False in `eval_step`.
-      accumulate: number of micro-batches, run one after the other, whose gradients and metrics are averaged. Each is
-        normalized by its own statistics; the running statistics move once, by the merged moments of all of them (a
-        layer that is called several times in a forward pass moves as often, by the moments merged so far). All arrays
-        of the batch are divided along their first axis, whose size `accumulate` divides: micro-batch i has the rows i,
+      accumulate: number of micro-batches, run one after the other, whose gradients are averaged. Each is normalized by
+        its own statistics; the running statistics move once, by the merged moments of all of them (a layer that is
+        called several times in a forward pass moves as often, by the moments merged so far). All arrays of the batch
+        are divided along their first axis, whose size `accumulate` divides: micro-batch i has the rows i,
         i + accumulate, ..., so that a batch sharded over devices is divided where it lies.
+        Metrics of any shape are combined by their dtype: floating and complex ones are averaged over micro-batches, as
+        the loss is; integer ones are counts, and are added up, in 32 bits or more. So return a mean as a floating
+        number and a sum over examples as an integer. Booleans have no such meaning and are an error, and so is a
+        metric with an axis of examples.
       policy: a policy of `jax.checkpoint` for the whole loss, such as `save_statistics`.
       donate: whether the memory of the state that comes in is used for the one that goes out. It is deleted then.
 
@@ -123,8 +144,10 @@ def train_step(
       `step(state, batch)`: the new state, and `{"loss": ..., **metrics}`. Over sharded arrays it is global by itself.
 
     Raises:
-      ValueError: if `accumulate` is not positive; while tracing, if it does not divide the batch, or if a layer with
-        running statistics gives no moments to accumulate.
+      TypeError, ValueError: if `accumulate` is not positive; while tracing, for a state that is not a `TrainState`,
+        metrics that are not a dictionary, and, with micro-batches, if `accumulate` does not divide the batch, if a
+        layer with running statistics gives no moments to accumulate, if a metric cannot be combined, or if another
+        collection changes its shapes.
 
     Example:
       >>> import flax.linen as nn, jax, jax.numpy as jnp, optax
@@ -145,43 +168,50 @@ def train_step(
       (['loss'], 1, ())
     """
     checks.positive_integer("train_step", "accumulate", accumulate)
-    mutable = ["batch_stats"] if accumulate == 1 else ["batch_stats", "batch_moments"]
+    merging = accumulate > 1
 
-    def objective(params, state, moments, batch, index):
-        collections = {"batch_stats": state.batch_stats} | ({} if moments is None else {"batch_moments": moments})
-        model = Model(state.apply_fn, {"params": params, **collections}, mutable, _keys(state, index))
+    def objective(params, state, left, batch, index):
+        mutable = ["batch_stats", *state.collections, *["batch_moments"] * merging]
+        model = Model(state.apply_fn, {"params": params, **left}, mutable, _keys(state, index))
         value, metrics = _with_metrics(loss(model, batch, True))
         return value, (metrics, {name: model.variables.get(name, {}) for name in mutable})
 
     if policy is not None:
         objective = jax.checkpoint(objective, policy=policy)
 
-    def part(state, moments, batch, index):
-        """Gradients and metrics of one micro-batch, and the collections that it leaves."""
+    def part(state, left, batch, index):
+        """Gradients and metrics of one micro-batch, and the collections that it leaves, from those that were left."""
         (_, (metrics, left)), gradients = jax.value_and_grad(objective, has_aux=True)(
-            state.params, state, moments, batch, index
+            state.params, state, left, batch, index
         )
         return (gradients, metrics), left
 
     def whole(state, batch):
         """Those of all micro-batches. Each starts from the statistics before the step and the moments so far."""
+        before = {"batch_stats": state.batch_stats}
         batches = jax.tree.map(lambda leaf: _divided(leaf, accumulate), batch)
-        shapes = jax.eval_shape(part, state, None, jax.tree.map(lambda leaf: leaf[0], batches), 0)
-        trees.check_collected("train_step(accumulate=...)", state.batch_stats, shapes[1]["batch_moments"])
+        first = jax.tree.map(lambda leaf: leaf[0], batches)
+        shapes, left = jax.eval_shape(part, state, before | state.collections, first, 0)
+        trees.check_collected("train_step(accumulate=...)", state.batch_stats, left["batch_moments"])
+        _check_combinable(shapes[1], lambda: jax.eval_shape(part, state, before | state.collections, batch, 0)[0][1])
+        _check_same(state.collections, {name: left[name] for name in state.collections})
 
         def add(carry, inputs):
             total, left = carry
-            one, left = part(state, left["batch_moments"], *inputs)
+            one, left = part(state, left | before, *inputs)
             return (jax.tree.map(lambda sum, leaf: sum + leaf.astype(sum.dtype), total, one), left), None
 
-        sums = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, _summable(leaf.dtype)), shapes[0])
-        nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes[1])
-        (total, left), _ = jax.lax.scan(add, (sums, nothing), (batches, jnp.arange(accumulate)))
-        return jax.tree.map(lambda sum, leaf: _mean(sum, accumulate, leaf.dtype), total, shapes[0]), left
+        sums = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, _summable(leaf.dtype)), shapes)
+        nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), left)
+        (total, left), _ = jax.lax.scan(add, (sums, nothing | state.collections), (batches, jnp.arange(accumulate)))
+        return jax.tree.map(lambda sum, leaf: _combined(sum, accumulate, leaf.dtype), total, shapes), left
 
     def step(state, batch):
-        (gradients, metrics), left = part(state, None, batch, 0) if accumulate == 1 else whole(state, batch)
-        return state.apply_gradients(grads=gradients, batch_stats=left["batch_stats"]), metrics
+        _check_state("train_step", state)
+        before = {"batch_stats": state.batch_stats, **state.collections}
+        (gradients, metrics), left = whole(state, batch) if merging else part(state, before, batch, 0)
+        collections = {name: left[name] for name in state.collections}
+        return state.apply_gradients(grads=gradients, batch_stats=left["batch_stats"], collections=collections), metrics
 
     return jax.jit(step, donate_argnums=0 if donate else ())
 
@@ -194,7 +224,8 @@ def eval_step(loss: Loss) -> Callable[[TrainState, Any], dict[str, Array]]:
     """
 
     def step(state, batch):
-        variables = {"params": state.params, "batch_stats": state.batch_stats}
+        _check_state("eval_step", state)
+        variables = {"params": state.params, "batch_stats": state.batch_stats, **state.collections}
         return _with_metrics(loss(Model(state.apply_fn, variables, [], None), batch, False))[1]
 
     return jax.jit(step)
@@ -228,6 +259,14 @@ def decay_mask(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(decays, params)
 
 
+def _check_state(call, state):
+    if not isinstance(state, TrainState):
+        raise TypeError(
+            f"{call}(...)(state=...): expected bnjax.training.TrainState, got {type(state).__module__}."
+            f"{type(state).__name__}, which has no running statistics. Make one by TrainState.create."
+        )
+
+
 def _keys(state, index):
     """The keys of this step's micro-batch `index`."""
     if state.rngs is None:
@@ -236,19 +275,57 @@ def _keys(state, index):
 
 
 def _with_metrics(result):
-    value, metrics = result if isinstance(result, tuple) else (result, {})
+    value, metrics = result if isinstance(result, tuple) and len(result) == 2 else (result, {})
+    if isinstance(value, tuple) or not isinstance(metrics, Mapping):
+        raise TypeError(
+            "loss(...): expected the loss, or the loss and a dictionary of metrics, got "
+            f"{type(result).__name__ if isinstance(value, tuple) else f'a {type(metrics).__name__} of metrics'}. "
+            'Return loss, {"accuracy": accuracy}, say.'
+        )
     if "loss" in metrics:
         raise ValueError("loss(...): its metrics hold a 'loss', but that names what it returns. Name it otherwise.")
     return value, {"loss": value, **{name: jnp.asarray(metric) for name, metric in metrics.items()}}
 
 
 def _summable(dtype):
-    """The dtype to add up values of `dtype` in."""
-    return jnp.promote_types(dtype, jnp.float32) if jnp.issubdtype(dtype, jnp.inexact) else jnp.float32
+    """The dtype to add up values of `dtype` in: of its kind, with 32 bits or more."""
+    kinds = {jnp.inexact: jnp.float32, jnp.signedinteger: jnp.int32, jnp.unsignedinteger: jnp.uint32}
+    wide = next(wide for kind, wide in kinds.items() if jnp.issubdtype(dtype, kind))
+    return max(jnp.dtype(dtype), jnp.dtype(wide), key=lambda d: d.itemsize)
 
 
-def _mean(total, number, dtype):
-    return (total / number).astype(dtype if jnp.issubdtype(dtype, jnp.inexact) else total.dtype)
+def _combined(total, number, dtype):
+    """Of the sum over micro-batches: the mean of floating and complex numbers, and the sum of integers."""
+    return (total / number).astype(dtype) if jnp.issubdtype(dtype, jnp.inexact) else total
+
+
+def _check_combinable(metrics, of_whole_batch):
+    """Every metric is floating, complex or integer, and has the shape that it has for the whole batch."""
+    for name, metric in metrics.items():
+        if not jnp.issubdtype(metric.dtype, jnp.number):
+            raise TypeError(
+                f"loss(...): the metric {name!r} is {metric.dtype}, which micro-batches cannot be combined in. "
+                "Return a fraction, which is averaged, or an integer count, which is added up."
+            )
+    if all(metric.ndim == 0 for metric in metrics.values()):
+        return
+    for name, metric in of_whole_batch().items():
+        if metric.shape != metrics[name].shape:
+            raise ValueError(
+                f"loss(...): the metric {name!r} has shape {metrics[name].shape} for a micro-batch and {metric.shape} "
+                "for the batch. It has an axis of examples, and micro-batches are averaged or added up: reduce it."
+            )
+
+
+def _check_same(before, after):
+    """Collections that micro-batches hand on keep their structure, shapes and dtypes."""
+    for name, tree in before.items():
+        old, new = (jax.tree.map(lambda leaf: (jnp.shape(leaf), jnp.result_type(leaf)), t) for t in (tree, after[name]))
+        if old != new:
+            raise ValueError(
+                f"train_step(accumulate=...): the collection {name!r} changes from {old} to {new} in a forward pass. "
+                "Initialize it as training leaves it, or leave it out of TrainState.create."
+            )
 
 
 def _divided(leaf, accumulate):

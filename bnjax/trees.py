@@ -62,8 +62,8 @@ def check_collected(call: str, batch_stats: Any, batch_moments: Any) -> None:
         raise ValueError(
             f"{call}: layers with running statistics that gave no moments of the batch: "
             f"{', '.join(layer or 'the model itself' for layer in missing)}. "
-            "Use BatchNorm of bnjax.linen or bnjax.nnx, and list the collection batch_moments beside batch_stats in "
-            "nn.scan, nn.vmap and nn.remat."
+            "For a model written with Flax's BatchNorm use bnjax.linen.convert or bnjax.nnx.convert; for bnjax's, list "
+            "the collection batch_moments beside batch_stats in nn.scan and nn.vmap."
         )
 
 

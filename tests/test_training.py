@@ -227,20 +227,6 @@ def test_a_frozen_layer_stays_while_another_accumulates(rng):
     np.testing.assert_allclose(trained["var"], x.var(0), rtol=1e-4)
 
 
-@pytest.mark.parametrize("accumulate", [1, 2, 4])
-def test_metrics_of_any_dtype_are_averaged(accumulate):
-    model = bnjax.linen.BatchNorm(use_running_average=False)
-    x = np.arange(24, dtype=np.float32).reshape(8, 3)
-
-    def mean(model, x, train):
-        some = {"true": jnp.bool_(True), "int": jnp.int8(100), "half": jnp.float16(40000.0), "share": jnp.mean(x < 12)}
-        return model(x).mean(), some
-
-    state = training.TrainState.create(apply_fn=model.apply, tx=optax.sgd(0.0), **model.init(KEY, x))
-    _, metrics = training.train_step(mean, accumulate=accumulate)(state, x)
-    assert [float(metrics[name]) for name in ("true", "int", "half", "share")] == [1, 100, 40000, 0.5]
-
-
 def test_a_state_of_frozen_dicts_keeps_its_structure(batch):
     variables = flax.core.freeze(Network().init(KEY, batch["x"], False))
     state = training.TrainState.create(apply_fn=Network().apply, tx=optax.sgd(0.1), **variables)
@@ -309,12 +295,12 @@ def test_train_step_rejects_what_it_cannot_accumulate(batch):
     step = training.train_step(loss, accumulate=5)
     with pytest.raises(ValueError, match=r"shape \(24, 5\).*multiple of 5"):
         step(start(Network(), batch), batch)
-    with pytest.raises(ValueError, match=r"gave no moments of the batch: BatchNorm_0, BatchNorm_1\. Use"):
+    with pytest.raises(ValueError, match=r"gave no moments of the batch: BatchNorm_0, BatchNorm_1\. For a model written with Flax"):
         training.train_step(loss, accumulate=2)(start(Network(norm=nn.BatchNorm), batch), batch)
     mixed = nn.Sequential([bnjax.linen.BatchNorm(use_running_average=False), nn.BatchNorm(use_running_average=False)])
     state = training.TrainState.create(apply_fn=mixed.apply, tx=optax.sgd(0.1), **mixed.init(KEY, batch["x"]))
     step = training.train_step(lambda model, batch, train: model(batch["x"]).mean(), accumulate=2)
-    with pytest.raises(ValueError, match=r"gave no moments of the batch: layers_1\. Use"):
+    with pytest.raises(ValueError, match=r"gave no moments of the batch: layers_1\. For"):
         step(state, batch)
     step = training.train_step(loss, accumulate=2)
     with nn.intercept_methods(bnjax.linen.exact_batch_norm):  # then Flax's own layers collect as well
