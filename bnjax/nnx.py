@@ -4,7 +4,7 @@
 """
 
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from typing import Any, TypeVar
 
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from bnjax import checks, inference, layers
 from bnjax.functional import BNParams, BNState
 from bnjax.momentum import Momentum
 from bnjax.nnx_conversion import convert as convert
+from bnjax.nnx_functional import functional as functional
 from bnjax.nnx_norm import BatchMoments as BatchMoments
 from bnjax.nnx_norm import BatchNorm as BatchNorm
 from bnjax.nnx_norm import ConditionalBatchNorm as ConditionalBatchNorm
@@ -99,62 +100,6 @@ def fold(model: Model, pairs: Iterable[tuple[str, str]]) -> Model:
 
 _LINEAR = (nnx.Linear, nnx.Conv, nnx.ConvTranspose)
 _NORM = (nnx.BatchNorm, BatchNorm, GhostBatchNorm, RenormBatchNorm)
-
-
-def functional(model: nnx.Module) -> tuple[Callable[..., Any], dict[str, Any]]:
-    """An NNX model as a pure function with the call of a Linen model, for `bnjax.training.TrainState`.
-
-    Args:
-      model: stays as it is.
-
-    Returns:
-      apply: `apply(variables, *args, mutable=(), rngs=None, **kwargs)`: what the model returns, and, if `mutable` names
-        collections, those as well. The model is in training mode (`model.train()`) if it does, else in evaluation
-        (`model.eval()`). `rngs`, keys by name, seed the model's own streams.
-      variables: `params` and `batch_stats` as nnx.State; what else the model holds stays as it is, and changes to it
-        are lost. To have the variables in the model again: `nnx.update(model, state.params, state.batch_stats)`.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from flax import nnx
-      >>> import bnjax.nnx
-      >>> apply, variables = bnjax.nnx.functional(bnjax.nnx.BatchNorm(2, rngs=nnx.Rngs(0)))
-      >>> x = jnp.array([[1.0, 10.0], [3.0, 30.0]])
-      >>> y, updates = apply(variables, x, mutable=["batch_stats"])
-      >>> updates["batch_stats"]["mean"][...].round(3).tolist()
-      [0.0..., 0.2...]
-    """
-    graphdef, params, batch_stats, rest = nnx.split(model, nnx.Param, nnx.BatchStat, ...)
-    streams = {node.tag for _, node in nnx.iter_graph(model) if isinstance(node, nnx.RngStream)}
-
-    def apply(variables: Mapping[str, Any], *args: Any, mutable: Sequence[str] = (), rngs: Any = None, **kwargs: Any):
-        model = nnx.merge(graphdef, variables["params"], variables["batch_stats"], rest, copy=True)
-        if not mutable:
-            model.eval()
-            return model(*args, **kwargs)
-        model.train()
-        if still := streams - set(rngs or ()):
-            raise ValueError(
-                f"apply(rngs=...): the model draws random numbers from {sorted(still)}, which without keys are "
-                "the same in each call. Pass a key for each, or rngs={...: key} to TrainState.create."
-            )
-        nnx.reseed(model, **(rngs or {}))
-        collecting = _layers(model) if "batch_moments" in mutable else {}
-        for path, layer in collecting.items():
-            nothing = layers.nothing(layer.mean[...], layer.var[...])
-            layer.batch_moments = BatchMoments(variables.get("batch_moments", {}).get(path, nothing))
-        output = model(*args, **kwargs)
-        updates: dict[str, Any] = {"batch_stats": nnx.state(model, nnx.BatchStat)}
-        if collecting:
-            updates["batch_moments"] = {path: layer.batch_moments.get_value() for path, layer in collecting.items()}
-        return output, updates
-
-    return apply, {"params": params, "batch_stats": batch_stats}
-
-
-def _layers(model) -> dict[str, Any]:
-    """The layers of bnjax in a model, by path."""
-    return {"/".join(map(str, path)): layer for path, layer in nnx.iter_graph(model) if isinstance(layer, BatchNorm)}
 
 
 class BNLSTMCell(nnx.RNNCellBase):
