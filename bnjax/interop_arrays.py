@@ -1,0 +1,96 @@
+"""What comes from other libraries as arrays: mappings of tensors, and what is checked of them."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+
+def tensors(call: str, state_dict: Any) -> Mapping[str, Any]:
+    """The tensors of a PyTorch module by name, given those or the module itself."""
+    if callable(getattr(state_dict, "state_dict", None)):
+        state_dict = state_dict.state_dict()
+    if not isinstance(state_dict, Mapping):
+        raise ValueError(
+            f"{call}(state_dict=...): expected a mapping of names to tensors, got {type(state_dict).__name__}. "
+            "Pass module.state_dict(), or the module."
+        )
+    for name, value in state_dict.items():
+        if isinstance(value, Mapping):
+            raise ValueError(
+                f"{call}(state_dict=...): {name!r} is not a tensor but a mapping of {len(value)}. If it holds the "
+                f"tensors, pass state_dict[{name!r}]."
+            )
+    return state_dict
+
+
+def keras_arrays(call: str, weights: Any) -> dict[str, np.ndarray]:
+    """The arrays of a Keras model by path."""
+    if hasattr(weights, "weights"):
+        first = sorted({layer.name for layer in _sublayers(weights) if _channels_first(layer)})
+        if first:
+            raise ValueError(
+                f"{call}(weights=...): {first} have data_format='channels_first'. Build the Keras model with "
+                "channels_last and set the same weights."
+            )
+        weights = [(weight.path, weight) for weight in weights.weights]
+    pairs = list(weights.items() if isinstance(weights, Mapping) else weights)
+    if not all(isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str) for pair in pairs):
+        raise ValueError(
+            f"{call}(weights=...): expected a Keras model, or arrays by path, got {type(weights).__name__}. "
+            "get_weights() has no paths: pass the model, or [(w.path, w) for w in model.weights]."
+        )
+    twice = sorted({path for path, _ in pairs if [p for p, _ in pairs].count(path) > 1})
+    if twice:
+        raise ValueError(f"{call}(weights=...): several weights have the paths {twice}. Give the layers names.")
+    return {path: as_array(weight) for path, weight in pairs}
+
+
+def _sublayers(model):
+    for layer in getattr(model, "layers", []):
+        yield layer
+        yield from _sublayers(layer)
+
+
+def _channels_first(layer):
+    return getattr(layer, "data_format", None) == "channels_first"
+
+
+def plain(value: Any) -> np.ndarray:
+    """A writable NumPy array; bfloat16, which `torch.from_numpy` does not know, as the same numbers in float32."""
+    return np.array(value, np.float32 if value.dtype == jnp.bfloat16 else value.dtype, order="C")
+
+
+def updates(count: Any) -> np.ndarray:
+    """`num_batches_tracked` for the counts of the features: the largest, 0 where nobody counted."""
+    return np.array(np.max([] if count is None else count, initial=0), np.int64)
+
+
+def as_array(value):
+    """A NumPy array of an array or a tensor."""
+    if hasattr(value, "detach"):
+        value = value.detach().cpu()
+        if str(value.dtype) == "torch.bfloat16":  # which NumPy does not have
+            return np.asarray(value.float()).astype(jnp.bfloat16)
+    return np.asarray(value)
+
+
+def checked(call, values):
+    """The values as arrays: floating, of one shape of one axis, and no negative variance."""
+    arrays = {name: as_array(value) for name, value in values.items()}
+    shapes = {name: array.shape for name, array in arrays.items()}
+    if len(set(shapes.values())) > 1 or any(len(shape) != 1 for shape in shapes.values()):
+        raise ValueError(f"{call}: expected arrays of one shape (features,), got {shapes}.")
+    for name, array in arrays.items():
+        check_floating(call, name, array)
+        if name in ("running_var", "moving_variance") and (array < 0).any():
+            raise ValueError(
+                f"{call}: {name} has the negative variance {array.min()}. Something else was stored there."
+            )
+    return arrays
+
+
+def check_floating(call, name, array):
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise ValueError(f"{call}: {name} is {array.dtype}. Expected floating numbers.")
