@@ -1,10 +1,8 @@
 """What the Linen and the NNX layer share: Flax's conventions for axes, masks and dtypes, around the pure function."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Iterable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -12,7 +10,6 @@ from jax import Array
 from bnjax import checks
 from bnjax.array_moments import Moments
 from bnjax.functional import BNParams, BNState, Collected, bn_collect
-from bnjax.inference import Affine, fold_into_next, fold_into_previous
 from bnjax.moments import Support, wider
 
 
@@ -89,71 +86,6 @@ def nothing(mean: Array, var: Array) -> Collected:
     """What a layer has seen before it has seen anything."""
     zeros = jnp.zeros_like(var.real)
     return Collected(Moments(zeros, jnp.zeros_like(mean), zeros), Support(zeros, zeros))
-
-
-def pair(
-    call: str, names: Sequence[str], types: Mapping[str, type], linear: tuple[type, ...], norm: tuple[type, ...]
-) -> tuple[str, str, bool]:
-    """The linear layer of a pair, the batch normalization, and whether the linear one is the previous.
-
-    By type, not by class: a subclass may compute what no folding knows.
-    """
-    first, second = names
-    for name in names:
-        if name not in types:
-            known = sorted(n for n, t in types.items() if t in linear + norm)
-            raise ValueError(f"{call}: the model calls no {name!r}. Layers that can be named: {known}.")
-    if types[first] in linear and types[second] in norm:
-        return first, second, True
-    if types[first] in norm and types[second] in linear:
-        return second, first, False
-    raise ValueError(
-        f"{call}: {types[first].__name__} and {types[second].__name__}. Expected one of "
-        f"{[t.__name__ for t in linear]} and one of {sorted({t.__name__ for t in norm})}, and no subclass of them."
-    )
-
-
-def fold_linear(
-    call: str, linear: Any, kernel: Array, bias: Array | None, affine: Affine, previous: bool
-) -> tuple[Array, Array]:
-    """Kernel and bias of one of Flax's linear layers with the batch normalization after it, or before it, folded in.
-
-    Stacks of layers, with leading axes in all their variables, are folded one by one.
-    """
-    transposed = hasattr(linear, "transpose_kernel")
-    swapped = transposed and linear.transpose_kernel
-    if previous:
-        function = partial(fold_into_previous, axis=-2 if swapped else -1)
-    else:
-        if _sees_zeros(linear, transposed) or getattr(linear, "mask", None) is not None:
-            raise ValueError(
-                f"{call}: folding into the layer after batch normalization is not exact where zeros are padded or "
-                "dilated into its input, or its kernel is masked. Leave this pair out."
-            )
-        function = partial(fold_into_next, groups=getattr(linear, "feature_group_count", 1))
-        if swapped:
-            kernel = jnp.swapaxes(kernel, -1, -2)
-    for _ in range(affine.scale.ndim - 1):
-        function = jax.vmap(function)
-    try:
-        kernel, bias = function(kernel, bias, affine)
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"{call}: {error}") from error
-    return (jnp.swapaxes(kernel, -1, -2) if swapped and not previous else kernel), bias
-
-
-def _sees_zeros(linear, transposed):
-    """Whether zeros that are not its input's enter a convolution."""
-    if not hasattr(linear, "padding"):
-        return False
-    size = [linear.kernel_size] if isinstance(linear.kernel_size, int) else linear.kernel_size
-    spread = jax.tree.leaves(linear.strides if transposed else linear.input_dilation)
-    if any(step != 1 for step in spread):
-        return True
-    if not isinstance(linear.padding, str):
-        return any(jax.tree.leaves(linear.padding))
-    inside = linear.padding in ("VALID", "CIRCULAR", "REFLECT") and not transposed
-    return not inside and any(places != 1 for places in size)
 
 
 def _broadcasts(shape, target):

@@ -4,20 +4,16 @@
 edited: their own BatchNorm layers compute through bnjax.
 """
 
-from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
-from flax.core import unfreeze
-from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
 
-from bnjax import checks, inference, layers, trees
-from bnjax.functional import aligned
+from bnjax import checks
 from bnjax.linen_conversion import convert as convert
 from bnjax.linen_conversion import exact_batch_norm as exact_batch_norm
+from bnjax.linen_folding import fold as fold
 from bnjax.linen_norm import BatchNorm as BatchNorm
 from bnjax.linen_norm import ConditionalBatchNorm as ConditionalBatchNorm
 from bnjax.linen_norm import GhostBatchNorm as GhostBatchNorm
@@ -25,138 +21,6 @@ from bnjax.linen_norm import IndexedBatchNorm as IndexedBatchNorm
 from bnjax.linen_norm import RenormBatchNorm as RenormBatchNorm
 from bnjax.momentum import Momentum
 from bnjax.recurrent import SCALE, BNLSTMCarry, bn_lstm_carry, norm_layers, orthogonal, step
-
-
-def fold(
-    model: nn.Module, variables: Mapping[str, Any], pairs: Iterable[tuple[str, str]], *args: Any, **kwargs: Any
-) -> tuple[dict[str, Any], Any]:
-    """Fold batch normalization into the layers beside it: for evaluation, the same model without it.
-
-    A Linen module cannot drop a layer. So this gives variables and an interceptor:
-
-        with nn.intercept_methods(interceptor):
-            y = model.apply(variables, x, train=False)
-
-    under which a layer folded gives back what it gets, and a linear layer without a bias adds the one that it has now.
-    The variables are those of the model written without the norms and with use_bias=True.
-
-    Args:
-      model: a Linen module.
-      variables: `params` and `batch_stats`, and whatever else it has.
-      pairs: (linear, norm) or (norm, linear), paths such as ("Conv_0", "BatchNorm_0") or ("Block_0/BatchNorm_0",
-        "Block_0/Dense_0"), in the order in which the model calls them. Nothing may stand between the two, which is
-        checked, and nothing else may use what the first gives. Linear layers are `nn.Dense`, `nn.Conv` (grouped and
-        depthwise too) and `nn.ConvTranspose`. After the norm they are exact only where no zeros are padded into their
-        input: with padding VALID, CIRCULAR or REFLECT, or a kernel of one place.
-      *args, **kwargs: of `model.apply` in evaluation. The model is traced with them, not run.
-
-    Returns:
-      variables: new ones, without those of the layers folded.
-      interceptor: for `flax.linen.intercept_methods` around every `apply`, also under `jit` and `jax.export`.
-
-    Raises:
-      ValueError, TypeError: for a path that the model does not call, a pair that is not of these kinds, does not fit or
-        does not stand side by side, or a norm that is in two pairs.
-
-    Example:
-      >>> import flax.linen as nn, jax, jax.numpy as jnp
-      >>> import bnjax.linen
-      >>> model = nn.Sequential([nn.Dense(3, use_bias=False), bnjax.linen.BatchNorm(use_running_average=True)])
-      >>> variables = model.init(jax.random.key(0), jnp.ones((1, 2)))
-      >>> folded, interceptor = bnjax.linen.fold(model, variables, [("layers_0", "layers_1")], jnp.ones((1, 2)))
-      >>> with nn.intercept_methods(interceptor):
-      ...     y = model.apply(folded, jnp.ones((1, 2)))
-      >>> sorted(folded["params"]["layers_0"]), "batch_stats" in folded
-      (['bias', 'kernel'], False)
-    """
-    calls = _calls(lambda: model.apply(variables, *args, **kwargs))
-    types = {name: type(called[0].module) for name, called in calls.items()}
-    params: dict[Any, Any]
-    params, stats = (flatten_dict(unfreeze(variables.get(name, {}))) for name in ("params", "batch_stats"))
-    norms = trees.norms(variables.get("params", {}), variables.get("batch_stats", {}))
-    folded: dict[str, Any] = {}  # the dtype that each norm gives
-    biased = set()
-    for pair in pairs:
-        call = f"fold(pairs=[{pair!r}])"
-        linear, norm, previous = layers.pair(call, pair, types, _LINEAR, _NORM)
-        if norm in folded:
-            raise ValueError(f"{call}: {norm!r} is in two pairs. It can be folded into one layer.")
-        first, second = (calls[name] for name in pair)
-        if [id(c.y) for c in first] != [id(c.x) for c in second]:
-            raise ValueError(
-                f"{call}: what {pair[1]!r} is called with is not what {pair[0]!r} gives. Leave out pairs with an "
-                "activation, a reshaping or another layer between."
-            )
-        layer, bn = calls[linear][0].module, calls[norm][0]
-        if layers.feature_axes(bn.x, bn.module.axis) != (bn.x.ndim - 1,):
-            raise ValueError(
-                f"{call}: {norm!r} has axis={bn.module.axis}. Folding needs the features on the last axis."
-            )
-        affine = inference.fold(*norms[norm], epsilon=bn.module.epsilon)
-        kernel, bias = ((*linear.split("/"), name) for name in ("kernel", "bias"))
-        if bias not in params:
-            biased.add(linear)
-        old_kernel, old_bias = (nn.meta.unbox(params.get(path)) for path in (kernel, bias))
-        both = layers.fold_linear(call, layer, old_kernel, old_bias, affine, previous)
-        for path, new in zip((kernel, bias), both, strict=True):
-            box = params.get(path)
-            params[path] = box.replace_boxed(new) if isinstance(box, nn.meta.AxisMetadata) else new
-        folded[norm] = bn.y.dtype
-
-    def interceptor(next_function, args, kwargs, context):
-        module, name = context.module, "/".join(context.module.path)
-        called = context.method_name == "__call__"
-        if called and name in folded:
-            if module.has_variable("batch_stats", "mean"):
-                raise ValueError(
-                    f"interceptor: {name!r} has statistics. Apply the variables that fold gave, not others."
-                )
-            return _argument(args, kwargs).astype(folded[name])
-        y = next_function(*args, **kwargs)
-        if called and name in biased:
-            added: Any = aligned(module.get_variable("params", "bias"), y, (y.ndim - 1,))
-            y += added.astype(y.dtype)
-        return y
-
-    gone = {tuple(name.split("/")) for name in folded}
-    remaining = {
-        name: unflatten_dict({path: value for path, value in flat.items() if path[:-1] not in gone})
-        for name, flat in {"params": params, "batch_stats": stats}.items()
-    }
-    return {name: tree for name, tree in {**variables, **remaining}.items() if tree}, interceptor
-
-
-class _Call(NamedTuple):
-    """A module called with x, which gave y."""
-
-    module: Any
-    x: Any
-    y: Any
-
-
-def _calls(function) -> dict[str, list[_Call]]:
-    """Which modules a function calls, by path. It is traced: what one gives and another gets is one object."""
-    calls: dict[str, list[_Call]] = {}
-
-    def record(next_function, args, kwargs, context):
-        y = next_function(*args, **kwargs)
-        if context.method_name == "__call__" and (args or kwargs):
-            call = _Call(context.module, _argument(args, kwargs), y)
-            calls.setdefault("/".join(context.module.path), []).append(call)
-        return y
-
-    with nn.intercept_methods(record):
-        jax.eval_shape(function)
-    return calls
-
-
-def _argument(args, kwargs):
-    """The first argument of a call."""
-    return args[0] if args else next(iter(kwargs.values()))
-
-
-_LINEAR = (nn.Dense, nn.Conv, nn.ConvTranspose)
-_NORM = (nn.BatchNorm, BatchNorm, GhostBatchNorm, RenormBatchNorm)
 
 
 class BNLSTMCell(nn.RNNCellBase, kw_only=True):

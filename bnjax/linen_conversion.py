@@ -11,8 +11,8 @@ JAX, which is in that key.
 import functools
 import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -105,82 +105,81 @@ def convert(model: nn.Module, *, to: type | None = None, where: Where | None = N
             else f"convert(model={model.__name__}): expected a module, got a class. Pass {model.__name__}(...)."
         )
     layers = {name: getattr(linen_norm, name) for name in VARIANTS}
-    changed = conversion("linen", to, where, changes, layers)
+    changed = _Converting(conversion("linen", to, where, changes, layers))
     if isinstance(model.parent, nn.Module):  # made just now, in a method of its parent
-        return _become(model, changed)
+        return wrapped(model, changed)
     if model.scope is not None:
         raise ValueError(
             f"convert(model={type(model).__name__}): the module is bound to variables. Convert it, then call bind."
         )
-    return _become(model.clone(), changed)
+    return wrapped(model.clone(), changed)
 
 
-def _become(module: nn.Module, changed: Conversion) -> Any:
-    """The module itself, of the class that converts."""
-    if not isinstance(module, _Converted):
-        object.__setattr__(module, "__class__", _class(type(module), changed))
-    elif module._conversion != changed:
-        object.__setattr__(module, "__class__", _class(type(module).__mro__[2], changed))
+def wrapped(module: nn.Module, under: Any) -> Any:
+    """The module itself, of a class whose methods run in the context `under.active()`; the last one counts."""
+    base = type(module).__mro__[2] if isinstance(module, _Wrapped) else type(module)
+    object.__setattr__(module, "__class__", _class(base, under))
     return module
 
 
 @functools.cache
-def _class(cls: type, changed: Conversion) -> type:
-    """A subclass of a Linen module that converts. Flax names layers by the name of their class, which is kept."""
+def _class(cls: type, under: Any) -> type:
+    """A subclass of a Linen module. Flax names layers by the name of their class, which is kept."""
     body = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
     methods = {name: inspect.getattr_static(cls, name) for name in dir(cls)}
-    wrapped = {name: _under(changed, f) for name, f in methods.items() if hasattr(f, "method_handler_wrapped")}
-    return type(cls)(cls.__name__, (_Converted, cls), body | wrapped | {"_conversion": changed})
+    methods = {name: _run_under(under, f) for name, f in methods.items() if hasattr(f, "method_handler_wrapped")}
+    return type(cls)(cls.__name__, (_Wrapped, cls), body | methods | {"_under": (under,)})
 
 
-def _under(changed: Conversion, method: Any) -> Any:
-    """A method of a module, run under the conversion. The wrapper keeps Flax's mark, so that it is wrapped once."""
+def _run_under(under: Any, method: Any) -> Any:
+    """A method of a module, run in the context. The wrapper keeps Flax's mark, so that it is wrapped once."""
 
     @functools.wraps(method)
-    def converting(*args, **kwargs):
-        with _converting(changed):
+    def run(*args, **kwargs):
+        with under.active():
             return method(*args, **kwargs)
 
-    return converting
+    return run
 
 
-class _Converted:
+class _Wrapped:
     """A base class before that of a Linen module."""
 
-    _conversion = Conversion(None, None, ())
+    _under: tuple[Any, ...] = ()  # one, in a tuple, since Flax would take a callable for a method
 
     def _register_submodules(self, name, val):
         # A bound model's submodules can be called without it: `model.bind(variables).encoder(x)`. Every submodule in an
         # attribute comes through this private method.
         super()._register_submodules(name, val)  # pyright: ignore[reportAttributeAccessIssue]
         for module in jax.tree.leaves(self.__dict__[name], is_leaf=lambda leaf: isinstance(leaf, nn.Module)):
-            if isinstance(module, nn.Module) and module.parent is self and not isinstance(module, _Converted):
-                _become(module, self._conversion)
+            if isinstance(module, nn.Module) and module.parent is self and not isinstance(module, _Wrapped):
+                wrapped(module, *self._under)
 
     def __reduce__(self):
         fields = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "parent"}
-        return _rebuilt, (type(self).__mro__[2], self._conversion, fields)
+        return _rebuilt, (type(self).__mro__[2], *self._under, fields)
 
 
-def _rebuilt(cls, changed, fields):
-    return _become(cls(**fields), changed)
+def _rebuilt(cls, under, fields):
+    return wrapped(cls(**fields), under)
+
+
+class _Converting(NamedTuple):
+    """The context in which layers are converted so; the innermost counts."""
+
+    conversion: Conversion
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            if _active.value is None:
+                stack.enter_context(nn.intercept_methods(_intercept))
+            if _active.value != self.conversion:
+                stack.enter_context(_active(self.conversion))
+            yield
 
 
 _active = jax.make_user_context(None)
-
-
-@contextmanager
-def _converting(changed: Conversion) -> Iterator[None]:
-    """The layers that are called within are converted so; the innermost conversion counts."""
-    before = _active.value
-    if before == changed:
-        yield
-    elif before is None:
-        with _active(changed), nn.intercept_methods(_intercept):
-            yield
-    else:
-        with _active(changed):
-            yield
 
 
 def _intercept(next_function, args, kwargs, context):

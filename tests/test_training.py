@@ -295,9 +295,7 @@ def test_train_step_rejects_what_it_cannot_accumulate(batch):
     step = training.train_step(loss, accumulate=5)
     with pytest.raises(ValueError, match=r"shape \(24, 5\).*multiple of 5"):
         step(start(Network(), batch), batch)
-    with pytest.raises(
-        ValueError, match=r"gave no moments of the batch: BatchNorm_0, BatchNorm_1\. For a model"
-    ):
+    with pytest.raises(ValueError, match=r"gave no moments of the batch: BatchNorm_0, BatchNorm_1\. For a model"):
         training.train_step(loss, accumulate=2)(start(Network(norm=nn.BatchNorm), batch), batch)
     mixed = nn.Sequential([bnjax.linen.BatchNorm(use_running_average=False), nn.BatchNorm(use_running_average=False)])
     state = training.TrainState.create(apply_fn=mixed.apply, tx=optax.sgd(0.1), **mixed.init(KEY, batch["x"]))

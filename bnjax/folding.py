@@ -1,0 +1,365 @@
+"""Which layers of a model stand side by side, and a linear layer with batch normalization folded into it.
+
+A model is traced in evaluation, and what its linear layers and norms take and give is named in the program
+(`jax.ad_checkpoint.checkpoint_name`, the identity). Two layers are side by side if everything that the first gives is
+taken by the second and by nothing else: then the second sees what the first gives, through reshapes that keep features
+on the last axis and through changes of floating dtype, and removing the norm changes nothing elsewhere.
+"""
+
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.ad_checkpoint import checkpoint_name
+
+from bnjax.inference import Affine, fold_into_next, fold_into_previous
+
+Pair = tuple[str, str]
+LOG = logging.getLogger("bnjax")
+
+_TAG = "bnjax_fold"
+# Calls of another program whose results are its own. Loops and branches are programs by themselves.
+_INLINED = {"jit", "pjit", "closed_call", "core_call", "remat2", "checkpoint", "custom_jvp_call", "custom_vjp_call"}
+
+
+@dataclass(frozen=True)
+class FoldReport:
+    """What `fold` did: the pairs that were folded, and for each norm that was left the reason. Printed it is a list."""
+
+    folded: list[Pair]
+    unfolded: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        lines = [f"folded {len(self.folded)} of {len(self.folded) + len(self.unfolded)} norms"]
+        lines += [f"  {first} + {second}" for first, second in self.folded]
+        return "\n".join(lines + [f"  left {norm or 'the model itself'}: {why}" for norm, why in self.unfolded.items()])
+
+
+def log(report: FoldReport) -> None:
+    """Report what was found: a warning if something was left."""
+    LOG.log(logging.WARNING if report.unfolded else logging.INFO, "%s", report)
+
+
+class Seen(NamedTuple):
+    """A layer that a model called: itself, whether it is a norm, the rank of its input, and whether it evaluates."""
+
+    module: Any
+    norm: bool
+    ndim: int
+    evaluates: bool
+
+
+def taken(path: str, x: Any) -> Any:
+    """`x`, named as what the layer takes."""
+    return checkpoint_name(x, f"{_TAG}:in:{path}")
+
+
+def given(path: str, y: Any) -> Any:
+    """`y`, named as what the layer gives."""
+    return checkpoint_name(y, f"{_TAG}:out:{path}")
+
+
+class Neighbours:
+    """Which layers take what others give, from a model's program.
+
+    Values are numbered: one that stands for another, through a reshape, leads to it by `_before`.
+    """
+
+    def __init__(self, function: Callable[..., Any], args: Any, kwargs: Any):
+        """Trace `function(*args, **kwargs)`; leaves of the arguments that have a shape and a dtype are traced."""
+        leaves, tree = jax.tree.flatten((args, kwargs))
+        where = [i for i, leaf in enumerate(leaves) if hasattr(leaf, "shape") and hasattr(leaf, "dtype")]
+
+        def call(*arrays):
+            filled = dict(zip(where, arrays, strict=True))
+            args, kwargs = jax.tree.unflatten(tree, [filled.get(i, leaf) for i, leaf in enumerate(leaves)])
+            return [leaf for leaf in jax.tree.leaves(function(*args, **kwargs)) if isinstance(leaf, Array)]
+
+        # By the number of a value: its users, each with the value that stands for this one if the user is a reshape.
+        self._uses: list[list[tuple[str, int | None]]] = []
+        self._makers: list[str] = []
+        self._before: dict[int, int] = {}
+        self._takes: dict[str, list[int]] = {}
+        self._gives: dict[str, list[int]] = {}
+        for v in self._read(jax.make_jaxpr(call)(*(leaves[i] for i in where)).jaxpr, None):
+            self._uses[v].append(("what the model returns", None))
+
+    def _new(self, maker):
+        self._uses.append([])
+        self._makers.append(maker)
+        return len(self._makers) - 1
+
+    def _read(self, jaxpr, given):
+        """Number the values of a program, and return those of its results; `given` are those of its arguments."""
+        arguments = [self._new("the start") for _ in jaxpr.invars] if given is None else given
+        numbers = dict(zip(jaxpr.invars, arguments, strict=True))
+
+        def numbered(variables):
+            return [self._new("a constant") if hasattr(v, "val") else numbers[v] for v in variables]
+
+        numbers |= {v: self._new("a constant") for v in jaxpr.constvars}
+        for equation in jaxpr.eqns:
+            inputs = numbered(equation.invars)
+            programs = [p for p in map(_program, _flat(equation.params.values())) if p is not None]
+            inlined = equation.primitive.name in _INLINED and len(programs) == 1
+            if inlined and len(programs[0].invars) == len(inputs):
+                results = self._read(programs[0], inputs)
+            else:
+                results = self._operation(equation, inputs)
+                for program in programs:
+                    for v in self._read(program, None):
+                        self._uses[v].append(("what a loop returns", None))
+            numbers |= dict(zip(equation.outvars, results, strict=True))
+        return numbered(jaxpr.outvars)
+
+    def _operation(self, equation, inputs):
+        kind = equation.primitive.name
+        tag, _, named = str(equation.params.get("name", "")).partition(":") if kind == "name" else ("", "", "")
+        role, _, path = named.partition(":")
+        layer = repr(path) if tag == _TAG else None
+        results = [self._new(layer or kind) for _ in equation.outvars]
+        if layer is not None:
+            both = (self._takes, inputs) if role == "in" else (self._gives, results)
+            both[0].setdefault(path, []).append(both[1][0])
+        elif _keeps_features(equation):
+            self._before[results[0]] = inputs[0]
+        for v in inputs:
+            self._uses[v].append((layer or kind, results[0] if results and results[0] in self._before else None))
+        return results
+
+    def _origin(self, value):
+        """Where a value comes from through reshapes, and whether it is used on the way elsewhere."""
+        shared = False
+        while True:
+            shared |= len(self._uses[value]) > 1
+            if value not in self._before:
+                return value, shared
+            value = self._before[value]
+
+    def calls(self, path: str) -> bool:
+        """Whether the model calls a layer."""
+        return path in self._takes
+
+    def previous(self, path: str) -> str:
+        """What makes the input of a layer: a layer's path in quotes, or an operation."""
+        return " and ".join(dict.fromkeys(self._makers[self._origin(v)[0]] for v in self._takes.get(path, [])))
+
+    def next(self, path: str) -> list[str]:
+        """The layers that take what a layer gives, and nothing else."""
+        made = set(self._gives.get(path, []))
+        return [other for other, values in self._takes.items() if {self._origin(v)[0] for v in values} <= made]
+
+    def users(self, path: str) -> str:
+        """What uses what a layer gives: layers' paths in quotes, and operations other than reshapes."""
+        found, values = [], list(self._gives.get(path, []))
+        while values:
+            for user, result in self._uses[values.pop()]:
+                if result is None:
+                    found.append(user)
+                else:
+                    values.append(result)
+        return " and ".join(dict.fromkeys(found))
+
+    def between(self, first: str, second: str) -> str | None:
+        """Why two layers are not side by side, or None."""
+        gives = self._gives.get(first, [])
+        origins = [self._origin(v) for v in self._takes.get(second, [])]
+        if not origins or any(v not in gives for v, _ in origins):
+            return (
+                f"what {second!r} is called with is not what {first!r} gives. Leave out pairs with an activation, a "
+                "reshaping of the features or another layer between"
+            )
+        if sorted(v for v, _ in origins) != sorted(gives) or any(shared for _, shared in origins):
+            return f"what {first!r} gives is used by {self.users(first)}, not by {second!r} alone"
+        return None
+
+
+def _flat(values):
+    for value in values:
+        yield from _flat(value) if isinstance(value, list | tuple) else (value,)
+
+
+def _program(value):
+    """The jaxpr that a parameter of an operation is, if it is one."""
+    value = getattr(value, "jaxpr", value)
+    return value if hasattr(value, "eqns") else None
+
+
+def _keeps_features(equation):
+    """Whether an operation gives what it gets, the features on the last axis, but for its other axes and its dtype."""
+    kind = equation.primitive.name
+    if kind in ("name", "copy", "copy_p", "sharding_constraint"):
+        return True
+    if kind not in ("reshape", "squeeze", "broadcast_in_dim", "convert_element_type"):
+        return False
+    x, y = equation.invars[0].aval, equation.outvars[0].aval
+    if kind == "convert_element_type":
+        return jnp.issubdtype(x.dtype, jnp.inexact) and jnp.issubdtype(y.dtype, jnp.inexact)
+    last = kind != "broadcast_in_dim" or equation.params["broadcast_dimensions"][-1:] == (y.ndim - 1,)
+    return last and x.ndim > 0 and y.ndim > 0 and x.size == y.size and x.shape[-1] == y.shape[-1]
+
+
+def as_pairs(call: str, args: Sequence[Any], pairs: Any) -> tuple[list[Pair] | None, Sequence[Any]]:
+    """The pairs, and the arguments of the model. The pairs may lead the arguments, as names and nothing else."""
+    if pairs is None and args and (args[0] is None or _names(args[0])):
+        pairs, *args = args
+    if pairs is None:
+        return None, args
+    pairs = list(pairs.items()) if isinstance(pairs, Mapping) else list(pairs)
+    for pair in pairs:
+        if isinstance(pair, str) or len(pair) != 2 or not all(isinstance(name, str) for name in pair):
+            raise ValueError(
+                f"{call}(pairs={pairs!r}): expected a list of pairs of names, got {pair!r} in it. "
+                'Pass [("Conv_0", "BatchNorm_0")], or leave pairs out to have them found.'
+            )
+    return [(first, second) for first, second in pairs], args
+
+
+def _names(value):
+    """Whether a value is a container of names alone, or an empty one."""
+    if isinstance(value, Mapping):
+        value = list(value.items())
+    return isinstance(value, list | tuple | set) and all(isinstance(v, str) or _names(v) for v in value)
+
+
+def fold_pairs(
+    pairs: list[Pair] | None,
+    seen: Mapping[str, Seen],
+    neighbours: Neighbours | None,
+    kinds: tuple[tuple[type, ...], tuple[type, ...]],
+    fold_one: Callable[[str, str, str, bool], None],
+) -> FoldReport:
+    """Fold the pairs, or those that are found; `fold_one(call, linear, norm, previous)` folds one, or raises."""
+    types = {name: type(layer.module) for name, layer in seen.items()}
+    if pairs is None:
+        assert neighbours is not None
+        return _fold_found(seen, types, neighbours, kinds, fold_one)
+    folded: dict[str, Pair] = {}
+    used = set()
+    for pair in pairs:
+        call = f"fold(pairs=[{pair!r}])"
+        linear, norm, previous = _roles(call, pair, types, *kinds)
+        if norm in folded or (linear, previous) in used:
+            twice = norm if norm in folded else linear
+            raise ValueError(f"{call}: {twice!r} is in two pairs. It can be folded into one layer.")
+        if neighbours is not None and (why := neighbours.between(*pair)):
+            raise ValueError(f"{call}: {why}.")
+        _check_norm(call, norm, seen[norm])
+        fold_one(call, linear, norm, previous)
+        folded[norm] = pair
+        used.add((linear, previous))
+    return FoldReport(list(folded.values()))
+
+
+def _fold_found(seen, types, neighbours, kinds, fold_one):
+    """Every norm goes into the linear layer before it, or else into the one after it."""
+    folded, unfolded = [], {}
+    for norm, layer in seen.items():
+        if not layer.norm:
+            continue
+        if not neighbours.calls(norm):
+            unfolded[norm] = "the model does not call it"
+            continue
+        before = [p for p in seen if neighbours.previous(norm) == repr(p) and types[p] in kinds[0]]
+        after = [p for p in neighbours.next(norm) if p in types and types[p] in kinds[0]]
+        reasons = [] if before else [f"its input is made by {neighbours.previous(norm)}"]
+        for pair in [(linear, norm) for linear in before] + [(norm, linear) for linear in after]:
+            previous = pair[1] == norm
+            linear = pair[0] if previous else pair[1]
+            try:
+                if why := neighbours.between(*pair):
+                    raise ValueError(f"fold: {why}.")
+                _check_norm("fold", norm, layer)
+                fold_one("fold", linear, norm, previous)
+            except (TypeError, ValueError) as error:
+                reasons.append(str(error).partition(": ")[2].rstrip("."))
+                continue
+            folded.append(pair)
+            break
+        else:
+            reasons += [] if after else [f"what it gives goes into {neighbours.users(norm)}"]
+            unfolded[norm] = "; ".join(dict.fromkeys(reasons))
+    return FoldReport(folded, unfolded)
+
+
+def _check_norm(call, name, layer):
+    if not layer.evaluates:
+        raise ValueError(
+            f"{call}: {name!r} normalizes by its batch in this trace. Pass what puts the model in evaluation, such as "
+            "train=False."
+        )
+    axis = layer.module.axis
+    axes = {a % layer.ndim for a in (axis if isinstance(axis, Iterable) else [axis])} if layer.ndim else {axis}
+    if axes != {layer.ndim - 1 if layer.ndim else -1}:
+        unknown = "" if layer.ndim else ", or an example input, by which the model is traced"
+        raise ValueError(f"{call}: {name!r} has axis={axis}. Folding needs the features on the last axis, -1{unknown}.")
+
+
+def _roles(
+    call: str, names: Pair, types: Mapping[str, type], linear: tuple[type, ...], norm: tuple[type, ...]
+) -> tuple[str, str, bool]:
+    """The linear layer of a pair, the batch normalization, and whether the linear one is the previous.
+
+    By type, not by class: a subclass may compute what no folding knows.
+    """
+    first, second = names
+    for name in names:
+        if name not in types:
+            known = sorted(n for n, t in types.items() if t in linear + norm)
+            raise ValueError(f"{call}: the model calls no {name!r}. Layers that can be named: {known}.")
+    if types[first] in linear and types[second] in norm:
+        return first, second, True
+    if types[first] in norm and types[second] in linear:
+        return second, first, False
+    raise ValueError(
+        f"{call}: {types[first].__name__} and {types[second].__name__}. Expected one of "
+        f"{[t.__name__ for t in linear]} and one of {sorted({t.__name__ for t in norm})}, and no subclass of them."
+    )
+
+
+def fold_linear(
+    call: str, linear: Any, kernel: Array, bias: Array | None, affine: Affine, previous: bool
+) -> tuple[Array, Array]:
+    """Kernel and bias of one of Flax's linear layers with the batch normalization after it, or before it, folded in.
+
+    Stacks of layers, with leading axes in all their variables, are folded one by one.
+    """
+    transposed = hasattr(linear, "transpose_kernel")
+    swapped = transposed and linear.transpose_kernel
+    if previous:
+        function = partial(fold_into_previous, axis=-2 if swapped else -1)
+    else:
+        if _sees_zeros(linear, transposed) or getattr(linear, "mask", None) is not None:
+            raise ValueError(
+                f"{call}: folding into the layer after batch normalization is not exact where zeros are padded or "
+                "dilated into its input, or its kernel is masked. Leave this pair out."
+            )
+        function = partial(fold_into_next, groups=getattr(linear, "feature_group_count", 1))
+        if swapped:
+            kernel = jnp.swapaxes(kernel, -1, -2)
+    for _ in range(affine.scale.ndim - 1):
+        function = jax.vmap(function)
+    try:
+        kernel, bias = function(kernel, bias, affine)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{call}: {error}") from error
+    return (jnp.swapaxes(kernel, -1, -2) if swapped and not previous else kernel), bias
+
+
+def _sees_zeros(linear, transposed):
+    """Whether zeros that are not its input's enter a convolution."""
+    if not hasattr(linear, "padding"):
+        return False
+    size = [linear.kernel_size] if isinstance(linear.kernel_size, int) else linear.kernel_size
+    spread = jax.tree.leaves(linear.strides if transposed else linear.input_dilation)
+    if any(step != 1 for step in spread):
+        return True
+    if not isinstance(linear.padding, str):
+        return any(jax.tree.leaves(linear.padding))
+    inside = linear.padding in ("VALID", "CIRCULAR", "REFLECT") and not transposed
+    return not inside and any(places != 1 for places in size)
