@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from bnjax import checks
 
-Where = Callable[[str], bool]
+Where = Callable[[str], object]
 
 OPTIONS = ("axis_name", "axis_index_groups", "momentum", "epsilon", "unbiased_var", "frozen", "frozen_params")
 # A variant with an index or a label is called with it, which a model that has none does not.
@@ -64,4 +64,4 @@ def _checked(name: str, value: Any) -> Any:
         value, _ = checks.momentum("convert", value)
     if name in ("unbiased_var", "frozen", "frozen_params"):
         checks.boolean("convert", name, value)
-    return value.item() if hasattr(value, "item") else value
+    return value if callable(value) else getattr(value, "item", lambda: value)()

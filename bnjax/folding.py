@@ -7,7 +7,7 @@ on the last axis and through changes of floating dtype, and removing the norm ch
 """
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
@@ -204,10 +204,10 @@ def _keeps_features(equation):
     return last and x.ndim > 0 and y.ndim > 0 and x.size == y.size and x.shape[-1] == y.shape[-1]
 
 
-def as_pairs(call: str, args: Sequence[Any], pairs: Any) -> tuple[list[Pair] | None, Sequence[Any]]:
+def as_pairs(call: str, args: tuple[Any, ...], pairs: Any) -> tuple[list[Pair] | None, tuple[Any, ...]]:
     """The pairs, and the arguments of the model. The pairs may lead the arguments, as names and nothing else."""
     if pairs is None and args and (args[0] is None or _names(args[0])):
-        pairs, *args = args
+        pairs, args = args[0], args[1:]
     if pairs is None:
         return None, args
     pairs = list(pairs.items()) if isinstance(pairs, Mapping) else list(pairs)

@@ -156,7 +156,8 @@ class _Wrapped:
                 wrapped(module, *self._under)
 
     def __reduce__(self):
-        fields = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "parent"}
+        module: Any = self
+        fields = {name: getattr(self, name) for name in module.__dataclass_fields__ if name != "parent"}
         return _rebuilt, (type(self).__mro__[2], *self._under, fields)
 
 

@@ -48,6 +48,7 @@ def convert(model: Model, *, to: type | None = None, where: Where | None = None,
         raise TypeError(f"convert(model={model.__name__}): expected a module, got a class. Pass {model.__name__}(...).")
     kinds = {name: getattr(nnx_norm, name) for name in VARIANTS}
     changed = conversion("nnx", to, where, changes, kinds)
+    layer: Any
     for path, layer in nnx.iter_graph(model):
         ours = isinstance(layer, BatchNorm)
         if not (ours or type(layer) is nnx.BatchNorm) or not changed.converts("/".join(map(str, path))):

@@ -4,6 +4,7 @@ A change that adds a pass or a collective fails here. Flax, compiled beside ours
 """
 
 import importlib.util
+import json
 from functools import partial
 
 import jax
@@ -193,3 +194,11 @@ def test_compiled_leaves_out_by_name_what_has_no_compiler(monkeypatch, capsys, t
     out, err = capsys.readouterr()
     assert "left out: v5e, whose compiler, libtpu, is not installed" in out
     assert "extra `compiled`" in err
+
+
+def test_a_program_that_its_compiler_cannot_print_is_left_out_by_name(tmp_path, capsys):
+    facts = {"target": "tpu7x", "library": "bnjax", "variant": "conditional", "direction": "backward"}
+    entries = [{**facts, "unread": "INTERNAL: no text"}, {**facts, "target": "v5e", "passes": 7.0}]
+    (tmp_path / "programs.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    assert compiled.read(tmp_path) == entries[1:]
+    assert capsys.readouterr().out == "left out: tpu7x, conditional, backward: INTERNAL: no text\n"
