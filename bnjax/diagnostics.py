@@ -207,6 +207,11 @@ def diagnose(
             "diagnose(batch_stats=...): no layer there has both a mean and a var. Pass variables['batch_stats'], "
             "what nnx.state(model, nnx.BatchStat) gives, or BNState."
         )
+    if batch_moments is not None and not jax.tree.leaves(batch_moments):
+        raise ValueError(
+            "diagnose(batch_moments=...): there are no moments in it. Layers of Flax give none: convert the model by "
+            "bnjax.linen.convert or bnjax.nnx.convert, and run it in training with batch_moments mutable."
+        )
     given = {name.strip("/"): arrays for name, arrays in trees.leaves(batch_moments).items()}
     reports, paired, ranked = {}, [], []
     with np.errstate(all="ignore"):  # what is not finite is looked for

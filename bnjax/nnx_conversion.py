@@ -48,10 +48,10 @@ def convert(model: Model, *, to: type | None = None, where: Where | None = None,
         raise TypeError(f"convert(model={model.__name__}): expected a module, got a class. Pass {model.__name__}(...).")
     kinds = {name: getattr(nnx_norm, name) for name in VARIANTS}
     changed = conversion("nnx", to, where, changes, kinds)
-    layer: Any
-    for path, layer in nnx.iter_graph(model):
-        ours = isinstance(layer, BatchNorm)
-        if not (ours or type(layer) is nnx.BatchNorm) or not changed.converts("/".join(map(str, path))):
+    for path, node in nnx.iter_graph(model):
+        layer: Any = node
+        ours = isinstance(node, BatchNorm)
+        if not (ours or type(node) is nnx.BatchNorm) or not changed.converts("/".join(map(str, path))):
             continue
         if not ours or (changed.to is not None and type(layer) in kinds.values()):
             _become(layer, changed.to or BatchNorm)

@@ -1,4 +1,15 @@
-"""Pytest plugin that puts our BatchNorm in the place of Flax's before Flax's own tests import it: `make test-flax`."""
+"""Pytest plugin that puts our BatchNorm in the place of Flax's before Flax's own tests import it: `make test-flax`.
+
+The suites of Flax run whole. The tests named here fail by a documented departure; should one pass, that is a failure.
+"""
+
+import pytest
+
+DEPARTURES = {
+    # They count the updates of statistics by batches of one value, which do not move ours.
+    "nnx/transforms_test.py::TestVmap::test_state_axes_simple_functional0": "a batch of one value moves no statistics",
+    "nnx/transforms_test.py::TestVmap::test_state_axes_simple_functional1": "a batch of one value moves no statistics",
+}
 
 
 def pytest_configure():
@@ -10,3 +21,9 @@ def pytest_configure():
 
     flax.linen.BatchNorm = flax.linen.normalization.BatchNorm = bnjax.linen.BatchNorm
     flax.nnx.BatchNorm = flax.nnx.nn.normalization.BatchNorm = bnjax.nnx.BatchNorm
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        for reason in (why for name, why in DEPARTURES.items() if item.nodeid.endswith(name)):
+            item.add_marker(pytest.mark.xfail(reason=reason, strict=True))

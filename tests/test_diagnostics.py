@@ -324,3 +324,9 @@ def test_two_examples_on_each_device_are_a_small_batch_unless_devices_share(heal
     assert alone.findings[0].value == alone.layers["BatchNorm_0"].effective_batch == 2 < BATCH
     assert "axis_name" in alone.findings[0].advice
     assert diagnose(variables["params"], variables["batch_stats"], moments("device")).findings == []
+
+
+def test_diagnose_rejects_moments_that_the_layers_of_flax_did_not_give():
+    params, state = bnjax.bn_init(3)
+    with pytest.raises(ValueError, match=r"diagnose\(batch_moments=...\).*convert the model by bnjax.linen.convert"):
+        diagnose(params, state, {})

@@ -242,3 +242,33 @@ def test_recalibrate_rejects():
     flax = nn.BatchNorm(use_running_average=False)
     with pytest.raises(ValueError, match=r"recalibrate.*gave no moments of the batch: the model itself"):
         bnjax.recalibrate(flax.apply, flax.init(jax.random.key(0), BATCHES[0]), BATCHES)
+
+
+def test_recalibrate_rejects_what_it_would_take_apart():
+    layer = bnjax.linen.BatchNorm(use_running_average=False)
+    variables, x = layer.init(jax.random.key(0), jnp.ones((4, 3))), jnp.ones((4, 3))
+    for batches, word in ((x, "ArrayImpl"), (np.ones((4, 3)), "ndarray"), ({"x": x}, "dict")):
+        with pytest.raises(TypeError, match=rf"recalibrate\(batches=...\): expected an iterable of batches.*{word}"):
+            bnjax.recalibrate(layer.apply, variables, batches)
+    with pytest.raises(ValueError, match=r"recalibrate\(variables=...\): no batch_stats among \['params'\]"):
+        bnjax.recalibrate(layer.apply, {"params": variables["params"]}, [x])
+
+    class Network(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return bnjax.linen.BatchNorm(use_running_average=False)(nn.Dense(2)(x))
+
+    variables = Network().init(jax.random.key(0), x)
+    for batch in ((x, x), {"image": x}):
+        with pytest.raises(TypeError, match=r"recalibrate\(apply=...\).*pass a function that takes it apart: lambda"):
+            bnjax.recalibrate(Network().apply, variables, [batch])
+
+
+def test_recalibrate_takes_tuples_and_dictionaries_through_apply():
+    layer = bnjax.linen.BatchNorm(use_running_average=False)
+    x = jnp.arange(6.0).reshape(3, 2)
+    variables = layer.init(jax.random.key(0), x)
+    for batch, part in (((x, 0), 0), ({"image": x}, "image")):
+        new = bnjax.recalibrate(lambda v, b, part=part, **kw: layer.apply(v, b[part], **kw), variables, [batch] * 2)
+        np.testing.assert_allclose(new["batch_stats"]["mean"], [2, 3])
+        np.testing.assert_allclose(new["batch_stats"]["var"], [8 / 3, 8 / 3], rtol=1e-6)
