@@ -238,16 +238,16 @@ def recalibrate(
 
 
 def _tried(update, variables, batch):
-    """The shapes that `update` returns; where it fails on a tuple or a dictionary, the error says what would take it."""
+    """The shapes that `update` returns; where it fails on a tuple or a dictionary, the error says what to do."""
     try:
         return jax.eval_shape(update, variables, batch)
     except Exception as error:
         if hasattr(batch, "shape"):
             raise
         raise TypeError(
-            f"recalibrate(apply=...): apply(variables, batch, mutable=...) failed on a batch that is a "
-            f"{type(batch).__name__} ({type(error).__name__}: {error}). If it does not take one, pass a function that "
-            "takes it apart: lambda variables, batch, **options: model.apply(variables, batch[0], train=True, **options)."
+            "recalibrate(apply=...): apply(variables, batch, mutable=...) failed on a batch that is a "
+            f"{type(batch).__name__}. If it does not take one, pass a function that takes it apart: "
+            "lambda variables, batch, **options: model.apply(variables, batch[0], train=True, **options)."
         ) from error
 
 
