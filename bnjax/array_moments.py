@@ -18,7 +18,7 @@ This module knows neither devices, nor derivatives, nor running statistics.
 
 import math
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeGuard, TypeVar
 
 import jax
 import jax.export
@@ -31,7 +31,23 @@ from bnjax.reductions import cut, primitive, two_sums
 # The name of the statistics for `jax.checkpoint`: a policy that saves it keeps the backward from reducing x again.
 CHECKPOINT_NAME = "bnjax_statistics"
 
+T = TypeVar("T")
 
+
+def serializable(record: type[T]) -> type[T]:
+    """Let `jax.export` serialize functions with this namedtuple among their arguments or results.
+
+    JAX keeps the first registration of a name, also where the module is reloaded and the class is another.
+    """
+    try:
+        return jax.export.register_namedtuple_serialization(record, serialized_name=f"bnjax.{record.__name__}")
+    except ValueError as error:
+        if "Duplicate" not in str(error):
+            raise
+        return record
+
+
+@serializable
 class Moments(NamedTuple):
     """Weight, mean and variance per feature; all three have the shape of the features.
 
@@ -44,36 +60,41 @@ class Moments(NamedTuple):
     var: Array
 
 
-jax.export.register_namedtuple_serialization(Moments, serialized_name="bnjax.Moments")
-
-
 # The guard accepts |mean - c|^2 <= NEAR var + (ROUNDED eps mean)^2. Sums by trees, as TPUs and GPUs take them, round by
 # about eps, so the error of `var` is about 9 eps at the most; the tests of accuracy allow 16 eps or more. The second
 # term is for features that are constant: their running mean stops a few roundings away from the mean, and the error
 # that it lets in, eps (ROUNDED eps mean)^2, is an eighth of the square of rounding the mean, (eps mean)^2.
 NEAR = 8.0
 ROUNDED = 1024.0
+# Real-valued weights whose sum is within this factor of 1 leave room for the squares of values and of weights.
+USUAL = 2.0**40
 
 
 def guarded(x, shift, *mask, axes):
     """Moments in one read of `x` around the shift, and in two more where that is too far from the mean.
 
-    `x` may be of half precision, `shift` has the dtype of the result and is broadcastable to `x`.
+    `x` may be of half precision, `shift` has the dtype of the result and is broadcastable to `x`. With real-valued
+    weights their mean weight is a fourth result. Its sum of squares leaves the floating range for weights far from 1,
+    as may any sum of weighted values; the second look, which takes weights relative to the largest, serves these too.
     """
     weights = mask[0] if mask else None
     shift = jnp.where(jnp.isfinite(shift), shift, 0)
     (total, mean, var), offset = _around(x, shift, weights, axes)
     rounding = ROUNDED * jnp.finfo(var.dtype).eps * jnp.abs(mean)
     near = (abs_square(offset) <= NEAR * var + rounding * rounding) & jnp.isfinite(var)
+    results = [mean, var]
+    if is_real(weights):
+        near &= (total == 0) | ((total > 1 / USUAL) & (total < USUAL))
+        results.append(_mean_weight(x.shape, weights, weights, axes, total))
 
-    def around_the_mean(x, mean, var):
-        exact = pool(weights, x.astype(shift.dtype), None, axes)
-        return exact.mean + lax.full_like(mean, 0), exact.var + lax.full_like(var, 0)  # and sharded as those
+    def around_the_mean(x, *results):
+        exact = pooled(weights, x.astype(shift.dtype), axes)[1:]
+        return tuple(v + lax.full_like(like, 0) for v, like in zip(exact, results, strict=True))  # and sharded as those
 
     # Two rules of XLA: a conditional stays one if a branch does nothing, else it may become a select, which computes
     # both; and what enters it is in memory, so that `x` enters before it is widened.
-    mean, var = lax.cond(jnp.all(near), lambda x, mean, var: (mean, var), around_the_mean, x, mean, var)
-    return Moments(total, mean, jnp.maximum(var, 0))
+    mean, var, *rest = lax.cond(jnp.all(near), lambda x, *results: results, around_the_mean, x, *results)
+    return total, mean, jnp.maximum(var, 0), *rest
 
 
 def grouped(x, shift, *, axes):
@@ -98,8 +119,15 @@ def _around(x, shift, weights, axes):
     return Moments(total, jnp.where(total > 0, jnp.squeeze(shift, axes) + offset, 0), var), offset
 
 
+def pooled(weights, x, axes):
+    """The moments of `x` in two reads, and the mean weight if weights are real-valued."""
+    moments = pool(weights, x, None, axes)
+    return (*moments, mean_weight(x.shape, weights, weights, axes, moments.weight)) if is_real(weights) else moments
+
+
 def pool(weight, mean, var, axes):
     """Moments over `axes` of values `mean` with weights (None: 1 each) and variances (None: 0 each)."""
+    weight, unit = relative(weight, axes)
     plain = jnp.sum(weigh(weight, mean), axes)
     total = named(total_weight(mean.shape, weight, axes, plain))
     share = share_of(total, mean.dtype)
@@ -111,7 +139,36 @@ def pool(weight, mean, var, axes):
     spread = jnp.sum(weigh(weight, square), axes) * share.real
     var = spread - abs_square(shift)
     # Rounding may leave it below 0. Not jnp.maximum, whose derivative is a half at 0 and nothing below.
-    return Moments(total, pivot + shift, var - lax.stop_gradient(jnp.minimum(var, 0)))
+    var -= lax.stop_gradient(jnp.minimum(var, 0))
+    return Moments(total if unit is None else named(total * unit), pivot + shift, var)
+
+
+def relative(weight, axes):
+    """Weights divided by a power of two near the largest over `axes`, exactly, and that power without the axes.
+
+    Only the ratios of weights count, and products with the weights themselves may leave the floating range. Weights
+    that are boolean or None (1 each) stay, with None for the power.
+    """
+    if not is_real(weight):
+        return weight, None
+    info = jnp.finfo(weight.dtype)
+    positive = lax.stop_gradient(jnp.where(weight > 0, weight, 0))
+    largest = jnp.clip(jnp.max(positive, axes, keepdims=True, initial=0), info.tiny, info.max / 4)
+    unit = named(lax.reduce_precision(largest, info.nexp, 0))
+    return weight / unit, jnp.squeeze(unit, axes)
+
+
+def mean_weight(shape, weight, own, axes, total):
+    """The mean weight behind a value, sum w own / sum w over `axes` of an array of that shape, for `total` = sum w.
+
+    The mean weights `own` of values that are no moments of parts are their weights.
+    """
+    weight, unit = relative(weight, axes)
+    return _mean_weight(shape, weight, own, axes, total / unit)
+
+
+def _mean_weight(shape, weight, own, axes, total):
+    return sum_as(shape, weigh(weight, own), axes, total) * share_of(total, total.dtype)
 
 
 def total_weight(shape, weight, axes, like):
@@ -133,7 +190,7 @@ def _on_cpu(x, shift, *mask, axes):
     x = x.astype(shift.dtype)
     parts = None if mask or jnp.iscomplexobj(x) else cut(16, axes, x)
     if parts is None:
-        return pool(mask[0] if mask else None, x, None, axes)
+        return pooled(mask[0] if mask else None, x, axes)
     (slabs,), axis, _, rest = parts
     pivot = jnp.expand_dims(jnp.mean(lax.index_in_dim(slabs, 0, axis, keepdims=False), rest), axes)
     both = two_sums(lambda x, pivot: (x - pivot, (x - pivot) ** 2), 16, axes, x, pivot)
@@ -147,6 +204,11 @@ guarded_moments = primitive("bnjax_moments", guarded, cpu=_on_cpu, first_is_full
 grouped_moments = primitive("bnjax_group_moments", grouped, cpu=_on_cpu, first_is_full=True)
 
 named = partial(checkpoint_name, name=CHECKPOINT_NAME)
+
+
+def is_real(weight: Any) -> TypeGuard[Array]:
+    """Whether a mask, which may be None, holds real-valued weights."""
+    return weight is not None and weight.dtype != bool
 
 
 def valid(weight, values):

@@ -250,7 +250,7 @@ def _measured(layer: str, params: BNParams, state: BNState, moments: Mapping[str
                 f"mean {mean.shape}. Pass what the same model left, with all axes of its statistics."
             )
         seen = weight > 0
-        size = np.where(seen, weight**2 / _wide(moments.get("square", weight)), np.nan)
+        size = np.where(seen, weight / _wide(moments.get("mean_weight", np.ones_like(weight))), np.nan)
         shift = np.where(seen, abs(mean - batch_mean) / np.sqrt(batch_var + epsilon), np.nan)
         ratio = np.where(seen, (var + epsilon) / (batch_var + epsilon), np.nan)
         nonfinite |= seen & ~(np.isfinite(batch_mean) & np.isfinite(batch_var))

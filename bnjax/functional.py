@@ -11,17 +11,17 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
-import jax.export
 import jax.numpy as jnp
 from jax import Array, lax
 
 from bnjax import checks
-from bnjax.array_moments import Moments
-from bnjax.moments import Support, merge, supported_moments, wider
+from bnjax.array_moments import Moments, serializable
+from bnjax.moments import Support, merge_along, supported_moments, wider
 from bnjax.momentum import Momentum
 from bnjax.normalize import normalize
 
 
+@serializable
 class BNParams(NamedTuple):
     """Learned scale (gamma) and bias (beta), of the shape of the features; None where there is none."""
 
@@ -29,6 +29,7 @@ class BNParams(NamedTuple):
     bias: Array | None
 
 
+@serializable
 class BNState(NamedTuple):
     """Running mean and variance, and how many updates each feature absorbed; of the shape of the features."""
 
@@ -37,15 +38,12 @@ class BNState(NamedTuple):
     count: Array  # pyright: ignore[reportIncompatibleMethodOverride]  a tuple counts too
 
 
+@serializable
 class Collected(NamedTuple):
     """What a layer saw: the moments, and what stands behind their weight."""
 
     moments: Moments
     support: Support
-
-
-for _tuple in BNParams, BNState:
-    jax.export.register_namedtuple_serialization(_tuple, serialized_name=f"bnjax.{_tuple.__name__}")
 
 
 def bn_init(
@@ -315,8 +313,8 @@ def absorbed(state, batch, earlier, rate, options, std_epsilon=None):
 
 def joined(first, second):
     """Moments and support of two parts together."""
-    support = Support(*(a + b for a, b in zip(first.support, second.support, strict=True)))
-    return Collected(merge(first.moments, second.moments), support)
+    both: Any = jax.tree.map(lambda *leaves: jnp.stack(leaves), first, second)
+    return Collected(*merge_along(both.moments, both.support, 0))
 
 
 def absorb(state, batch, support, rate, unbiased_var, std_epsilon=None):
@@ -327,7 +325,7 @@ def absorb(state, batch, support, rate, unbiased_var, std_epsilon=None):
     var = batch.var
     enough = support.valid >= 2
     if unbiased_var:
-        divisor = batch.weight - support.square / jnp.where(enough, batch.weight, 1)
+        divisor = batch.weight - support.mean_weight
         enough &= divisor > 0
         var = var * jnp.where(enough, batch.weight / jnp.where(enough, divisor, 1), 1)
     enough &= jnp.isfinite(batch.mean) & jnp.isfinite(var)

@@ -16,11 +16,13 @@ import jax.numpy as jnp
 from jax import Array
 
 from bnjax import checks, trees
+from bnjax.array_moments import serializable
 from bnjax.functional import BNParams, BNState, absorb, aligned, select
 from bnjax.moments import wider
 from bnjax.normalize import normalize, slopes
 
 
+@serializable
 class Affine(NamedTuple):
     """A scale and a bias for each feature: y = scale * x + bias."""
 

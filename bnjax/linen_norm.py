@@ -50,10 +50,10 @@ class BatchNorm(nn.BatchNorm):
       **others: as in `flax.linen.BatchNorm`.
 
     In training, if `mutable` names the collection `batch_moments`, `moments` there become the batch's `bnjax.Moments`,
-    and `support` the number of valid values and the sum of squared weights. If the collection comes in with moments,
-    those of the batch are merged into them, and the running statistics absorb the moments of all: what gradient
-    accumulation needs (`bnjax.training.train_step`). `mutable=True` does not name it, and gives Flax's collections; a
-    lifted transform such as `nn.scan` does if it lists it.
+    and `support` the number of valid values and the mean weight behind a value, sum(w^2) / sum(w). If the collection
+    comes in with moments, those of the batch are merged into them, and the running statistics absorb the moments of
+    all: what gradient accumulation needs (`bnjax.training.train_step`). `mutable=True` does not name it, and gives
+    Flax's collections; a lifted transform such as `nn.scan` does if it lists it.
 
     Example:
       >>> import jax, jax.numpy as jnp

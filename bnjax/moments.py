@@ -18,7 +18,6 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
-import jax.export
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
@@ -28,9 +27,13 @@ from bnjax.array_moments import (
     Moments,
     grouped_moments,
     guarded_moments,
+    is_real,
+    mean_weight,
     named,
     nonzero,
     pool,
+    pooled,
+    serializable,
     sum_as,
     valid,
     weigh,
@@ -40,14 +43,16 @@ from bnjax.reductions import sums
 Groups = tuple[tuple[int, ...], ...] | None
 
 
+@serializable
 class Support(NamedTuple):
-    """What stands behind a weight: `valid`, the places of weight > 0, and `square`, the sum of squared weights.
+    """The number of places of weight > 0, and the mean weight behind a value, sum_i w_i^2 / sum_i w_i.
 
-    Without real-valued weights both equal the weight.
+    Without real-valued weights these are the weight and 1. The number of equal weights that would average as well is
+    weight / mean_weight (Kish, 1965). The sum of squares itself would leave the floating range for weights far from 1.
     """
 
     valid: Array
-    square: Array
+    mean_weight: Array
 
 
 def wider(dtype: Any, other: Any = jnp.float32) -> Any:
@@ -168,7 +173,7 @@ def supported_moments(
         is read, never the result.
       divided: whether the reduced axes may be divided among devices.
     """
-    if mask is not None and mask.dtype != bool:
+    if is_real(mask):
         mask = lax.stop_gradient(mask.astype(jnp.finfo(x.dtype).dtype))
     axes = tuple(a for a in range(x.ndim) if a not in features)
     mesh, mapped = _kinds(names, groups)
@@ -182,7 +187,12 @@ def supported_moments(
         # Axes of vmap stay outside the derivative rule: under jit it is traced where their names are out of scope. No
         # data move along them, so that autodiff may transpose this merge as it likes.
         moments, support = named(_merge_over(mapped, groups, moments, support))
-    return moments, Support(moments.weight, moments.weight) if support is None else support
+    return moments, _with_support(moments, support)
+
+
+def _with_support(moments, support):
+    """The support, None where each valid place has weight 1."""
+    return Support(moments.weight, lax.full_like(moments.weight, 1)) if support is None else support
 
 
 class Look(NamedTuple):
@@ -203,7 +213,10 @@ def _sharded_as(x, few):
 
 def merge_along(moments: Moments, support: Support, axis: int) -> tuple[Moments, Support]:
     """Those of the parts of a batch that lie along an array axis, together."""
-    return pool(*moments, (axis,)), Support(*(jnp.sum(leaf, axis) for leaf in support))
+    merged = pool(*moments, (axis,))
+    weight = moments.weight
+    own = mean_weight(weight.shape, weight, support.mean_weight, (axis,), merged.weight)
+    return merged, Support(jnp.sum(support.valid, axis), own)
 
 
 def merge_over(
@@ -213,7 +226,7 @@ def merge_over(
     for kind in _kinds(names, groups):
         if kind:
             moments, support = _merge_over(kind, groups, moments, support)
-    return moments, Support(moments.weight, moments.weight) if support is None else support
+    return moments, _with_support(moments, support)
 
 
 def _kinds(names, groups):
@@ -230,29 +243,30 @@ def _kinds(names, groups):
 
 def autodiff_moments(x, mask, axes, names, groups):
     """`_moments` without its derivative rule: the tests' oracle for it."""
-    return _completed(pool(mask, x, None, axes), x, mask, axes, names, groups)
+    return _completed(pooled(mask, x, axes), x, mask, axes, names, groups)
 
 
-def _completed(moments, x, mask, axes, names, groups):
-    """The moments of `x` with their support, over named axes too."""
-    support = None
-    if mask is not None and mask.dtype != bool:
-        parts = (mask > 0).astype(mask.dtype), weigh(mask, mask)
-        support = Support(*(sum_as(x.shape, part, axes, moments.weight) for part in parts))
+def _completed(results, x, mask, axes, names, groups):
+    """The moments of `x` with their support, over named axes too; results are moments and, if real, the mean weight."""
+    moments, support = Moments(*results[:3]), None
+    if is_real(mask):
+        valid_places = sum_as(x.shape, (mask > 0).astype(mask.dtype), axes, moments.weight)
+        support = Support(valid_places, *results[3:])
     return _merge_over(names, groups, moments, support) if names else (moments, support)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(3, 4, 5, 6))
 def _moments(x, mask, shift, axes, names, groups, look):
     """Moments, and their support where it differs from the weight; `mask` is boolean, real of x's width, or None."""
-    if math.prod(x.shape[a] for a in axes) < 2 or not (mask is None or look.guarded):
-        moments = pool(mask, x, None, axes)
+    places = math.prod(x.shape[a] for a in axes)
+    if (isinstance(places, int) and places < 2) or not (mask is None or look.guarded):
+        results = pooled(mask, x, axes)
     elif mask is None and not look.guarded:
-        moments = Moments(*grouped_moments.bind(x.astype(look.dtype), shift, axes=axes))
+        results = grouped_moments.bind(x.astype(look.dtype), shift, axes=axes)
     else:
         masks = [] if mask is None else [mask]
-        moments = Moments(*guarded_moments.bind(x.astype(look.dtype), shift, *masks, axes=axes))
-    return _completed(moments, x, mask, axes, names, groups)
+        results = guarded_moments.bind(x.astype(look.dtype), shift, *masks, axes=axes)
+    return _completed(results, x, mask, axes, names, groups)
 
 
 @_moments.defjvp
@@ -265,8 +279,11 @@ def _moments_jvp(axes, names, groups, look, primals, tangents):
     mean = jnp.expand_dims(moments.mean, axes)
     if mask is not None:
         x = jnp.where(valid(mask, x), x, mean)  # a NaN there times a zero cotangent would be a NaN
+    total = nonzero(moments.weight)
+    if is_real(mask):  # products with large or small weights may leave the floating range, those with shares do not
+        mask, total = mask / jnp.expand_dims(total, axes), jnp.ones_like(total)
     both = [jnp.squeeze(t, axes).astype(x.dtype) for t in sums(weigh(mask, dx), x, mean, axes)]
-    dmean, dvar = (t / nonzero(moments.weight).astype(x.dtype) for t in _total(both, names, groups))
+    dmean, dvar = (t / total.astype(x.dtype) for t in _total(both, names, groups))
     dmoments = Moments(jnp.zeros_like(moments.weight), dmean, 2 * dvar.real)
     return (moments, support), (dmoments, jax.tree.map(jnp.zeros_like, support))
 
@@ -279,8 +296,8 @@ def _merge_over(names, groups, moments, support):
         gathered = [rows[:, i] if i == 1 else rows[:, i].real for i in range(len(leaves))]
     else:
         gathered = [_gather(leaf, names, groups) for leaf in leaves]
-    weight, mean, var, *rest = gathered
-    return pool(weight, mean, var, (0,)), Support(*(jnp.sum(leaf, 0) for leaf in rest)) if rest else None
+    moments = Moments(*gathered[:3])
+    return (pool(*moments, (0,)), None) if support is None else merge_along(moments, Support(*gathered[3:]), 0)
 
 
 def _total(rows, names, groups):

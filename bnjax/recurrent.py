@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from bnjax.array_moments import serializable
 from bnjax.functional import BNParams, BNState
 from bnjax.indexed import indexed_bn_apply, indexed_bn_init
 from bnjax.moments import wider
@@ -28,6 +29,7 @@ def orthogonal(key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> 
     return jax.nn.initializers.orthogonal()(key, shape, wider(dtype)).astype(dtype)
 
 
+@serializable
 class BNLSTMParams(NamedTuple):
     """Kernels of shapes (inputs, 4 features) and (features, 4 features), columns in the order f, i, o, g; a bias."""
 
@@ -39,6 +41,7 @@ class BNLSTMParams(NamedTuple):
     cell_bn: BNParams
 
 
+@serializable
 class BNLSTMState(NamedTuple):
     """Running statistics per timestep of the three normalizations."""
 
@@ -52,6 +55,7 @@ def norm_layers(features: int) -> list[tuple[str, int, float | None]]:
     return [("input_bn", 4 * features, None), ("recurrent_bn", 4 * features, None), ("cell_bn", features, 0.0)]
 
 
+@serializable
 class BNLSTMCarry(NamedTuple):
     """Cell and output, of shape (batch, features); the timestep, a scalar; and each sequence's length, None for all."""
 

@@ -113,7 +113,7 @@ def cut(most: int, axes: tuple[int, ...], *arrays: Array) -> Any:
     for start in axes:
         stop = next(a for a in range(start, len(shape) + 1) if a not in axes)
         places = math.prod(shape[start:stop])
-        if start - 1 not in axes and places >= most:
+        if start - 1 not in axes and _at_least(places, most):
             break
     else:
         return None
@@ -133,6 +133,11 @@ def cut(most: int, axes: tuple[int, ...], *arrays: Array) -> Any:
     return slabs, start, left, tuple(a for a in axes if a < start) + rest
 
 
+def _at_least(places, most):
+    """Whether so many places are known to be there; a symbolic dimension of `jax.export` is not known."""
+    return isinstance(places, int) and places >= most
+
+
 def two_sums(
     pair: Callable[..., tuple[Array, Array]], most: int, axes: tuple[int, ...], *arrays: Array
 ) -> tuple[Array, Array]:
@@ -143,7 +148,8 @@ def two_sums(
     """
 
     def total(values, most, least, axes, *arrays):
-        parts = cut(most, axes, *arrays) if math.prod(arrays[0].shape[a] for a in axes) >= least else None
+        places = math.prod(arrays[0].shape[a] for a in axes)
+        parts = cut(most, axes, *arrays) if _at_least(places, least) else None
         if parts is None:
             return jnp.sum(values(*arrays), axes)
         slabs, axis, left, rest = parts

@@ -151,13 +151,20 @@ def _ghost_bn_apply(params, state, x, mask, rate, earlier, *, size, options):
     batch_axis = next((a for a in range(x.ndim) if a not in features), None)
     number = 0 if batch_axis is None else x.shape[batch_axis]
     # Over a named axis even a group of all that is here has statistics of its own.
-    alone = number == 0 or (size >= number and not options.names)
+    known = isinstance(number, int)
+    alone = known and (number == 0 or (size >= number and not options.names))
     if batch_axis is None or alone or not (options.train or state is None):
         return apply_canonical(params, state, x, mask, rate, earlier, options=options)
-    size = min(size, number)
+    if known:
+        size = min(size, number)
+    elif number % size != 0:
+        raise ValueError(
+            f"ghost_bn_apply(x=...): the batch is the symbolic dimension {number}, which is not known to be a multiple "
+            f'of ghost_size={size}. Export with a batch such as "{size}*g", or with a number.'
+        )
     whole = number - number % size
     y, batch = _grouped(params, state, wide, mask, features, batch_axis, slice(0, whole), size, x.dtype, options)
-    if whole < number:
+    if known and whole < number:
         rest = slice(whole, number), number - whole, x.dtype
         y_rest, batch_rest = _grouped(params, state, wide, mask, features, batch_axis, *rest, options)
         y, batch = lax.concatenate([y, y_rest], batch_axis), joined(batch, batch_rest)
