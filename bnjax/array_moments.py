@@ -181,6 +181,11 @@ def share_of(total, dtype):
     return (1 / nonzero(total)).astype(dtype)
 
 
+def _twice(x, shift, *mask, axes):
+    """As `guarded`, in two reads."""
+    return pooled(mask[0] if mask else None, x.astype(shift.dtype), axes)
+
+
 def _on_cpu(x, shift, *mask, axes):
     """As `guarded`, in one sum around the mean of a sixteenth of the values; under a mask, in two reads.
 
@@ -190,7 +195,7 @@ def _on_cpu(x, shift, *mask, axes):
     x = x.astype(shift.dtype)
     parts = None if mask or jnp.iscomplexobj(x) else cut(16, axes, x)
     if parts is None:
-        return pooled(mask[0] if mask else None, x, axes)
+        return _twice(x, shift, *mask, axes=axes)
     (slabs,), axis, _, rest = parts
     pivot = jnp.expand_dims(jnp.mean(lax.index_in_dim(slabs, 0, axis, keepdims=False), rest), axes)
     both = two_sums(lambda x, pivot: (x - pivot, (x - pivot) ** 2), 16, axes, x, pivot)
@@ -200,10 +205,24 @@ def _on_cpu(x, shift, *mask, axes):
     return Moments(*(jnp.squeeze(v, axes) for v in (jnp.full_like(var, weight), pivot + offset, var)))
 
 
-guarded_moments = primitive("bnjax_moments", guarded, cpu=_on_cpu, first_is_full=True)
-grouped_moments = primitive("bnjax_group_moments", grouped, cpu=_on_cpu, first_is_full=True)
+guarded_moments = primitive("bnjax_moments", guarded, cpu=_on_cpu, series=_twice, first_is_full=True)
+grouped_moments = primitive("bnjax_group_moments", grouped, cpu=_on_cpu, series=_twice, first_is_full=True)
 
 named = partial(checkpoint_name, name=CHECKPOINT_NAME)
+
+
+def is_explicit(values):
+    """Whether the type of an array tells how it is sharded, so that operands have to agree."""
+    return jax.sharding.AxisType.Explicit in jax.typeof(values).sharding.mesh.axis_types
+
+
+def sharded_as(x, few):
+    """`few`, of x's rank and of size 1 where it is not x's, sharded as `x` is, which explicit sharding wants."""
+    if not is_explicit(x):
+        return few
+    sharding = jax.typeof(x).sharding
+    spec = [None if n == 1 else name for n, name in zip(few.shape, sharding.spec, strict=True)]
+    return jax.sharding.reshard(few, jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(*spec)))
 
 
 def is_real(weight: Any) -> TypeGuard[Array]:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.core import Tracer
 
 Axis = int | Sequence[int]
 AxisName = Hashable | Sequence[Hashable]
@@ -46,7 +47,7 @@ def initial(call: str, name: str, value: Any, shape: tuple[int, ...], dtype: Any
     if np.iscomplexobj(value) and not jnp.issubdtype(dtype, jnp.complexfloating):
         raise TypeError(f"{call}({name}=...): complex, but dtype is {dtype}. Pass dtype=jnp.complex64.")
     got = np.shape(value)
-    if len(got) > len(shape) or any(n not in (1, m) for n, m in zip(got[::-1], shape[::-1], strict=False)):
+    if not broadcasts(got, shape):
         raise ValueError(
             f"{call}({name}=...): shape {got} does not broadcast to features {shape}. Pass a number or one per feature."
         )
@@ -68,11 +69,7 @@ def inexact(call: str, name: str, x: Any) -> None:
 
 def feature_axes(call: str, x: Array, axis: Axis) -> tuple[int, ...]:
     """`axis` as increasing non-negative integers."""
-    axes = tuple(axis) if isinstance(axis, Iterable) else (axis,)
-    if not axes or any(isinstance(a, bool) or not isinstance(a, int | np.integer) for a in axes):
-        raise TypeError(
-            f"{call}(axis={axis!r}): expected an integer or several. Pass the axis or axes of the features."
-        )
+    axes = tuple(np.atleast_1d(static_axis(call, axis)).tolist())
     if any(not -x.ndim <= a < x.ndim for a in axes):
         raise ValueError(
             f"{call}(axis={axis!r}): x has shape {x.shape}, so each axis must be in [{-x.ndim}, {x.ndim}). "
@@ -86,26 +83,43 @@ def feature_axes(call: str, x: Array, axis: Axis) -> tuple[int, ...]:
     return canonical
 
 
-def static_axis(axis: Any) -> Any:
-    """`axis` in hashable form, where it is several."""
-    return tuple(axis) if isinstance(axis, Iterable) and not isinstance(axis, str) else axis
+def static_axis(call: str, axis: Any) -> int | tuple[int, ...]:
+    """`axis`, an integer or several, in hashable form."""
+    axes = tuple(axis) if isinstance(axis, Iterable) else (axis,)
+    if not axes or any(isinstance(a, bool) or not isinstance(a, int | np.integer) for a in axes):
+        raise TypeError(
+            f"{call}(axis={axis!r}): expected an integer or several. Pass the axis or axes of the features."
+        )
+    return axes if isinstance(axis, Iterable) else axis
 
 
-def axis_names(axis_name: AxisName | None) -> tuple[Hashable, ...]:
+def axis_names(call: str, axis_name: AxisName | None) -> tuple[Hashable, ...]:
     """`axis_name` as a tuple, empty for None."""
+    if isinstance(axis_name, set | frozenset):
+        raise TypeError(
+            f"{call}(axis_name={axis_name}): the order of a set differs between the hosts of a program. "
+            "Pass the names as a tuple."
+        )
     if axis_name is None:
         return ()
-    return tuple(axis_name) if isinstance(axis_name, list | tuple | set | frozenset) else (axis_name,)
+    return tuple(axis_name) if isinstance(axis_name, list | tuple) else (axis_name,)
 
 
-def index_groups(groups: Sequence[Sequence[int]] | None) -> tuple[tuple[int, ...], ...] | None:
+def index_groups(call: str, groups: Sequence[Sequence[int]] | None) -> tuple[tuple[int, ...], ...] | None:
     """`axis_index_groups` in hashable form."""
     try:
         return None if groups is None else tuple(tuple(int(i) for i in group) for group in groups)
     except TypeError as error:
         raise TypeError(
-            f"axis_index_groups={groups}: expected a list of lists of indices, as in jax.lax.psum."
+            f"{call}(axis_index_groups={groups}): expected a list of lists of indices, as in jax.lax.psum."
         ) from error
+
+
+def keywords(call: str, given: Iterable[str], known: Iterable[str]) -> None:
+    """All keywords that were given are those of a call."""
+    unknown = sorted(set(given) - set(known))
+    if unknown:
+        raise TypeError(f"{call}({unknown[0]}=...): there is no such argument. Pass some of {sorted(known)}.")
 
 
 def bound_axes(call: str, names: tuple[Hashable, ...], groups: tuple[tuple[int, ...], ...] | None) -> None:
@@ -136,9 +150,14 @@ def bound_axes(call: str, names: tuple[Hashable, ...], groups: tuple[tuple[int, 
         )
 
 
+def broadcasts(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:
+    """Whether a shape broadcasts to another, whose sizes may be symbolic dimensions of `jax.export`."""
+    return len(shape) <= len(target) and all(n in (1, m) for n, m in zip(shape[::-1], target[::-1], strict=False))
+
+
 def _broadcasts(value: Any, x: Array) -> bool:
     """Whether `value` has x's rank, with each size 1 or x's."""
-    return np.ndim(value) == x.ndim and all(s in (1, n) for s, n in zip(np.shape(value), x.shape, strict=True))
+    return np.ndim(value) == x.ndim and broadcasts(np.shape(value), x.shape)
 
 
 def weights(call: str, mask: Any, x: Array) -> None:
@@ -190,11 +209,27 @@ def positive(call: str, name: str, value: Any) -> float:
     return number
 
 
+def known(values: Array) -> np.ndarray | None:
+    """What an array holds; None while that is traced, and where another host holds a part of it."""
+    unknown = isinstance(values, Tracer) or not values.is_fully_addressable
+    return None if unknown else np.asarray(jax.device_get(values))
+
+
 def momentum(call: str, value: Any) -> tuple[Any, Any]:
-    """`value` and its complement; a Python number is in [0, 1]."""
+    """`value` and its complement; in [0, 1], to which what only run time knows is clamped."""
     if isinstance(value, np.ndarray) and value.ndim:
         value = jnp.asarray(value)
     if isinstance(value, Array):
+        if not (jnp.issubdtype(value.dtype, jnp.floating) or jnp.issubdtype(value.dtype, jnp.integer)):
+            raise TypeError(f"{call}(momentum=...): expected real numbers, got {value.dtype}.")
+        numbers = known(value)
+        if numbers is None:
+            value = jnp.where(value < 0, 0, jnp.where(value > 1, 1, value))
+        elif not np.all((numbers >= 0) & (numbers <= 1)):
+            raise ValueError(
+                f"{call}(momentum=...): expected numbers in [0, 1], the weight of the old value, got {numbers}. "
+                "For PyTorch's momentum p pass 1 - p."
+            )
         return value, 1 - value
     if isinstance(value, bool) or not isinstance(value, int | float | np.number | np.ndarray) or np.ndim(value):
         raise TypeError(
@@ -212,11 +247,7 @@ def momentum(call: str, value: Any) -> tuple[Any, Any]:
 
 def rate(call: str, rate: tuple[Any, Any], like: Array) -> None:
     """The momentum, a number or one per feature, has a shape that leaves the state's as it is."""
-    try:
-        fits = np.broadcast_shapes(np.shape(rate[0]), like.shape) == like.shape
-    except ValueError:
-        fits = False
-    if not fits:
+    if not broadcasts(np.shape(rate[0]), like.shape):
         raise ValueError(
             f"{call}(momentum=...): shape {np.shape(rate[0])} does not broadcast to features {like.shape}. "
             "Pass a number, or one per feature."

@@ -54,9 +54,9 @@ def conversion(library: str, to: Any, where: Any, changes: Mapping[str, Any], la
 def _checked(name: str, value: Any) -> Any:
     """The value of a change, in one hashable spelling."""
     if name == "axis_index_groups":
-        return checks.index_groups(value)
+        return checks.index_groups("convert", value)
     if name == "axis_name":
-        names = checks.axis_names(value)
+        names = checks.axis_names("convert", value)
         return names if isinstance(value, list | tuple) else value
     if name == "epsilon":
         return checks.positive("convert", name, value)

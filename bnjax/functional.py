@@ -6,16 +6,16 @@ In training `mean` and `var` are the batch's moments, which the running statisti
 running statistics. The formula and its derivative are in `normalize.py`, the moments and theirs in `moments.py`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 
 from bnjax import checks
-from bnjax.array_moments import Moments, serializable
+from bnjax.array_moments import Moments, serializable, sharded_as
 from bnjax.moments import Support, merge_along, supported_moments, wider
 from bnjax.momentum import Momentum
 from bnjax.normalize import normalize
@@ -132,9 +132,10 @@ def bn_apply(
       momentum: weight of the OLD value, in [0, 1], as in Flax and Keras (PyTorch's is 1 minus it), or a function of
         `state.count` such as `cumulative_average` or `debiased(0.99)`.
       epsilon: added to the variance, > 0.
-      mask: of x's rank and broadcastable to it, boolean or weights >= 0 (a negative one counts as 0). Places of
-        weight 0 may hold anything, NaN included; they do not enter the statistics and are normalized like all others.
-        It is not differentiated.
+      mask: of x's rank and broadcastable to it, boolean or weights >= 0 (a negative one counts as 0), of which only
+        the ratios count; their sum has to be finite in float32. Places of weight 0 may hold anything, NaN included;
+        they do not enter the statistics and are normalized like all others, and where their output is not finite they
+        are constants to derivatives. It is not differentiated.
       axis_name: mapped axis, or several, whose devices or examples share statistics, merged by weight: one gather of
         3 x features numbers forward (5 with real-valued weights), one psum of 2 x features backward. Examples under
         `vmap` are each read around the mean of their own first sixteenth.
@@ -150,11 +151,11 @@ def bn_apply(
     state and count as they were. With one valid value var is 0, so that value becomes `bias`. With none, `x` is
     normalized by the running statistics (by mean 0 and var 1 where state is None). A NaN or infinity at a valid place
     shows in the output of its feature. Mask and axis_name play no part in evaluation by running statistics
-    (but for the derivatives of scale and bias: what is not finite at a masked place does not enter them).
+    (but for derivatives: what is not finite at a masked place does not enter them).
 
     Raises:
       TypeError, ValueError: while tracing, for shapes, dtypes and Python values that do not fit; the message names
-        the argument, what came and what to pass. A momentum known only at run time is not checked.
+        the argument, what came and what to pass. A momentum known only at run time is clamped to [0, 1].
 
     Example:
       >>> import jax.numpy as jnp
@@ -197,15 +198,16 @@ def bn_collect(
     collect: bool,
     earlier: Collected | None = None,
     dtype: Any = None,
+    call: str = "bn_apply",
 ) -> tuple[Array, BNState | None, Collected | None]:
-    """`bn_apply`, and in training, if `collect`, the batch's moments.
+    """`bn_apply`, and in training, if `collect`, the batch's moments. Errors name `call`.
 
     `earlier` moments, of other parts of one larger batch, are merged with those of this part: it is the moments of all
     parts that the state absorbs and that come back. The output is normalized by this part's own. `dtype` is that of
     the output, by default x's: a layer whose output is wider than its input need not widen the input first.
     """
     options, rate = canonical(
-        "bn_apply", train, axis, momentum, epsilon, axis_name, axis_index_groups, unbiased_var, collect, dtype
+        call, train, state, axis, momentum, epsilon, axis_name, axis_index_groups, unbiased_var, collect, dtype
     )
     return apply_canonical(params, state, x, mask, rate, earlier, options=options)
 
@@ -226,19 +228,20 @@ class Options(NamedTuple):
 
 
 def canonical(
-    call, train, axis, momentum, epsilon, axis_name, axis_index_groups, unbiased_var, collect, dtype=None
+    call, train, state, axis, momentum, epsilon, axis_name, axis_index_groups, unbiased_var, collect, dtype=None
 ) -> tuple[Options, Any]:
-    """The options, and the momentum with its complement, None if it is a function."""
+    """The options, and the momentum with its complement, None if it is a function among the options."""
     checks.boolean(call, "train", train)
     checks.boolean(call, "unbiased_var", unbiased_var)
+    schedule, momentum = static_schedule(momentum, state, train)
     options = Options(
         call,
         train,
-        checks.static_axis(axis),
-        momentum if callable(momentum) else None,
+        checks.static_axis(call, axis),
+        schedule,
         checks.positive(call, "epsilon", epsilon),
-        checks.axis_names(axis_name),
-        checks.index_groups(axis_index_groups),
+        checks.axis_names(call, axis_name),
+        checks.index_groups(call, axis_index_groups),
         unbiased_var,
         collect,
         dtype,
@@ -246,9 +249,22 @@ def canonical(
     return options, None if callable(momentum) else checks.momentum(call, momentum)
 
 
+def static_schedule(value: Any, state: Any, train: bool) -> tuple[Any, Any]:
+    """A number or function of the count as (None, number), or as (function, function) where it may be compiled in.
+
+    A function that is another object at each call, such as a lambda in a loop, would be compiled each time. It is
+    evaluated here, so that only numbers enter what is compiled.
+    """
+    lasts = type(value).__eq__ is not object.__eq__ or "<" not in getattr(value, "__qualname__", "<")
+    if not callable(value) or (lasts and isinstance(value, Hashable)):
+        return (value if callable(value) else None), value
+    used = train and hasattr(state, "count")
+    return None, value(jnp.asarray(state.count)) if used else 0.0
+
+
 @partial(jax.jit, static_argnames="options", inline=True)
 def apply_canonical(params, state, x, mask, rate, earlier, *, options):
-    features, wide = widened(params, state, x, mask, options)
+    features, wide, mask = widened(params, state, x, mask, options)
     collected = None
     if state is not None and not options.train:
         mean, var = state.mean, state.var.real
@@ -257,8 +273,9 @@ def apply_canonical(params, state, x, mask, rate, earlier, *, options):
         mean, var = usable(batch.moments, state, x, mask)
         state, collected = absorbed(state, batch, earlier, rate, options)
     scale, bias = params
-    y = normalize(wide, *(aligned(v, x, features) for v in (mean, var, scale, bias)), mask, options.epsilon)
-    return y.astype(options.dtype or x.dtype), state, collected
+    dtype = options.dtype or x.dtype
+    y = normalize(wide, *(aligned(v, x, features) for v in (mean, var, scale, bias)), mask, options.epsilon, dtype)
+    return y.astype(dtype), state, collected
 
 
 def batch_collected(x, mask, features, state, dtype, options):
@@ -268,22 +285,24 @@ def batch_collected(x, mask, features, state, dtype, options):
 
 
 def widened(params, state, x, mask, options):
-    """The feature axes, and `x` in 32 bits or more: once, so that the parts of its gradient are summed before they are
-    rounded. All arguments are checked."""
+    """The feature axes, `x` in 32 bits or more, and the mask. All arguments are checked.
+
+    `x` is widened once, so that the parts of its gradient are summed before they are rounded.
+    """
     checks.inexact(options.call, "x", x)
     features = checks.feature_axes(options.call, x, options.axis)
     checks.variables(options.call, params, state, x, features, options.axis)
     checks.weights(options.call, mask, x)
     if options.train or state is None:
         checks.bound_axes(options.call, options.names, options.groups)
-    return features, x.astype(wider(x.dtype))
+    return features, x.astype(wider(x.dtype)), None if mask is None else sharded_as(x, mask)
 
 
-def aligned(v, x, features):
-    """`v`, of the shape of the features, with x's rank; conditional scale and bias have it."""
-    if v is None or v.ndim == x.ndim:
+def aligned(v, x, features) -> Any:
+    """`v`, of the shape of the features, with x's rank, which conditional scale and bias have, and sharded as `x`."""
+    if v is None:
         return v
-    return jnp.expand_dims(v, tuple(a for a in range(x.ndim) if a not in features))
+    return sharded_as(x, v if v.ndim == x.ndim else jnp.expand_dims(v, [a for a in range(x.ndim) if a not in features]))
 
 
 def usable(batch, state, x, mask):
@@ -296,7 +315,8 @@ def usable(batch, state, x, mask):
         if state is None
         else (state.mean.astype(mean.dtype), state.var.real.astype(var.dtype))
     )
-    return (select(batch.weight > 0, new, old) for new, old in zip((mean, var), idle, strict=True))
+    pairs = zip((mean, var), idle, strict=True)
+    return (select(batch.weight > 0, new, sharded_as(new, old)) for new, old in pairs)
 
 
 def absorbed(state, batch, earlier, rate, options, std_epsilon=None):
@@ -322,6 +342,7 @@ def absorb(state, batch, support, rate, unbiased_var, std_epsilon=None):
 
     Averages are those of mean and var, or of mean and sqrt(var + std_epsilon).
     """
+    batch, support = jax.tree.map(lambda v: sharded_as(state.mean, v), (batch, support))
     var = batch.var
     enough = support.valid >= 2
     if unbiased_var:
@@ -351,6 +372,5 @@ def absorb(state, batch, support, rate, unbiased_var, std_epsilon=None):
 
 
 def select(which, new, old):
-    """`new` where `which`, else `old`, arrays of one shape, brought to one sharding as explicit sharding asks."""
-    zero = lax.full_like(new, 0) + lax.full_like(old, 0)
-    return jnp.where(which | (zero != 0), new + zero, old + zero)
+    """`new` where `which`, else `old`, arrays of one shape, sharded as `old`."""
+    return jnp.where(sharded_as(old, which), sharded_as(old, new), old)

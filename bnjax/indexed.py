@@ -11,8 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.sharding import NamedSharding, reshard
+from jax.sharding import PartitionSpec as P
 
 from bnjax import checks
+from bnjax.array_moments import is_explicit, sharded_as
 from bnjax.functional import BNParams, BNState, bn_apply, bn_collect, bn_init
 
 
@@ -86,41 +89,62 @@ def indexed_bn_apply(
       >>> state.mean[:, 0].tolist(), state.count[:, 0].tolist()
       ([0.0, 2.0, 0.0], [0, 1, 0])
     """
-    options = (bn_apply.__kwdefaults__ or {}) | options  # its defaults stand once
+    defaults = bn_apply.__kwdefaults__ or {}  # they stand once
+    checks.keywords("indexed_bn_apply", options, defaults)
+    options = defaults | options
     return indexed_bn_collect(params, state, x, train, index=index, collect=False, **options)[:2]
 
 
-def indexed_bn_collect(params, state, x, train, *, index, earlier=None, **options) -> Any:
+def indexed_bn_collect(params, state, x, train, *, index, earlier=None, call="indexed_bn_apply", **options) -> Any:
     """`indexed_bn_apply`, and what `bn_collect` collects: moments for each index, of weight 0 but at this one."""
     shape = state.mean.shape if isinstance(state, BNState) else ()
     if not shape:
-        raise TypeError("indexed_bn_apply(state=...): expected the state of indexed_bn_init, with an axis of indices.")
-    at = _clamped(index, shape[0])
+        raise TypeError(f"{call}(state=...): expected the state of indexed_bn_init, with an axis of indices.")
+    at = _clamped(call, index, shape[0])
 
     def own(tree):
-        return jax.tree.map(lambda v: lax.dynamic_index_in_dim(v, at, 0, keepdims=False), tree)
+        return jax.tree.map(lambda v: _taken(v, at), tree)
 
     def put(tree, new):
-        return jax.tree.map(lambda v, n: lax.dynamic_update_index_in_dim(v, n, at, 0), tree, new)
+        return jax.tree.map(lambda v, n: _put(v, n, at), tree, new)
 
     params = BNParams(*(own(v) if v is not None and np.shape(v) == shape else v for v in params))
-    y, new, collected = bn_collect(params, own(state), x, train, earlier=own(earlier), **options)
+    y, new, collected = bn_collect(params, own(state), x, train, earlier=own(earlier), call=call, **options)
     if collected is not None:
         zeros = jax.tree.map(lambda leaf: jnp.zeros((shape[0], *leaf.shape), leaf.dtype), collected)
         collected = put(zeros if earlier is None else earlier, collected)
     return y, put(state, new) if train else state, collected
 
 
-def _clamped(index, number):
+def _taken(values, at):
+    """The row `at`."""
+    if not is_explicit(values):
+        return lax.dynamic_index_in_dim(values, at, 0, keepdims=False)
+    return jnp.sum(jnp.where(_is_row(values, at), values, 0), 0, dtype=values.dtype)
+
+
+def _put(values, row, at):
+    """`values` with another row `at`."""
+    if not is_explicit(values):
+        return lax.dynamic_update_index_in_dim(values, row, at, 0)
+    return jnp.where(_is_row(values, at), sharded_as(values, row[None]), values)
+
+
+def _is_row(values, at):
+    """Where the index is `at`, of the shape of `values`: explicit sharding has no slices of an axis that may be cut."""
+    return lax.broadcasted_iota(jnp.int32, values.shape, 0, out_sharding=jax.typeof(values).sharding) == at
+
+
+def _clamped(call, index, number):
     """`index` in [0, number); one that is known has to be there already."""
     if isinstance(index, bool) or not jnp.issubdtype(jnp.result_type(index), jnp.integer) or np.ndim(index):
         raise TypeError(
-            f"indexed_bn_apply(index=...): expected an integer or a scalar integer array, got {index!r}. "
+            f"{call}(index=...): expected an integer or a scalar integer array, got {index!r}. "
             "For an index per example, vmap over the examples."
         )
     if not isinstance(index, Array | np.ndarray) and not 0 <= index < number:
         raise ValueError(
-            f"indexed_bn_apply(index={index}): the state has {number} indices. Pass 0 to {number - 1}, or an array, "
+            f"{call}(index={index}): the state has {number} indices. Pass 0 to {number - 1}, or an array, "
             "which is clamped."
         )
     index = jnp.asarray(index)
@@ -152,27 +176,41 @@ def conditional_params(params: BNParams, label: Array, x: Array, *, axis: checks
       >>> bnjax.bn_apply(bnjax.conditional_params(classes, label, x), None, x, True)[0].round(2).tolist()
       [[-1.0], [2.0]]
     """
-    features = checks.feature_axes("conditional_params", x, axis)
+    return chosen_params("conditional_params", params, label, x, axis)
+
+
+def chosen_params(call: str, params: BNParams, label: Array, x: Array, axis: checks.Axis) -> BNParams:
+    """`conditional_params`; errors name `call`."""
+    features = checks.feature_axes(call, x, axis)
     shape = tuple(x.shape[a] for a in features)
     for name, table in zip(("scale", "bias"), params, strict=True):
         if table is not None and (np.shape(table)[1:] != shape or not np.shape(table)[0]):
             raise ValueError(
-                f"conditional_params(params=...): expected {name} of shape (classes, {str(shape)[1:-1]}), got "
+                f"{call}(params=...): expected {name} of shape (classes, {str(shape)[1:-1]}), got "
                 f"{np.shape(table)}. Give each class a value for each feature of x, which has shape {x.shape}."
             )
     rest = [a for a in range(x.ndim) if a not in features]
     if not jnp.issubdtype(jnp.result_type(label), jnp.integer):
-        raise TypeError(f"conditional_params(label=...): expected integers, got {jnp.result_type(label)}.")
+        raise TypeError(f"{call}(label=...): expected integers, got {jnp.result_type(label)}.")
     if not rest or np.shape(label) != (x.shape[rest[0]],):
         raise ValueError(
-            f"conditional_params(label=...): expected one for each example, x has shape {x.shape}, got shape "
+            f"{call}(label=...): expected one for each example, x has shape {x.shape}, got shape "
             f"{np.shape(label)}. Pass integers of shape (batch,)."
         )
 
     def chosen(table):
         if table is None:
             return None
-        values = jnp.take(table, label, axis=0, mode="clip")
+        if is_explicit(x):
+            mesh, spec = jax.typeof(x).sharding.mesh, jax.typeof(x).sharding.spec
+            parts = [None if n == 1 else spec[a] for n, a in zip(shape, features, strict=True)]
+            batch, rows, out = (
+                NamedSharding(mesh, P(*p)) for p in ([spec[rest[0]]], [None, *parts], [spec[rest[0]], *parts])
+            )
+            table, places = reshard(table, rows), reshard(label, batch)
+            values = table.at[places].get(mode="clip", out_sharding=out)
+        else:
+            values = jnp.take(table, label, axis=0, mode="clip")
         order = np.argsort([rest[0], *features])
         return jnp.expand_dims(values.transpose(order), rest[1:])
 

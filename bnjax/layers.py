@@ -1,8 +1,9 @@
 """What the Linen and the NNX layer share: Flax's conventions for axes, masks and dtypes, around the pure function."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -13,10 +14,15 @@ from bnjax.functional import BNParams, BNState, Collected, bn_collect
 from bnjax.moments import Support, wider
 
 
-def feature_axes(x: Array, axis: Any) -> tuple[int, ...]:
+def feature_axes(x: Array, axis: Any, call: str = "BatchNorm") -> tuple[int, ...]:
     """`axis`, one or several, as increasing non-negative integers; as in Flax one may be named twice."""
-    axes = axis if isinstance(axis, Iterable) else (axis,)
-    return tuple(sorted({checks.feature_axes("BatchNorm", x, a)[0] for a in axes}))
+    axes = np.atleast_1d(checks.static_axis(call, axis)).tolist()
+    return tuple(sorted({checks.feature_axes(call, x, a)[0] for a in axes}))
+
+
+def promoting() -> Any:
+    """Flax's rules for the dtypes of results, which are JAX's standard ones, also where JAX is set to strict ones."""
+    return jax.numpy_dtype_promotion("standard")
 
 
 def batch_norm(
@@ -31,6 +37,7 @@ def batch_norm(
     mask: Any,
     axis_name: Any,
     axis_index_groups: Any,
+    call: str,
     apply: Callable[..., Any] = bn_collect,
     **options: Any,
 ) -> tuple[Array, BNState, Collected | None]:
@@ -45,6 +52,7 @@ def batch_norm(
       dtype: of the output.
       mask: broadcastable to `x`, of any rank up to x's.
       axis_name, axis_index_groups: groups without an axis are nothing, as in Flax.
+      call: the name of the layer's class, for errors.
       apply: `bn_collect`, or what a variant has in its place.
       **options: of `apply`.
 
@@ -53,15 +61,17 @@ def batch_norm(
     """
     inexact = x.dtype if jnp.issubdtype(x.dtype, jnp.inexact) else jnp.float32  # half precision cannot hold integers
     x = x.astype(inexact)
-    wide = jnp.result_type(inexact, *(v for v in (mean, *params) if v is not None))
+    with promoting():
+        wide = jnp.result_type(inexact, *(v for v in (mean, *params) if v is not None))
+        complex_mean = jnp.promote_types(mean.dtype, jnp.complex64)
     real = jnp.isrealobj(x) and jnp.isrealobj(mean)  # complex scale and bias do not make the mean complex
     if jnp.issubdtype(wide, jnp.complexfloating):
-        mean = mean.astype(jnp.promote_types(mean.dtype, jnp.complex64))
+        mean = mean.astype(complex_mean)
     if mask is not None:
         mask = jnp.asarray(mask)
-        if not _broadcasts(mask.shape, x.shape):
+        if not checks.broadcasts(mask.shape, x.shape):
             raise ValueError(
-                f"BatchNorm(mask=...): mask has shape {mask.shape}, which does not broadcast to that of x, {x.shape}. "
+                f"{call}(mask=...): mask has shape {mask.shape}, which does not broadcast to that of x, {x.shape}. "
                 "Reshape it so that its last axes are x's."
             )
         mask = mask.reshape((1,) * (x.ndim - mask.ndim) + mask.shape)
@@ -74,6 +84,7 @@ def batch_norm(
         axis_name=axis_name,
         axis_index_groups=None if axis_name is None else axis_index_groups,
         dtype=jnp.dtype(dtype),
+        call=call,
         **options,
     )
     assert state is not None

@@ -12,7 +12,7 @@ from jax import Array
 
 from bnjax import checks, layers
 from bnjax.functional import BNParams, Collected, bn_collect
-from bnjax.indexed import conditional_params, indexed_bn_collect
+from bnjax.indexed import chosen_params, indexed_bn_collect
 from bnjax.momentum import Momentum
 from bnjax.variants import RENORM_D_MAX, RENORM_R_MAX, Limit, ghost_bn_collect, renorm_bn_collect
 
@@ -190,10 +190,11 @@ def batch_norm(
 
     `apply` is `bn_collect` or a variant of it; statistics and parameters may lead with an axis of indices or classes.
     """
+    call = type(layer).__name__
     use_running_average = nn.merge_param("use_running_average", layer.use_running_average, use_running_average)
     train = not use_running_average and not getattr(layer, "frozen", False)
     x = jnp.asarray(x)
-    axes = layers.feature_axes(x, layer.axis)
+    axes = layers.feature_axes(x, layer.axis, call)
     features = [x.shape[a] for a in axes]
     shape = [*stacked_stats, *features]
     stored = jnp.float32 if layer.force_float32_reductions else layer.param_dtype
@@ -210,14 +211,15 @@ def batch_norm(
     if getattr(layer, "frozen_params", False):
         params = jax.lax.stop_gradient(params)
     if label is not None:
-        params = conditional_params(params, jnp.asarray(label), x, axis=axes)
+        params = chosen_params(call, params, jnp.asarray(label), x, axes)
 
     means, variances = mean.value, var.value
     if train:  # Flax stores what the average of old and new promotes to
         new = x.dtype if layer.dtype is None else layer.dtype
-        new = jnp.promote_types(new if jnp.issubdtype(new, jnp.inexact) else jnp.float32, stored)
-        means = means.astype(jnp.promote_types(means.dtype, new))
-        variances = variances.astype(jnp.promote_types(variances.dtype, jnp.finfo(new).dtype))
+        with layers.promoting():
+            new = jnp.promote_types(new if jnp.issubdtype(new, jnp.inexact) else jnp.float32, stored)
+            means = means.astype(jnp.promote_types(means.dtype, new))
+            variances = variances.astype(jnp.promote_types(variances.dtype, jnp.finfo(new).dtype))
     # By name only: with mutable=True a program that feeds back all it gets would accumulate moments unawares.
     collect = (
         not layer.is_initializing()
@@ -225,6 +227,8 @@ def batch_norm(
         and layer.is_mutable_collection("batch_moments")
     )
     earlier = _earlier(layer) if collect else None
+    with layers.promoting():
+        dtype = canonicalize_dtype(x, scale, bias, dtype=layer.dtype)
     y, state, collected = layers.batch_norm(
         params,
         means,
@@ -232,7 +236,7 @@ def batch_norm(
         None if count is None else count.value,
         x,
         train,
-        dtype=canonicalize_dtype(x, scale, bias, dtype=layer.dtype),
+        dtype=dtype,
         axis=axes,
         momentum=layer.momentum,
         epsilon=layer.epsilon,
@@ -242,6 +246,7 @@ def batch_norm(
         unbiased_var=getattr(layer, "unbiased_var", False),
         collect=collect,
         earlier=earlier,
+        call=call,
         apply=apply,
     )
     if train and not layer.is_initializing():

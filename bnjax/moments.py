@@ -34,6 +34,7 @@ from bnjax.array_moments import (
     pool,
     pooled,
     serializable,
+    sharded_as,
     sum_as,
     valid,
     weigh,
@@ -100,8 +101,9 @@ def batch_moments(
       >>> bnjax.batch_moments(x, mask=jnp.array([[True], [True], [False]])).mean
       Array([ 2., 10.], dtype=float32)
     """
-    groups = checks.index_groups(axis_index_groups)
-    return _batch_moments(x, mask, axis=checks.static_axis(axis), names=checks.axis_names(axis_name), groups=groups)
+    axis, names = checks.static_axis("batch_moments", axis), checks.axis_names("batch_moments", axis_name)
+    groups = checks.index_groups("batch_moments", axis_index_groups)
+    return _batch_moments(x, mask, axis=axis, names=names, groups=groups)
 
 
 @partial(jax.jit, static_argnames=("axis", "names", "groups"), inline=True)
@@ -173,6 +175,7 @@ def supported_moments(
         is read, never the result.
       divided: whether the reduced axes may be divided among devices.
     """
+    mask = None if mask is None else sharded_as(x, mask)
     if is_real(mask):
         mask = lax.stop_gradient(mask.astype(jnp.finfo(x.dtype).dtype))
     axes = tuple(a for a in range(x.ndim) if a not in features)
@@ -180,7 +183,7 @@ def supported_moments(
     if shift is None:
         shift = jnp.zeros([x.shape[a] for a in features], x.dtype)
     shift = shift if jnp.iscomplexobj(x) else shift.real
-    shift = _sharded_as(x, jnp.expand_dims(lax.stop_gradient(shift).astype(x.dtype), axes))
+    shift = sharded_as(x, jnp.expand_dims(lax.stop_gradient(shift).astype(x.dtype), axes))
     look = Look(dtype, guarded=bool(divided and not mapped))
     moments, support = _moments(x, mask, shift, axes, mesh, groups if mesh else None, look)
     if mapped:
@@ -200,15 +203,6 @@ class Look(NamedTuple):
 
     dtype: Any
     guarded: bool
-
-
-def _sharded_as(x, few):
-    """`few`, of x's rank and of size 1 where it is not x's, sharded as `x` is, which explicit sharding wants."""
-    sharding = jax.typeof(x).sharding
-    if jax.sharding.AxisType.Explicit not in sharding.mesh.axis_types:
-        return few
-    spec = [None if n == 1 else name for n, name in zip(few.shape, sharding.spec, strict=True)]
-    return jax.sharding.reshard(few, jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(*spec)))
 
 
 def merge_along(moments: Moments, support: Support, axis: int) -> tuple[Moments, Support]:

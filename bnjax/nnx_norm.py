@@ -13,7 +13,7 @@ from jax import Array
 
 from bnjax import checks, layers
 from bnjax.functional import BNParams, bn_collect
-from bnjax.indexed import conditional_params, indexed_bn_collect
+from bnjax.indexed import chosen_params, indexed_bn_collect
 from bnjax.moments import wider
 from bnjax.momentum import Momentum
 from bnjax.variants import RENORM_D_MAX, RENORM_R_MAX, Limit, ghost_bn_collect, renorm_bn_collect
@@ -145,17 +145,20 @@ class BatchNorm(nnx.BatchNorm):
 
     def _call(self, x, use_running_average, mask, apply=bn_collect, label=None):
         """The call, through `bn_collect` or a variant of it."""
+        call = type(self).__name__
         evaluate = self.use_running_average if use_running_average is None else use_running_average
         if evaluate is None:
             raise ValueError(
-                "BatchNorm(use_running_average=None): neither the layer nor the call says which statistics to use. "
+                f"{call}(use_running_average=None): neither the layer nor the call says which statistics to use. "
                 "Call model.train() or model.eval(), or pass use_running_average to the call or to the constructor."
             )
         train = not evaluate and not self.frozen
         mean, var = self.mean[...], self.var[...]
         stored = (None if v is None else v[...] for v in (self.scale, self.bias))
         # The running statistics stay as they are stored: in half precision they would lose what they are kept for.
-        promoted, _, _, scale, bias = self.promote_dtype((x, mean, var, *stored), dtype=self.dtype)
+        with layers.promoting():
+            promoted, _, _, scale, bias = self.promote_dtype((x, mean, var, *stored), dtype=self.dtype)
+            dtype = dtypes.canonicalize_dtype(promoted, scale, bias, dtype=self.dtype)
         x = jnp.asarray(x)
         if not jnp.issubdtype(x.dtype, jnp.floating) or promoted.dtype != wider(x.dtype):
             # Complex parameters leave the mean of real data real.
@@ -164,12 +167,12 @@ class BatchNorm(nnx.BatchNorm):
         if counting and not hasattr(self, "count"):
             self._add_count()
         count = self.count if counting else None
-        axes = layers.feature_axes(x, self.axis)
+        axes = layers.feature_axes(x, self.axis, call)
         params = BNParams(scale, bias)
         if self.frozen_params:
             params = jax.lax.stop_gradient(params)
         if label is not None:
-            params = conditional_params(params, jnp.asarray(label), x, axis=axes)
+            params = chosen_params(call, params, jnp.asarray(label), x, axes)
         y, state, collected = layers.batch_norm(
             params,
             mean,
@@ -177,7 +180,7 @@ class BatchNorm(nnx.BatchNorm):
             None if count is None else count[...],
             x,
             train,
-            dtype=dtypes.canonicalize_dtype(promoted, scale, bias, dtype=self.dtype),
+            dtype=dtype,
             axis=axes,
             momentum=self.momentum,
             epsilon=self.epsilon,
@@ -187,6 +190,7 @@ class BatchNorm(nnx.BatchNorm):
             unbiased_var=self.unbiased_var,
             collect=train and self.batch_moments is not None,
             earlier=None if self.batch_moments is None else self.batch_moments.get_value(),
+            call=call,
             apply=apply,
         )
         if train:

@@ -18,22 +18,25 @@ from bnjax.array_moments import valid
 from bnjax.reductions import spread
 
 
-def autodiff_normalize(x, mean, var, scale, bias, mask, epsilon):
+def autodiff_normalize(x, mean, var, scale, bias, mask, epsilon, dtype=None):
     """`normalize` without its derivative rule: the tests' oracle for it."""
     y = (x - mean.astype(x.dtype)) * slopes(x, var, scale, epsilon)[1]
     return y if bias is None else y + bias.astype(x.dtype)
 
 
-# scale * (x - mean) / sqrt(var + epsilon) + bias, with all arguments of x's rank; scale, bias and mask may be None.
-normalize = jax.custom_jvp(autodiff_normalize, nondiff_argnums=(6,))
+# scale * (x - mean) / sqrt(var + epsilon) + bias, with all arguments of x's rank; scale, bias and mask may be None. The
+# result has x's dtype. A masked place where it is not finite in `dtype`, that of the layer's output, is a constant to
+# derivatives: what a loss leaves out there may come back as a cotangent of 0 * inf, a NaN for the whole feature.
+normalize = jax.custom_jvp(autodiff_normalize, nondiff_argnums=(6, 7))
 
 
 @partial(normalize.defjvp, symbolic_zeros=True)
-def _normalize_jvp(epsilon, primals, tangents):
+def _normalize_jvp(epsilon, dtype, primals: Any, tangents: Any):
     # dy = a dx + (x - mean) k + c with a, k and c per feature. Transposed, this is one elementwise pass and the two
     # reductions sum g and sum g (x - mean), which serve scale, bias, mean and var alike. Written any other way, each of
     # the four has a reduction of its own.
     x, mean, var, scale, _, mask = primals
+    y = normalize(*primals, epsilon, dtype)
     rstd, slope = slopes(x, var, scale, epsilon)
     dx, dmean, dvar, dscale, dbias = (
         None if t is None or isinstance(t, SymbolicZero) else t.astype(x.dtype) for t in tangents[:5]
@@ -43,13 +46,13 @@ def _normalize_jvp(epsilon, primals, tangents):
     if jax.sharding.get_abstract_mesh().manual_axes:
         k, c = _varying_like(x, k, c)
     mean = mean.astype(x.dtype)
-    if mask is not None:
-        # At a masked place a NaN times a zero cotangent would be a NaN for the whole feature.
-        x = jnp.where(valid(mask, x) | jnp.isfinite(x), x, mean)
-    dy = _sum(None if dx is None else slope * dx, spread(c, k, x, mean))
+    kept = None if mask is None else valid(mask, x) | jnp.isfinite(y.astype(dtype or y.dtype))
+    if kept is not None:
+        x = jnp.where(kept, x, mean)
+    dy: Any = _sum(None if dx is None else slope * dx, spread(c, k, x, mean))
     if dx is None and k is None:
         dy = jnp.zeros_like(x) if dy is None else jnp.zeros_like(x) + dy
-    return normalize(*primals, epsilon), dy
+    return y, dy if kept is None else jnp.where(kept, dy, 0)
 
 
 def _varying_like(x: Array, *terms: Array | None) -> list[Any]:

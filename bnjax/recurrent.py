@@ -15,9 +15,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from bnjax import checks
 from bnjax.array_moments import serializable
-from bnjax.functional import BNParams, BNState
-from bnjax.indexed import indexed_bn_apply, indexed_bn_init
+from bnjax.functional import BNParams, BNState, bn_apply
+from bnjax.indexed import indexed_bn_collect, indexed_bn_init
 from bnjax.moments import wider
 
 SCALE = 0.1
@@ -146,10 +147,14 @@ def bn_lstm_apply(
       >>> outputs.shape, state.cell_bn.count[:, 0].tolist()
       ((5, 16, 8), [1, 1, 1, 1, 1])
     """
+    defaults = dict(bn_apply.__kwdefaults__ or {})
+    del defaults["axis"], defaults["mask"]
+    checks.keywords("bn_lstm_apply", options, defaults)
+    options = {"axis": -1, "collect": False, "call": "bn_lstm_apply"} | defaults | options
     new_state = {}
 
     def norm(name, values, mask):
-        values, new_state[name] = indexed_bn_apply(
+        values, new_state[name], _ = indexed_bn_collect(
             getattr(params, name), getattr(state, name), values, train, index=carry.step, mask=mask, **options
         )
         return values

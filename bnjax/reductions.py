@@ -22,8 +22,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.experimental import jet
 from jax.extend.core import Primitive
+from jax.extend.core.primitives import name_p
 from jax.interpreters import ad, batching, mlir
+
+# A name for `jax.checkpoint` changes nothing; jet has no rule for it.
+jet.jet_rules.setdefault(name_p, lambda primals, terms, **params: (*primals, *terms))
 
 
 def primitive(
@@ -32,6 +37,7 @@ def primitive(
     *,
     cpu: Callable[..., Any] | None = None,
     cuda: Callable[..., Any] | None = None,
+    series: Callable[..., Any] | None = None,
     linear: int = 0,
     first_is_full: bool = False,
 ) -> Primitive:
@@ -42,6 +48,7 @@ def primitive(
       plain: the computation on every platform, and what its derivative is taken of.
       cpu: the computation where one CPU device holds the arrays.
       cuda: the computation on CUDA GPUs, an elementwise one, so that it serves sharded arrays too.
+      series: the same function as `plain` in operations that `jax.experimental.jet` knows; by default `plain` is.
       linear: how many of the first arguments it is linear in, together.
       first_is_full: whether the arrays broadcast against the first one. Then several models under `vmap` are one
         computation on arrays with one more axis, also if some of the arrays are the same for all models.
@@ -83,6 +90,10 @@ def primitive(
         rule = cpu if cpu and _held_whole(ctx.module_context.axis_context) else plain
         return mlir.lower_fun(rule, multiple_results=True)(ctx, *args, axes=axes)
 
+    def taylor(primals, terms, *, axes):
+        return jet.jet(partial(series or plain, axes=axes), primals, terms, factorial_scaled=False)
+
+    jet.jet_rules[p] = taylor
     ad.primitive_jvps[p] = jvp
     batching.primitive_batchers[p] = batch
     mlir.register_lowering(p, mlir.lower_fun(plain, multiple_results=True))

@@ -8,6 +8,7 @@ They choose statistics and what the running ones absorb; formula, moments, masks
 `bn_apply`. In evaluation all of them are `bn_apply`.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +20,7 @@ import numpy as np
 from jax import Array, lax
 
 from bnjax import checks
+from bnjax.array_moments import is_explicit, sharded_as
 from bnjax.functional import (
     BNParams,
     BNState,
@@ -29,6 +31,7 @@ from bnjax.functional import (
     batch_collected,
     canonical,
     joined,
+    static_schedule,
     usable,
     widened,
 )
@@ -73,6 +76,8 @@ class ramp:  # noqa: N801  a function with its parameters bound, which hashes an
 # The schedule of Ioffe (2017, section 4): batch normalization for 5000 steps, then more and more correction.
 RENORM_R_MAX = ramp(1.0, 3.0, 5_000, 40_000)
 RENORM_D_MAX = ramp(0.0, 5.0, 5_000, 25_000)
+# What the bounds of renormalization are at least: those of batch normalization.
+LEAST = {"r_max": 1, "d_max": 0}
 
 
 def ghost_bn_apply(
@@ -138,16 +143,18 @@ def ghost_bn_apply(
     )[:2]
 
 
-def ghost_bn_collect(params, state, x, train, *, ghost_size, mask, earlier=None, **options) -> Any:
+def ghost_bn_collect(
+    params, state, x, train, *, ghost_size, mask, earlier=None, call="ghost_bn_apply", **options
+) -> Any:
     """`ghost_bn_apply`, and what `bn_collect` collects."""
-    checks.positive_integer("ghost_bn_apply", "ghost_size", ghost_size)
-    options, rate = canonical("ghost_bn_apply", train, **options)
+    checks.positive_integer(call, "ghost_size", ghost_size)
+    options, rate = canonical(call, train, state, **options)
     return _ghost_bn_apply(params, state, x, mask, rate, earlier, size=int(ghost_size), options=options)
 
 
 @partial(jax.jit, static_argnames=("size", "options"), inline=True)
 def _ghost_bn_apply(params, state, x, mask, rate, earlier, *, size, options):
-    features, wide = widened(params, state, x, mask, options)
+    features, wide, mask = widened(params, state, x, mask, options)
     batch_axis = next((a for a in range(x.ndim) if a not in features), None)
     number = 0 if batch_axis is None else x.shape[batch_axis]
     # Over a named axis even a group of all that is here has statistics of its own.
@@ -159,10 +166,17 @@ def _ghost_bn_apply(params, state, x, mask, rate, earlier, *, size, options):
         size = min(size, number)
     elif number % size != 0:
         raise ValueError(
-            f"ghost_bn_apply(x=...): the batch is the symbolic dimension {number}, which is not known to be a multiple "
+            f"{options.call}(x=...): the batch is the symbolic dimension {number}, which is not known to be a multiple "
             f'of ghost_size={size}. Export with a batch such as "{size}*g", or with a number.'
         )
     whole = number - number % size
+    shards = _shards(x, batch_axis)
+    if known and shards > 1 and (number % size or number // size % shards):
+        raise ValueError(
+            f"{options.call}(x=...): the batch of {number} is explicitly sharded over {shards} devices, which do not "
+            f"hold groups of ghost_size={size} as a whole. Pass a ghost_size that divides {number // shards}, or "
+            "reshard x so that each device holds the whole axis."
+        )
     y, batch = _grouped(params, state, wide, mask, features, batch_axis, slice(0, whole), size, x.dtype, options)
     if known and whole < number:
         rest = slice(whole, number), number - whole, x.dtype
@@ -172,6 +186,15 @@ def _ghost_bn_apply(params, state, x, mask, rate, earlier, *, size, options):
     batch = Collected(*merge_over(batch.moments, support, options.names, options.groups))
     state, collected = absorbed(state, batch, earlier, rate, options)
     return y.astype(options.dtype or x.dtype), state, collected
+
+
+def _shards(x, axis):
+    """Among how many devices an axis is divided by explicit sharding."""
+    if not is_explicit(x):
+        return 1
+    sharding = jax.typeof(x).sharding
+    names = sharding.spec[axis] or ()
+    return math.prod(sharding.mesh.shape[name] for name in ([names] if isinstance(names, str) else names))
 
 
 def _grouped(params, state, x, mask, features, batch_axis, part, size, dtype, options):
@@ -193,7 +216,7 @@ def _grouped(params, state, x, mask, features, batch_axis, part, size, dtype, op
         running = (jnp.expand_dims(v, position) for v in state)
         state = BNState(*(jnp.broadcast_to(v, batch.moments.weight.shape) for v in running))
     mean, var = (aligned(v, groups, features) for v in usable(batch.moments, state, x, mask))
-    y = normalize(groups, mean, var, scale, bias, mask, options.epsilon)
+    y = normalize(groups, mean, var, scale, bias, mask, options.epsilon, options.dtype or dtype)
     shape = (*x.shape[:batch_axis], part.stop - part.start, *x.shape[batch_axis + 1 :])
     return y.reshape(shape), Collected(*merge_along(*batch, position))
 
@@ -226,8 +249,9 @@ def renorm_bn_apply(
 
     Args:
       r_max: bound of r, >= 1; 1 is batch normalization. A number, or a function of `state.count`. What only run time
-        knows is not checked.
-      d_max: bound of d, >= 0; likewise. `bnjax.RENORM_R_MAX` and `bnjax.RENORM_D_MAX` are the paper's schedule.
+        knows is 1 at least.
+      d_max: bound of d, >= 0; likewise, 0 at least. `bnjax.RENORM_R_MAX` and `bnjax.RENORM_D_MAX` are the paper's
+        schedule.
       state: running statistics; None is an error, since there would be nothing to correct towards.
       params, x, train and the rest: as in `bnjax.bn_apply`; `x` is real.
 
@@ -264,14 +288,18 @@ def renorm_bn_apply(
     )[:2]
 
 
-def renorm_bn_collect(params, state, x, train, *, r_max, d_max, mask, earlier=None, **options) -> Any:
+def renorm_bn_collect(
+    params, state, x, train, *, r_max, d_max, mask, earlier=None, call="renorm_bn_apply", **options
+) -> Any:
     """`renorm_bn_apply`, and what `bn_collect` collects."""
     if state is None:
-        raise ValueError("renorm_bn_apply(state=None): there is nothing to correct towards. Pass the state of bn_init.")
-    options, rate = canonical("renorm_bn_apply", train, **options)
-    limits = (_checked_limit("r_max", r_max, 1), _checked_limit("d_max", d_max, 0))
-    schedules = tuple(limit if callable(limit) else None for limit in limits)
-    numbers = tuple(None if callable(limit) else limit for limit in limits)
+        raise ValueError(f"{call}(state=None): there is nothing to correct towards. Pass the state of bn_init.")
+    options, rate = canonical(call, train, state, **options)
+    schedules, limits = zip(*(static_schedule(limit, state, train) for limit in (r_max, d_max)), strict=True)
+    numbers = tuple(
+        None if callable(limit) else _checked_limit(call, name, limit, least)
+        for (name, least), limit in zip(LEAST.items(), limits, strict=True)
+    )
     return _renorm_bn_apply(params, state, x, mask, rate, earlier, numbers, schedules=schedules, options=options)
 
 
@@ -279,46 +307,50 @@ def renorm_bn_collect(params, state, x, train, *, r_max, d_max, mask, earlier=No
 def _renorm_bn_apply(params, state, x, mask, rate, earlier, limits, *, schedules, options):
     if not options.train:
         return apply_canonical(params, state, x, mask, rate, earlier, options=options)
-    features, wide = widened(params, state, x, mask, options)
+    features, wide, mask = widened(params, state, x, mask, options)
     if jnp.iscomplexobj(x):
-        raise TypeError(f"renorm_bn_apply(x=...): x is {x.dtype}, but d is clipped to an interval. Pass a real x.")
+        raise TypeError(f"{options.call}(x=...): x is {x.dtype}, but d is clipped to an interval. Pass a real x.")
     batch = batch_collected(wide, mask, features, state, x.dtype, options)
     mean, var = usable(batch.moments, state, x, mask)
-    running_std, std = (jnp.sqrt(v.astype(var.dtype) + options.epsilon) for v in (state.var, var))
+    running = jax.tree.map(lambda v: sharded_as(var, v), state)
+    running_std, std = (jnp.sqrt(v.astype(var.dtype) + options.epsilon) for v in (running.var, var))
     r_max, d_max = (
-        _limit(name, least, limit if schedule is None else schedule(state.count), std)
-        for name, least, limit, schedule in zip(("r_max", "d_max"), (1, 0), limits, schedules, strict=True)
+        _limit(options.call, name, least, limit if schedule is None else schedule(running.count), std)
+        for (name, least), limit, schedule in zip(LEAST.items(), limits, schedules, strict=True)
     )
     r = lax.stop_gradient(jnp.clip(std / running_std, 1 / r_max, r_max))
-    d = lax.stop_gradient(jnp.clip((mean - state.mean.astype(mean.dtype)) / running_std, -d_max, d_max))
+    d = lax.stop_gradient(jnp.clip((mean - running.mean.astype(mean.dtype)) / running_std, -d_max, d_max))
     # scale * (xhat * r + d) + bias is the formula with another scale and bias.
     mean, var, r, d, scale, bias = (aligned(v, x, features) for v in (mean, var, r, d, *params))
     scale, shift = (r, d) if scale is None else (scale.astype(r.dtype) * r, scale.astype(r.dtype) * d)
     bias = shift if bias is None else bias.astype(d.dtype) + shift
-    y = normalize(wide, mean, var, scale, bias, mask, options.epsilon)
+    dtype = options.dtype or x.dtype
+    y = normalize(wide, mean, var, scale, bias, mask, options.epsilon, dtype)
     state, collected = absorbed(state, batch, earlier, rate, options, std_epsilon=options.epsilon)
-    return y.astype(options.dtype or x.dtype), state, collected
+    return y.astype(dtype), state, collected
 
 
-def _limit(name, least, value, std):
+def _limit(call, name, least, value, std) -> Any:
     """A bound, known or not, as an array with a number for all features or one for each."""
-    value = jnp.asarray(_checked_limit(name, value, least)).astype(std.dtype)
+    value = jnp.asarray(_checked_limit(call, name, value, least)).astype(std.dtype)
     if value.shape not in ((), std.shape):
         raise ValueError(
-            f"renorm_bn_apply({name}=...): expected a number, or one for each feature of shape {std.shape}, got shape "
+            f"{call}({name}=...): expected a number, or one for each feature of shape {std.shape}, got shape "
             f"{value.shape}."
         )
-    return value
+    return jnp.maximum(value, least)
 
 
-def _checked_limit(name, limit, least):
+def _checked_limit(call, name, limit, least):
     if isinstance(limit, np.ndarray):
         limit = jnp.asarray(limit) if limit.ndim else limit.item()
-    if callable(limit) or isinstance(limit, Array):
+    numbers = checks.known(limit) if isinstance(limit, Array) else limit
+    if numbers is None:
         return limit
-    if isinstance(limit, bool) or not isinstance(limit, int | float | np.number) or not limit >= least:
+    number = isinstance(limit, Array | int | float | np.number) and not isinstance(limit, bool)
+    if not number or not np.all(numbers >= least):
         raise ValueError(
-            f"renorm_bn_apply({name}={limit!r}): expected a number of {least} or more, or a function of state.count. "
+            f"{call}({name}={limit!r}): expected a number of {least} or more, or a function of state.count. "
             f"{name}={least} is batch normalization."
         )
-    return float(limit)
+    return limit if isinstance(limit, Array) else float(limit)
