@@ -91,7 +91,7 @@ CHANGES = [
 ]
 
 
-@pytest.mark.parametrize("changes", CHANGES, ids=str)
+@pytest.mark.parametrize("changes", CHANGES, ids=lambda changes: "-".join(changes) or "none")
 def test_a_converted_linen_model_is_the_model_written_with_our_layers(far, changes):
     model = bnjax.linen.convert(Network(), axis_name=None, **changes)
     written = partial(bnjax.linen.BatchNorm, use_running_average=False, **changes)
@@ -265,7 +265,7 @@ def nnx_model(make):
     return Model()
 
 
-@pytest.mark.parametrize("changes", CHANGES, ids=str)
+@pytest.mark.parametrize("changes", CHANGES, ids=lambda changes: "-".join(changes) or "none")
 def test_a_converted_nnx_model_is_the_model_written_with_our_layers(far, changes):
     model = bnjax.nnx.convert(nnx_model(partial(nnx.BatchNorm, 3, axis_name="batch")), axis_name=None, **changes)
     expected = nnx_model(partial(bnjax.nnx.BatchNorm, 3, **changes))
