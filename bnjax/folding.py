@@ -23,6 +23,7 @@ Pair = tuple[str, str]
 LOG = logging.getLogger("bnjax")
 
 _TAG = "bnjax_fold"
+_START = "the start"  # what makes the arguments of the model, and constants
 # Calls of another program whose results are its own. Loops and branches are programs by themselves.
 _INLINED = {"jit", "pjit", "closed_call", "core_call", "remat2", "checkpoint", "custom_jvp_call", "custom_vjp_call"}
 
@@ -46,22 +47,26 @@ def log(report: FoldReport) -> None:
 
 
 class Seen(NamedTuple):
-    """A layer that a model called: itself, whether it is a norm, the rank of its input, and whether it evaluates."""
+    """A layer of a model: its class, itself, the axis of a norm, the ranks of its inputs, and whether it evaluates."""
 
+    kind: type
     module: Any
-    norm: bool
-    ndim: int
-    evaluates: bool
+    axis: Any = -1
+    ranks: frozenset[int] = frozenset()
+    evaluates: bool = True
+
+    def again(self, earlier: "Seen | None") -> "Seen":
+        """After one more call."""
+        if earlier is None:
+            return self
+        return self._replace(ranks=self.ranks | earlier.ranks, evaluates=self.evaluates and earlier.evaluates)
 
 
-def taken(path: str, x: Any) -> Any:
-    """`x`, named as what the layer takes."""
-    return checkpoint_name(x, f"{_TAG}:in:{path}")
-
-
-def given(path: str, y: Any) -> Any:
-    """`y`, named as what the layer gives."""
-    return checkpoint_name(y, f"{_TAG}:out:{path}")
+def watched(path: str, kernel: Any, call: Callable[[Any], Any], x: Any) -> Any:
+    """`call(x)`, with the names of what the layer takes and gives, and of its kernel, None for a norm."""
+    if kernel is not None:
+        checkpoint_name(kernel, f"{_TAG}:of:{path}")
+    return checkpoint_name(call(checkpoint_name(jnp.asarray(x), f"{_TAG}:in:{path}")), f"{_TAG}:out:{path}")
 
 
 class Neighbours:
@@ -86,7 +91,9 @@ class Neighbours:
         self._before: dict[int, int] = {}
         self._takes: dict[str, list[int]] = {}
         self._gives: dict[str, list[int]] = {}
-        for v in self._read(jax.make_jaxpr(call)(*(leaves[i] for i in where)).jaxpr, None):
+        self._kernels: dict[str, list[int]] = {}
+        jaxpr = jax.make_jaxpr(call)(*(leaves[i] for i in where)).jaxpr
+        for v in self._read(jaxpr, [self._new(_START) for _ in jaxpr.invars]):
             self._uses[v].append(("what the model returns", None))
 
     def _new(self, maker):
@@ -96,13 +103,12 @@ class Neighbours:
 
     def _read(self, jaxpr, given):
         """Number the values of a program, and return those of its results; `given` are those of its arguments."""
-        arguments = [self._new("the start") for _ in jaxpr.invars] if given is None else given
-        numbers = dict(zip(jaxpr.invars, arguments, strict=True))
+        numbers = dict(zip(jaxpr.invars, given, strict=True))
 
         def numbered(variables):
-            return [self._new("a constant") if hasattr(v, "val") else numbers[v] for v in variables]
+            return [self._new(_START) if hasattr(v, "val") else numbers[v] for v in variables]
 
-        numbers |= {v: self._new("a constant") for v in jaxpr.constvars}
+        numbers |= {v: self._new(_START) for v in jaxpr.constvars}
         for equation in jaxpr.eqns:
             inputs = numbered(equation.invars)
             programs = [p for p in map(_program, _flat(equation.params.values())) if p is not None]
@@ -111,8 +117,10 @@ class Neighbours:
                 results = self._read(programs[0], inputs)
             else:
                 results = self._operation(equation, inputs)
-                for program in programs:
-                    for v in self._read(program, None):
+                for program in programs:  # of a loop or a branch, whose last arguments are those of the operation
+                    makers = [self._makers[self._origin(v)[0]] for v in inputs][-len(program.invars) :]
+                    makers = [_START] * (len(program.invars) - len(makers)) + makers
+                    for v in self._read(program, [self._new(maker) for maker in makers]):
                         self._uses[v].append(("what a loop returns", None))
             numbers |= dict(zip(equation.outvars, results, strict=True))
         return numbered(jaxpr.outvars)
@@ -124,8 +132,8 @@ class Neighbours:
         layer = repr(path) if tag == _TAG else None
         results = [self._new(layer or kind) for _ in equation.outvars]
         if layer is not None:
-            both = (self._takes, inputs) if role == "in" else (self._gives, results)
-            both[0].setdefault(path, []).append(both[1][0])
+            found = {"in": self._takes, "out": self._gives, "of": self._kernels}[role]
+            found.setdefault(path, []).append(results[0] if role == "out" else inputs[0])
         elif _keeps_features(equation):
             self._before[results[0]] = inputs[0]
         for v in inputs:
@@ -144,6 +152,15 @@ class Neighbours:
     def calls(self, path: str) -> bool:
         """Whether the model calls a layer."""
         return path in self._takes
+
+    def owns(self, path: str) -> str | None:
+        """Why a layer's kernel is not its own alone, or None. A call uses it twice: in its name, and in the product."""
+        for kernel in (kernels := self._kernels[path]):
+            if self._makers[self._origin(kernel)[0]] != _START:
+                return f"the kernel of {path!r} is computed, as by weight normalization, which would undo the folding"
+            if len(self._uses[kernel]) > 2 * kernels.count(kernel):
+                return f"the kernel of {path!r} is used elsewhere too"
+        return None
 
     def previous(self, path: str) -> str:
         """What makes the input of a layer: a layer's path in quotes, or an operation."""
@@ -235,10 +252,10 @@ def fold_pairs(
     fold_one: Callable[[str, str, str, bool], None],
 ) -> FoldReport:
     """Fold the pairs, or those that are found; `fold_one(call, linear, norm, previous)` folds one, or raises."""
-    types = {name: type(layer.module) for name, layer in seen.items()}
+    types = {name: layer.kind for name, layer in seen.items()}
     if pairs is None:
         assert neighbours is not None
-        return _fold_found(seen, types, neighbours, kinds, fold_one)
+        return _fold_found(seen, neighbours, kinds, fold_one)
     folded: dict[str, Pair] = {}
     used = set()
     for pair in pairs:
@@ -247,34 +264,31 @@ def fold_pairs(
         if norm in folded or (linear, previous) in used:
             twice = norm if norm in folded else linear
             raise ValueError(f"{call}: {twice!r} is in two pairs. It can be folded into one layer.")
-        if neighbours is not None and (why := neighbours.between(*pair)):
-            raise ValueError(f"{call}: {why}.")
-        _check_norm(call, norm, seen[norm])
+        _check(call, pair, linear, norm, seen[norm], neighbours)
         fold_one(call, linear, norm, previous)
         folded[norm] = pair
         used.add((linear, previous))
     return FoldReport(list(folded.values()))
 
 
-def _fold_found(seen, types, neighbours, kinds, fold_one):
+def _fold_found(seen, neighbours, kinds, fold_one):
     """Every norm goes into the linear layer before it, or else into the one after it."""
     folded, unfolded = [], {}
+    linears = [name for name, layer in seen.items() if layer.kind in kinds[0]]
     for norm, layer in seen.items():
-        if not layer.norm:
+        if layer.kind not in kinds[1]:
             continue
         if not neighbours.calls(norm):
             unfolded[norm] = "the model does not call it"
             continue
-        before = [p for p in seen if neighbours.previous(norm) == repr(p) and types[p] in kinds[0]]
-        after = [p for p in neighbours.next(norm) if p in types and types[p] in kinds[0]]
-        reasons = [] if before else [f"its input is made by {neighbours.previous(norm)}"]
-        for pair in [(linear, norm) for linear in before] + [(norm, linear) for linear in after]:
-            previous = pair[1] == norm
-            linear = pair[0] if previous else pair[1]
+        made, taken = neighbours.previous(norm), neighbours.next(norm)
+        before, after = ([n for n in linears if repr(n) == made], [n for n in linears if n in taken])
+        reasons = [] if before else [f"its input is made by {made}"]
+        for linear in before + after:
+            previous = linear in before
+            pair = (linear, norm) if previous else (norm, linear)
             try:
-                if why := neighbours.between(*pair):
-                    raise ValueError(f"fold: {why}.")
-                _check_norm("fold", norm, layer)
+                _check("fold", pair, linear, norm, layer, neighbours)
                 fold_one("fold", linear, norm, previous)
             except (TypeError, ValueError) as error:
                 reasons.append(str(error).partition(": ")[2].rstrip("."))
@@ -287,17 +301,22 @@ def _fold_found(seen, types, neighbours, kinds, fold_one):
     return FoldReport(folded, unfolded)
 
 
-def _check_norm(call, name, layer):
+def _check(call, pair, linear, norm, layer, neighbours):
+    """The two stand side by side, as far as that was traced, and the norm is one affine map of the last axis."""
+    if neighbours is not None and (why := neighbours.between(*pair) or neighbours.owns(linear)):
+        raise ValueError(f"{call}: {why}.")
     if not layer.evaluates:
         raise ValueError(
-            f"{call}: {name!r} normalizes by its batch in this trace. Pass what puts the model in evaluation, such as "
+            f"{call}: {norm!r} normalizes by its batch in this trace. Pass what puts the model in evaluation, such as "
             "train=False."
         )
-    axis = layer.module.axis
-    axes = {a % layer.ndim for a in (axis if isinstance(axis, Iterable) else [axis])} if layer.ndim else {axis}
-    if axes != {layer.ndim - 1 if layer.ndim else -1}:
-        unknown = "" if layer.ndim else ", or an example input, by which the model is traced"
-        raise ValueError(f"{call}: {name!r} has axis={axis}. Folding needs the features on the last axis, -1{unknown}.")
+    axes = set(layer.axis) if isinstance(layer.axis, Iterable) else {layer.axis}
+    last = all({a % rank for a in axes} == {rank - 1} for rank in layer.ranks) if layer.ranks else axes == {-1}
+    if not last:
+        unknown = "" if layer.ranks else ", or an example input, by which the model is traced"
+        raise ValueError(
+            f"{call}: {norm!r} has axis={layer.axis}. Folding needs the features on the last axis, -1{unknown}."
+        )
 
 
 def _roles(

@@ -20,6 +20,16 @@ def feature_axes(x: Array, axis: Any, call: str = "BatchNorm") -> tuple[int, ...
     return tuple(sorted({checks.feature_axes(call, x, a)[0] for a in axes}))
 
 
+def array(x: Any, call: str) -> Array:
+    """`x` as an array. A tuple would be stacked, whatever is meant by it: the image and the label of a batch, say."""
+    if isinstance(x, tuple | list | dict):
+        raise TypeError(
+            f"{call}(x=...): expected an array, got a {type(x).__name__}. Pass the array in it, or jnp.asarray of a "
+            "list of numbers."
+        )
+    return jnp.asarray(x)
+
+
 def promoting() -> Any:
     """Flax's rules for the dtypes of results, which are JAX's standard ones, also where JAX is set to strict ones."""
     return jax.numpy_dtype_promotion("standard")

@@ -106,37 +106,48 @@ def convert(model: nn.Module, *, to: type | None = None, where: Where | None = N
         )
     layers = {name: getattr(linen_norm, name) for name in VARIANTS}
     changed = _Converting(conversion("linen", to, where, changes, layers))
-    if isinstance(model.parent, nn.Module):  # made just now, in a method of its parent
-        return wrapped(model, changed)
-    if model.scope is not None:
-        raise ValueError(
-            f"convert(model={type(model).__name__}): the module is bound to variables. Convert it, then call bind."
-        )
-    return wrapped(model.clone(), changed)
+    if not isinstance(model.parent, nn.Module):
+        if model.scope is not None:
+            raise ValueError(
+                f"convert(model={type(model).__name__}): the module is bound to variables. Convert it, then call bind."
+            )
+        model = model.clone()  # one with a parent was made just now, in a method of that
+    return wrapped(model, *(c for c in contexts(model) if not isinstance(c, _Converting)), changed)
 
 
-def wrapped(module: nn.Module, under: Any) -> Any:
-    """The module itself, of a class whose methods run in the context `under.active()`; the last one counts."""
-    base = type(module).__mro__[2] if isinstance(module, _Wrapped) else type(module)
-    object.__setattr__(module, "__class__", _class(base, under))
+def contexts(module: nn.Module) -> tuple[Any, ...]:
+    """Those in which a module's methods run, the outermost first."""
+    return module._contexts if isinstance(module, _Wrapped) else ()
+
+
+def class_of(module: nn.Module) -> type:
+    """The class of a module as its author wrote it."""
+    return type(module).__mro__[2] if isinstance(module, _Wrapped) else type(module)
+
+
+def wrapped(module: nn.Module, *entered: Any) -> Any:
+    """The module itself, of a class whose methods run in the contexts `c.active()`, and in no others."""
+    object.__setattr__(module, "__class__", _class(class_of(module), entered))
     return module
 
 
 @functools.cache
-def _class(cls: type, under: Any) -> type:
+def _class(cls: type, entered: tuple[Any, ...]) -> type:
     """A subclass of a Linen module. Flax names layers by the name of their class, which is kept."""
     body = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
     methods = {name: inspect.getattr_static(cls, name) for name in dir(cls)}
-    methods = {name: _run_under(under, f) for name, f in methods.items() if hasattr(f, "method_handler_wrapped")}
-    return type(cls)(cls.__name__, (_Wrapped, cls), body | methods | {"_under": (under,)})
+    methods = {name: _run_under(entered, f) for name, f in methods.items() if hasattr(f, "method_handler_wrapped")}
+    return type(cls)(cls.__name__, (_Wrapped, cls), body | methods | {"_contexts": entered})
 
 
-def _run_under(under: Any, method: Any) -> Any:
-    """A method of a module, run in the context. The wrapper keeps Flax's mark, so that it is wrapped once."""
+def _run_under(entered: tuple[Any, ...], method: Any) -> Any:
+    """A method of a module, run in the contexts. The wrapper keeps Flax's mark, so that it is wrapped once."""
 
     @functools.wraps(method)
     def run(*args, **kwargs):
-        with under.active():
+        with ExitStack() as stack:
+            for context in entered:
+                stack.enter_context(context.active())
             return method(*args, **kwargs)
 
     return run
@@ -145,7 +156,7 @@ def _run_under(under: Any, method: Any) -> Any:
 class _Wrapped:
     """A base class before that of a Linen module."""
 
-    _under: tuple[Any, ...] = ()  # one, in a tuple, since Flax would take a callable for a method
+    _contexts: tuple[Any, ...] = ()
 
     def _register_submodules(self, name, val):
         # A bound model's submodules can be called without it: `model.bind(variables).encoder(x)`. Every submodule in an
@@ -153,16 +164,16 @@ class _Wrapped:
         super()._register_submodules(name, val)  # pyright: ignore[reportAttributeAccessIssue]
         for module in jax.tree.leaves(self.__dict__[name], is_leaf=lambda leaf: isinstance(leaf, nn.Module)):
             if isinstance(module, nn.Module) and module.parent is self and not isinstance(module, _Wrapped):
-                wrapped(module, *self._under)
+                wrapped(module, *self._contexts)
 
     def __reduce__(self):
         module: Any = self
         fields = {name: getattr(self, name) for name in module.__dataclass_fields__ if name != "parent"}
-        return _rebuilt, (type(self).__mro__[2], *self._under, fields)
+        return _rebuilt, (class_of(module), self._contexts, fields)
 
 
-def _rebuilt(cls, under, fields):
-    return wrapped(cls(**fields), under)
+def _rebuilt(cls, entered, fields):
+    return wrapped(cls(**fields), *entered)
 
 
 class _Converting(NamedTuple):
@@ -184,13 +195,24 @@ _active = jax.make_user_context(None)
 
 
 def _intercept(next_function, args, kwargs, context):
-    changed, module = _active.value, context.module
-    kind = _KINDS.get(getattr(context.orig_method, "func", None))
-    if kind is None or not changed.converts("/".join(module.path)):
+    kind = _kind(context)
+    if kind is None:
         return next_function(*args, **kwargs)
-    if changed.to is not None and kind.__name__ in VARIANTS:
-        kind = changed.to
-    return inspect.unwrap(kind.__call__)(_Changed(module, kind, dict(changed.changes)), *args, **kwargs)
+    return inspect.unwrap(kind.__call__)(converted(context), *args, **kwargs)
+
+
+def _kind(context):
+    """The layer that computes the call, None if it is not one to convert."""
+    changed, kind = _active.value, _KINDS.get(getattr(context.orig_method, "func", None))
+    if changed is None or kind is None or not changed.converts("/".join(context.module.path)):
+        return None
+    return changed.to if changed.to is not None and kind.__name__ in VARIANTS else kind
+
+
+def converted(context: nn.module.InterceptorContext) -> Any:
+    """The module that is called, with the options that a conversion gives it."""
+    kind = _kind(context)
+    return context.module if kind is None else _Changed(context.module, kind, dict(_active.value.changes))
 
 
 class _Changed:
@@ -199,6 +221,10 @@ class _Changed:
     def __init__(self, module, kind, changes):
         self._sources = module, kind
         self.__dict__.update(changes)
+
+    @property
+    def __class__(self) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]  errors name the layer by it
+        return self._sources[1]
 
     def __getattr__(self, name):
         module, kind = self._sources

@@ -11,9 +11,9 @@ from flax.core import unfreeze
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from bnjax import inference, trees
-from bnjax.folding import FoldReport, Neighbours, Seen, as_pairs, fold_linear, fold_pairs, given, log, taken
+from bnjax.folding import FoldReport, Neighbours, Seen, as_pairs, fold_linear, fold_pairs, log, watched
 from bnjax.functional import aligned
-from bnjax.linen_conversion import wrapped
+from bnjax.linen_conversion import class_of, contexts, converted, wrapped
 from bnjax.linen_norm import BatchNorm, GhostBatchNorm, RenormBatchNorm
 
 _LINEAR = (nn.Dense, nn.Conv, nn.ConvTranspose)
@@ -74,7 +74,7 @@ def fold(
     chosen, args = as_pairs("fold", args, pairs)
     if not args and not kwargs:
         raise ValueError("fold(...): no arguments of the model. Pass an example input, with which it is traced.")
-    seen, dtypes, neighbours = _traced(model, variables, args, kwargs)
+    seen, norm_facts, neighbours = _traced(model, variables, args, kwargs)
     params: dict[Any, Any]
     params, stats = (flatten_dict(unfreeze(variables.get(name, {}))) for name in ("params", "batch_stats"))
     norms = trees.norms(variables.get("params", {}), variables.get("batch_stats", {}))
@@ -82,7 +82,8 @@ def fold(
     biased = set()
 
     def fold_one(call, linear, norm, previous):
-        affine = inference.fold(*norms[norm], epsilon=seen[norm].module.epsilon)
+        epsilon, dtype = norm_facts[norm]
+        affine = inference.fold(*norms[norm], epsilon=epsilon)
         kernel, bias = ((*linear.split("/"), name) if linear else (name,) for name in ("kernel", "bias"))
         old_kernel, old_bias = (nn.meta.unbox(params.get(path)) for path in (kernel, bias))
         both = fold_linear(call, seen[linear].module, old_kernel, old_bias, affine, previous)
@@ -91,7 +92,7 @@ def fold(
         for path, new in zip((kernel, bias), both, strict=True):
             box = params.get(path)
             params[path] = box.replace_boxed(new) if isinstance(box, nn.meta.AxisMetadata) else new
-        folded[norm] = dtypes[norm]
+        folded[norm] = dtype
 
     report = fold_pairs(chosen, seen, neighbours, (_LINEAR, _NORM), fold_one)
     log(report)
@@ -109,7 +110,8 @@ class Folded:
 
     def __init__(self, model: nn.Module, folded: Mapping[str, Any], biased: set[str], report: FoldReport):
         self._folded, self._biased, self.report = folded, biased, report
-        self.model: Any = wrapped(model.clone(), self)
+        # Outside of a conversion, which would compute the norms.
+        self.model: Any = wrapped(model.clone(), self, *contexts(model))
 
     def __call__(self, next_function: Any, args: Any, kwargs: Any, context: Any) -> Any:
         module, name = context.module, "/".join(context.module.path)
@@ -130,46 +132,55 @@ class Folded:
     def active(self):
         """Everything within is folded, blocks under `flax.linen.jit` included."""
         with ExitStack() as stack:
-            if _active.value is not self:
-                stack.enter_context(_active(self))
+            if self not in _active.value:
+                stack.enter_context(_active((*_active.value, self)))
                 stack.enter_context(nn.intercept_methods(self))
             yield
 
 
 _UNFOLDED = "interceptor: {}. Apply the variables that fold gave, not others."
-_active = jax.make_user_context(None)  # in jit's key: a block that was compiled in another way is compiled anew
+_active = jax.make_user_context(())  # in jit's key: a block that was compiled in another way is compiled anew
 
 
 def _traced(model, variables, args, kwargs):
-    """The layers that a model calls, by path, the dtypes that they give, and who takes what from whom."""
+    """The layers that a model calls, by path; each norm's epsilon and the dtype it gives; who takes what from whom."""
     seen: dict[str, Seen] = {}
-    dtypes = {}
+    facts: dict[str, tuple[float, Any]] = {}
 
     def record(next_function, args, kwargs, context):
+        module, path, kind = context.module, "/".join(context.module.path), class_of(context.module)
         if context.method_name != "__call__" or not (args or kwargs):
             return next_function(*args, **kwargs)
-        module, path = context.module, "/".join(context.module.path)
-        kind, x = type(module), _argument(args, kwargs)
-        evaluates = True
+        folded_already = kind in _NORM and not module.has_variable("batch_stats", "mean")
+        if kind not in _LINEAR + _NORM or folded_already:
+            seen[path] = Seen(nn.Module if folded_already else kind, None)
+            return next_function(*args, **kwargs)
+        x, kernel, options = _argument(args, kwargs), None, converted(context)
         if kind in _NORM:
             said = kwargs.get("use_running_average", args[1] if len(args) > 1 else None)
-            evaluates = bool(module.use_running_average if said is None else said) or getattr(module, "frozen", False)
-        # Unbound, since a bound module holds what is traced.
-        seen[path] = Seen(module.clone(parent=None), kind in _NORM, jnp.ndim(x), evaluates)
-        if kind not in _LINEAR + _NORM:
-            return next_function(*args, **kwargs)
-        x = taken(path, jnp.asarray(x))
-        args, kwargs = ((x, *args[1:]), kwargs) if args else ((), {**kwargs, next(iter(kwargs)): x})
-        y = given(path, next_function(*args, **kwargs))
-        dtypes[path] = y.dtype
+            evaluates = bool(options.use_running_average if said is None else said) or getattr(options, "frozen", False)
+            now = Seen(kind, None, options.axis, frozenset({jnp.ndim(x)}), evaluates)
+        else:
+            kernel = nn.meta.unbox(module.get_variable("params", "kernel"))
+            now = Seen(kind, module.clone(parent=None))  # unbound, since a bound one holds what is traced
+        seen[path] = now.again(seen.get(path))
+
+        def call(x):
+            if args:
+                return next_function(x, *args[1:], **kwargs)
+            return next_function(**{**kwargs, next(iter(kwargs)): x})
+
+        y = watched(path, kernel, call, x)
+        if kind in _NORM:
+            facts[path] = options.epsilon, y.dtype
         return y
 
     def call(variables, args, kwargs):
         return model.apply(variables, *args, **kwargs)
 
-    with nn.intercept_methods(record), _active(object()):
+    with nn.intercept_methods(record), _active((*_active.value, object())):
         neighbours = Neighbours(call, (variables, args, kwargs), {})
-    return seen, dtypes, neighbours
+    return seen, facts, neighbours
 
 
 def _argument(args, kwargs):

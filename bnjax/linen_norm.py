@@ -190,10 +190,10 @@ def batch_norm(
 
     `apply` is `bn_collect` or a variant of it; statistics and parameters may lead with an axis of indices or classes.
     """
-    call = type(layer).__name__
+    call = layer.__class__.__name__  # not by type(): a layer may come with other options in front of it
     use_running_average = nn.merge_param("use_running_average", layer.use_running_average, use_running_average)
     train = not use_running_average and not getattr(layer, "frozen", False)
-    x = jnp.asarray(x)
+    x = layers.array(x, call)
     axes = layers.feature_axes(x, layer.axis, call)
     features = [x.shape[a] for a in axes]
     shape = [*stacked_stats, *features]

@@ -1,6 +1,7 @@
 """Batch normalization folded away in an NNX model."""
 
 import functools
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -9,7 +10,7 @@ from flax import nnx
 from jax import Array
 
 from bnjax import inference
-from bnjax.folding import FoldReport, Neighbours, Seen, as_pairs, fold_linear, fold_pairs, given, log, taken
+from bnjax.folding import FoldReport, Neighbours, Seen, as_pairs, fold_linear, fold_pairs, log, watched
 from bnjax.functional import BNParams, BNState
 from bnjax.nnx_norm import BatchNorm, GhostBatchNorm, RenormBatchNorm
 
@@ -92,13 +93,16 @@ def _fold(model: Any, pairs: Any, args: Any, kwargs: Mapping[str, Any]) -> FoldR
     elif pairs is None:
         raise ValueError("fold(...): no arguments of the model. Pass an example input, with which it is traced.")
     else:
-        seen = {name: Seen(node, type(node) in _NORM, 0, True) for name, node in nodes.items()}
+        seen = {name: Seen(type(node), node, getattr(node, "axis", -1)) for name, node in nodes.items()}
         neighbours = None
+    holders = Counter(id(v) for _, module in nnx.iter_modules(model) for v in vars(module).values())
     kept: dict[str, Any] = {}
     linears: dict[str, tuple[Any, Any]] = {}
 
     def fold_one(call, linear, norm, previous):
         layer, bn = nodes[linear], nodes[norm]
+        if any(v is not None and holders[id(v)] > 1 for v in (layer.kernel, layer.bias)):
+            raise ValueError(f"{call}: {linear!r} shares its kernel or bias with another layer. Leave this pair out.")
         kernel, bias = linears.get(linear) or (layer.kernel[...], None if layer.bias is None else layer.bias[...])
         stored = BNParams(*(None if v is None else v[...] for v in (bn.scale, bn.bias)))
         statistics = BNState(bn.mean[...], bn.var[...], jnp.zeros(()))
@@ -125,34 +129,35 @@ def _fold(model: Any, pairs: Any, args: Any, kwargs: Mapping[str, Any]) -> FoldR
 def _traced(model, args, kwargs):
     """The layers of a model by path, and who takes what from whom."""
     graphdef, state = nnx.split(model)
-    seen: dict[str, Seen] = {}
+    nodes = {"/".join(map(str, path)): node for path, node in nnx.iter_modules(model)}
+    seen = {path: Seen(type(node), node, getattr(node, "axis", -1)) for path, node in nodes.items()}
+    called: dict[str, Seen] = {}
 
     def call(state, args, kwargs):
         traced = nnx.merge(graphdef, state)
-        for path, node in nnx.iter_graph(traced):
-            if isinstance(node, nnx.Module):
-                path = "/".join(map(str, path))
-                kind = type(node)
-                seen.setdefault(path, Seen(None, kind in _NORM, 0, True))
-                if kind in _LINEAR + _NORM:
-                    node.__class__ = _named(kind, path, seen)
+        for path, node in nnx.iter_modules(traced):
+            path = "/".join(map(str, path))
+            if seen[path].kind in _LINEAR + _NORM:
+                node.__class__ = _watching(seen[path], path, called)
         traced.eval()
         return traced(*args, **kwargs)
 
     neighbours = Neighbours(call, (state, args, kwargs), {})
-    plain = {"/".join(map(str, path)): node for path, node in nnx.iter_graph(model)}
-    return {path: layer._replace(module=plain[path]) for path, layer in seen.items()}, neighbours
+    return seen | called, neighbours
 
 
-def _named(kind, path, seen):
+def _watching(layer, path, called):
     """The class of a layer, which names what it takes and gives; transforms keep the class of what they copy."""
 
-    def call(self, x, use_running_average=None, **kwargs):
-        norm = kind in _NORM
-        options = kwargs if use_running_average is None else {"use_running_average": use_running_average, **kwargs}
-        evaluates = self.use_running_average if norm and use_running_average is None else use_running_average
-        evaluates = not norm or bool(evaluates) or getattr(self, "frozen", False)
-        seen[path] = Seen(None, norm, jnp.ndim(x), evaluates)
-        return given(path, kind.__call__(self, taken(path, jnp.asarray(x)), **options))
+    def call(self, x, *args, **kwargs):
+        norm = layer.kind in _NORM
+        said = kwargs.get("use_running_average", args[0] if norm and args else None)
+        evaluates = (
+            not norm or bool(self.use_running_average if said is None else said) or getattr(self, "frozen", False)
+        )
+        now = layer._replace(ranks=frozenset({jnp.ndim(x)}), evaluates=evaluates)
+        called[path] = now.again(called.get(path))
+        kernel = None if norm else self.kernel[...]
+        return watched(path, kernel, lambda x: layer.kind.__call__(self, x, *args, **kwargs), x)
 
-    return type(kind)(kind.__name__, (kind,), {"__call__": call})
+    return type(layer.kind)(layer.kind.__name__, (layer.kind,), {"__call__": call})

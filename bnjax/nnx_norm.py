@@ -152,6 +152,7 @@ class BatchNorm(nnx.BatchNorm):
                 f"{call}(use_running_average=None): neither the layer nor the call says which statistics to use. "
                 "Call model.train() or model.eval(), or pass use_running_average to the call or to the constructor."
             )
+        x = layers.array(x, call)
         train = not evaluate and not self.frozen
         mean, var = self.mean[...], self.var[...]
         stored = (None if v is None else v[...] for v in (self.scale, self.bias))
@@ -159,7 +160,6 @@ class BatchNorm(nnx.BatchNorm):
         with layers.promoting():
             promoted, _, _, scale, bias = self.promote_dtype((x, mean, var, *stored), dtype=self.dtype)
             dtype = dtypes.canonicalize_dtype(promoted, scale, bias, dtype=self.dtype)
-        x = jnp.asarray(x)
         if not jnp.issubdtype(x.dtype, jnp.floating) or promoted.dtype != wider(x.dtype):
             # Complex parameters leave the mean of real data real.
             x = promoted if jnp.iscomplexobj(x) else promoted.real

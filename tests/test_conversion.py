@@ -6,6 +6,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -226,6 +227,18 @@ def test_convert_rejects_what_layers_do_not_have(library, changes, message):
     model = LinenResNet() if library == "linen" else NNXResNet(nnx.Rngs(0))
     with pytest.raises((TypeError, ValueError), match=message):
         getattr(bnjax, library).convert(model, **changes)
+
+
+def test_errors_of_a_converted_layer_name_the_layer(far):
+    for to, name in ((None, "BatchNorm"), (bnjax.linen.RenormBatchNorm, "RenormBatchNorm")):
+        layer = bnjax.linen.convert(nn.Sequential([nn.BatchNorm(use_running_average=False)]), to=to)
+        with pytest.raises(ValueError, match=rf"^{name}\(mask=...\)"):
+            layer.init(KEY, far, mask=jnp.ones((7, 3), bool))
+    for layer in (nn.Sequential([nn.BatchNorm(use_running_average=False)]), nn.BatchNorm(use_running_average=False)):
+        with pytest.raises(TypeError, match=r"BatchNorm\(x=...\): expected an array, got a list. Pass the array in it"):
+            bnjax.linen.convert(layer).init(KEY, [far, far])
+    with pytest.raises(TypeError, match=r"BatchNorm\(x=...\): expected an array, got a tuple"):
+        bnjax.nnx.convert(nnx.BatchNorm(3, rngs=nnx.Rngs(0)))((far, far))
 
 
 @pytest.mark.parametrize("library", ["linen", "nnx"])

@@ -215,6 +215,90 @@ def test_a_folded_linen_model_refuses_other_variables():
         interceptor.model.apply(variables, x)
 
 
+class InSetup(nn.Module):
+    norm: Any = BN
+
+    def setup(self):
+        self.a, self.bn, self.free = nn.Dense(4), self.norm(), self.norm()
+
+    def __call__(self, x):
+        return self.free(nn.relu(self.bn(self.a(x))))
+
+
+@pytest.mark.parametrize("model", [InSetup(), through(A, ("bn", BN), nn.relu, ("free", BN))], ids=["setup", "compact"])
+@pytest.mark.parametrize("changes", [{}, {"epsilon": 0.5}, {"frozen": True}], ids=str)
+def test_a_converted_model_is_folded_as_it_was_converted(model, changes):
+    x = numbers(5, 4)
+    variables, converted = variables_of(model, x), bnjax.linen.convert(model, **changes)
+    want = converted.apply(variables, x)
+    folded, interceptor = bnjax.linen.fold(converted, variables, x)
+    assert interceptor.report.folded == [("a", "bn")]
+    assert list(interceptor.report.unfolded) == ["free"]  # which keeps the options of the conversion
+    np.testing.assert_allclose(interceptor.model.apply(folded, x), want, **CLOSE)
+    with nn.intercept_methods(interceptor):
+        np.testing.assert_allclose(converted.apply(folded, x), want, **CLOSE)
+    np.testing.assert_allclose(bnjax.linen.convert(interceptor.model, **changes).apply(folded, x), want, **CLOSE)
+
+
+def test_a_folded_model_is_folded_again():
+    model, x = through(A, ("bn", BN), nn.relu, B, ("bn2", BN)), numbers(5, 4)
+    variables = variables_of(model, x)
+    want = model.apply(variables, x)
+    once, interceptor = bnjax.linen.fold(model, variables, [("a", "bn")], x)
+    twice, interceptor = bnjax.linen.fold(interceptor.model, once, x)
+    assert ("b", "bn2") in interceptor.report.folded
+    assert "batch_stats" not in twice
+    np.testing.assert_allclose(interceptor.model.apply(twice, x), want, **CLOSE)
+
+
+COMPUTED = "is computed, as by weight normalization"
+
+
+def test_fold_leaves_a_linear_layer_whose_kernel_is_not_its_own():
+    x = numbers(5, 4)
+    for wrapper in (nn.WeightNorm, partial(nn.SpectralNorm, error_on_non_matrix=True)):
+        spectral = isinstance(wrapper, partial)
+
+        def function(x, wrapper=wrapper, options={"update_stats": False} if spectral else {}):
+            return BN(name="bn")(wrapper(nn.Dense(4, name="a"), name="w")(x, **options))
+
+        variables = Model(function).init(KEY, x)
+        assert COMPUTED in bnjax.linen.fold(Model(function), variables, x)[1].report.unfolded["bn"]
+        with pytest.raises(ValueError, match=COMPUTED):
+            bnjax.linen.fold(Model(function), variables, [("a", "bn")], x)
+
+    def tied(x):
+        a = nn.Dense(4, name="a")
+        return nn.relu(BN(name="bn")(a(x))) @ a.variables["params"]["kernel"].T
+
+    model = Model(tied)
+    assert (
+        "the kernel of 'a' is used elsewhere"
+        in bnjax.linen.fold(model, variables_of(model, x), x)[1].report.unfolded["bn"]
+    )
+
+    def weight_norm(rngs):
+        return nnx.WeightNorm(DENSE(rngs=rngs), rngs=rngs)
+
+    model = nnx_model(lambda m, x: m.bn(m.a(x)), a=weight_norm, bn=NORM)
+    assert COMPUTED in bnjax.nnx.fold_report(model, x).unfolded["bn"]
+    model = nnx_model(lambda m, x: m.b(nnx.relu(m.bn(m.a(x)))), a=DENSE, bn=NORM, b=DENSE)
+    model.b.kernel = model.a.kernel
+    assert "the kernel of 'a' is used elsewhere" in bnjax.nnx.fold_report(model, x).unfolded["bn"]
+    with pytest.raises(ValueError, match="'a' shares its kernel or bias with another layer"):
+        bnjax.nnx.fold(model, [("a", "bn")])
+
+
+def test_a_norm_that_trains_in_one_of_its_calls_is_left():
+    def twice(x):
+        a, bn = nn.Dense(4, name="a"), nn.BatchNorm(name="bn")
+        return bn(a(bn(a(x), use_running_average=False)), use_running_average=True)
+
+    model, x = Model(twice), numbers(5, 4)
+    report = bnjax.linen.fold(model, variables_of(model, x), x, mutable=["batch_stats"])[1].report
+    assert "normalizes by its batch" in report.unfolded["bn"]
+
+
 def test_fold_leaks_no_tracer():
     model, x = through(A, ("bn", BN)), numbers(2, 3, 4)
     variables = variables_of(model, x)
