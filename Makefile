@@ -42,7 +42,7 @@ test: $(VENV)/.installed ## the whole test suite
 
 oracles: $(OTHERS)/.installed ## compare it live with PyTorch, Keras, Haiku, Equinox, Flax and ONNX; compile it for a GPU
 	$(OTHERS)/bin/python -m pytest --numprocesses 2 tests/oracles
-	$(OTHERS)/bin/python -m pytest tests/test_compiled.py -k gpu
+	$(OTHERS)/bin/python -m pytest tests/experiments/test_compiled.py -k gpu
 
 lint: $(VENV)/.installed ## ruff and pyright
 	$(BIN)/ruff check .
@@ -63,7 +63,7 @@ FLAX = .flax/flax-$(shell $(BIN)/python -c 'from importlib.metadata import versi
 test-flax: $(VENV)/.installed ## Flax's own tests of what uses BatchNorm, with ours in its place
 	$(BIN)/python -m pip download --quiet --no-deps --no-binary flax --dest .flax flax==$(FLAX:.flax/flax-%=%)
 	tar -xzf $(FLAX).tar.gz -C .flax
-	cd $(FLAX)/tests && PYTHONPATH=$(CURDIR) $(CURDIR)/$(BIN)/python -m pytest -p tests.flax_swapped -W ignore \
+	cd $(FLAX)/tests && PYTHONPATH=$(CURDIR) $(CURDIR)/$(BIN)/python -m pytest -p tests.support.flax_swapped -W ignore \
 		$$(grep -rl BatchNorm . --include='*_test.py')
 
 wheel: $(VENV)/.installed ## build the wheel under dist/

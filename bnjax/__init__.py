@@ -1,35 +1,71 @@
-"""Batch normalization for JAX: pure functions, exact on one device or many. See README.md."""
+"""Batch normalization for JAX: pure functions, exact on one device or many.
 
-from bnjax import interop as interop
-from bnjax.array_moments import Moments as Moments
-from bnjax.diagnostics import Diagnosis as Diagnosis
-from bnjax.diagnostics import diagnose as diagnose
-from bnjax.functional import BNParams as BNParams
-from bnjax.functional import BNState as BNState
-from bnjax.functional import bn_apply as bn_apply
-from bnjax.functional import bn_init as bn_init
-from bnjax.inference import Affine as Affine
-from bnjax.inference import fold as fold
-from bnjax.inference import fold_into_next as fold_into_next
-from bnjax.inference import fold_into_previous as fold_into_previous
-from bnjax.inference import recalibrate as recalibrate
-from bnjax.moments import batch_moments as batch_moments
-from bnjax.moments import merge as merge
-from bnjax.momentum import cumulative_average as cumulative_average
-from bnjax.momentum import debiased as debiased
-from bnjax.recurrent import BNLSTMCarry as BNLSTMCarry
-from bnjax.recurrent import BNLSTMParams as BNLSTMParams
-from bnjax.recurrent import BNLSTMState as BNLSTMState
-from bnjax.recurrent import bn_lstm_apply as bn_lstm_apply
-from bnjax.recurrent import bn_lstm_carry as bn_lstm_carry
-from bnjax.recurrent import bn_lstm_init as bn_lstm_init
-from bnjax.variants import RENORM_D_MAX as RENORM_D_MAX
-from bnjax.variants import RENORM_R_MAX as RENORM_R_MAX
-from bnjax.variants import conditional_params as conditional_params
-from bnjax.variants import ghost_bn_apply as ghost_bn_apply
-from bnjax.variants import indexed_bn_apply as indexed_bn_apply
-from bnjax.variants import indexed_bn_init as indexed_bn_init
-from bnjax.variants import ramp as ramp
-from bnjax.variants import renorm_bn_apply as renorm_bn_apply
+The rooms of the package, each importing only from those before it:
+
+    core          the mathematics: moments, normalization, the layer as a function, schedules, checks
+    variants      ghost, renormalized, indexed, conditional and recurrent batch normalization
+    deploy        layers folded into their neighbours; recalibrated statistics
+    diagnosis     a report on a model's layers, and its picture
+    interop       weights from and to PyTorch and Keras
+    training      a training state and a training step for models with batch normalization
+    flax_shared   what the Linen and the NNX layers share
+    linen, nnx    the layers, and convert, fold_model and more for whole models (they need flax)
+"""
+
+from typing import TYPE_CHECKING
+
+from bnjax import interop
+from bnjax.core.apply import BNParams, BNState, bn_apply, bn_init
+from bnjax.core.array_moments import Moments
+from bnjax.core.checks import UnboundAxisNameError
+from bnjax.core.deprecation import aliases
+from bnjax.core.moments import batch_moments, merge_moments
+from bnjax.core.schedules import cumulative_average, debiased, linear_ramp
+from bnjax.deploy.affine import Affine, fold, fold_into_next, fold_into_previous
+from bnjax.deploy.recalibration import recalibrate
+from bnjax.diagnosis.measure import Diagnosis, diagnose
+from bnjax.variants.conditional import conditional_params
+from bnjax.variants.ghost import ghost_bn_apply
+from bnjax.variants.indexed import indexed_bn_apply, indexed_bn_init
+from bnjax.variants.lstm import BNLSTMCarry, BNLSTMParams, BNLSTMState, bn_lstm_apply, bn_lstm_carry, bn_lstm_init
+from bnjax.variants.renorm import RENORM_D_MAX, RENORM_R_MAX, renorm_bn_apply
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "RENORM_D_MAX",
+    "RENORM_R_MAX",
+    "Affine",
+    "BNLSTMCarry",
+    "BNLSTMParams",
+    "BNLSTMState",
+    "BNParams",
+    "BNState",
+    "Diagnosis",
+    "Moments",
+    "UnboundAxisNameError",
+    "batch_moments",
+    "bn_apply",
+    "bn_init",
+    "bn_lstm_apply",
+    "bn_lstm_carry",
+    "bn_lstm_init",
+    "conditional_params",
+    "cumulative_average",
+    "debiased",
+    "diagnose",
+    "fold",
+    "fold_into_next",
+    "fold_into_previous",
+    "ghost_bn_apply",
+    "indexed_bn_apply",
+    "indexed_bn_init",
+    "interop",
+    "linear_ramp",
+    "merge_moments",
+    "recalibrate",
+    "renorm_bn_apply",
+]
+
+if not TYPE_CHECKING:
+    __getattr__ = aliases(__name__, {"merge": merge_moments, "ramp": linear_ramp})

@@ -14,8 +14,8 @@ from flax.core import unfreeze
 from flax.training import train_state
 from jax import Array
 
-from bnjax import checks, trees
-from bnjax.array_moments import CHECKPOINT_NAME
+from bnjax.core import checks, trees
+from bnjax.core.array_moments import CHECKPOINT_NAME
 
 Loss = Callable[["Model", Any, bool], Array | tuple[Array, Mapping[str, Array]]]
 

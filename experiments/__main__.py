@@ -9,15 +9,12 @@ from typing import Any, get_args
 
 import tyro
 
-from experiments import (
+from experiments.benchmark import bench, compiled
+from experiments.claims import (
     activations,
-    averaging,
     batch_size,
-    bench,
-    compiled,
     convergence,
     cost,
-    data,
     devices,
     gradients,
     initialization,
@@ -26,10 +23,10 @@ from experiments import (
     placement,
     recurrent,
     regularization,
-    runtime,
     smoothness,
-    study,
 )
+from experiments.demos import averaging
+from experiments.harness import data, runtime, study
 
 STUDIES: tuple[type[study.Study], ...] = (
     convergence.Convergence,

@@ -21,3 +21,10 @@ hypothesis.settings.load_profile("bnjax")
 @pytest.fixture
 def rng():
     return np.random.default_rng(0)
+
+
+@pytest.fixture
+def flax_promotion():
+    """Flax's layers need JAX's own promotion of dtypes and ranks."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bnjax.moments import wider
+from bnjax.core.moments import wider
 
 # A value goes through two sums, of at most 2^8 numbers in pairs, and through about 16 other operations, each rounded by
 # at most epsilon / 2: 32 roundings, in each of two libraries, of numbers that are not larger than the scale.

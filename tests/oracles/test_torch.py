@@ -18,24 +18,11 @@ import bnjax
 import bnjax.linen
 from bnjax import interop
 from tests.oracles.layers import BIAS, FEATURES, FIRST, LAST, SCALE, STEPS, Seen, batch, compare, ours
+from tests.oracles.torch_arrays import array, tensor
 
 torch.set_num_threads(1)  # its threads wait for each other by spinning, and there are other workers
 
 LAYERS = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
-
-
-def tensor(array):
-    array = np.asarray(array)
-    if array.dtype == jnp.bfloat16:
-        return torch.tensor(array.astype(np.float32)).bfloat16()
-    return torch.tensor(array)
-
-
-def array(tensor):
-    if tensor is None:
-        return None
-    tensor = tensor.detach()
-    return tensor.float().numpy().astype(jnp.bfloat16) if tensor.dtype == torch.bfloat16 else tensor.numpy().copy()
 
 
 class TorchLayer:

@@ -15,7 +15,7 @@ from torch import nn
 import bnjax.linen
 import bnjax.nnx
 from bnjax import interop
-from tests.oracles.test_torch import array, tensor
+from tests.oracles.torch_arrays import array, tensor
 
 torch.set_num_threads(1)
 

@@ -1,0 +1,97 @@
+"""Momentum as a function of the number of updates, like an optax schedule."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import log
+
+import jax.numpy as jnp
+from jax import Array
+
+from bnjax.core import checks
+
+Momentum = float | Array | Callable[[Array], Array]
+
+
+def cumulative_average(count: Array) -> Array:
+    """Momentum under which every batch counts the same: the running statistics are the plain mean over all updates.
+
+        momentum = count / (count + 1)
+
+    PyTorch's `momentum=None`.
+
+    Args:
+      count: number of updates so far, as in `BNState.count`.
+
+    Returns:
+      The weight of the old value, floating, of count's shape.
+
+    Example:
+      >>> import bnjax, jax.numpy as jnp
+      >>> bnjax.cumulative_average(jnp.array([0, 1, 3])).tolist()
+      [0.0, 0.5, 0.75]
+    """
+    count = jnp.asarray(count).astype(float)  # float64 where that is enabled
+    return count / (count + 1)
+
+
+@dataclass(frozen=True)
+class debiased:  # noqa: N801  a function with one parameter bound, which hashes and compares by value
+    """Momentum of an exponential average without memory of its initial value (Kingma & Ba, 2015, section 3).
+
+        momentum_t = momentum (1 - momentum^t) / (1 - momentum^(t + 1)),    t = count
+
+    After t updates the running value is the average of the batches with weights proportional to momentum^age; the
+    first update replaces the initial 0 and 1. In the limit momentum = 1 it is `cumulative_average`.
+
+    Args:
+      momentum: weight of the old value in the long run, in [0, 1].
+
+    Raises:
+      TypeError, ValueError: for anything else.
+
+    Example:
+      >>> import bnjax, jax.numpy as jnp
+      >>> bnjax.debiased(0.9)(jnp.array([0, 1, 1000])).round(4).tolist()
+      [0.0, 0.473..., 0.899...]
+    """
+
+    momentum: float
+
+    def __post_init__(self):
+        value = self.momentum.item() if isinstance(self.momentum, Array) else self.momentum
+        object.__setattr__(self, "momentum", checks.momentum("debiased", value)[0])
+
+    def __call__(self, count: Array) -> Array:
+        if self.momentum in (0, 1):
+            return self.momentum * cumulative_average(count)
+        # 1 - momentum^t as -expm1(t log momentum): no digit is lost where momentum is near 1.
+        count = jnp.asarray(count).astype(float)
+        return self.momentum * jnp.expm1(count * log(self.momentum)) / jnp.expm1((count + 1) * log(self.momentum))
+
+
+@dataclass(frozen=True)
+class linear_ramp:  # noqa: N801  a function with its parameters bound, which hashes and compares by value
+    """A number that stays, then rises linearly with the count of updates, then stays again.
+
+    Args:
+      low, high: its values at first and at last.
+      start, stop: the counts between which it rises.
+
+    Example:
+      >>> import bnjax, jax.numpy as jnp
+      >>> bnjax.RENORM_R_MAX(jnp.array([0, 5_000, 22_500, 40_000, 50_000])).tolist()
+      [1.0, 1.0, 2.0, 3.0, 3.0]
+    """
+
+    low: float
+    high: float
+    start: int
+    stop: int
+
+    def __post_init__(self):
+        if not self.start < self.stop:
+            raise ValueError(f"linear_ramp(start={self.start}, stop={self.stop}): expected start < stop.")
+
+    def __call__(self, count: Array) -> Array:
+        rise = jnp.clip((jnp.asarray(count).astype(float) - self.start) / (self.stop - self.start), 0, 1)
+        return self.low + (self.high - self.low) * rise

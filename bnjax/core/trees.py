@@ -1,0 +1,81 @@
+"""Layers of batch normalization in the trees that hold a model's variables, by name.
+
+The name of a layer is its path, "block/BatchNorm_0" in Linen, "layers/1" in NNX, "" where the tree is the layer's own;
+that of a variable is the last part: scale, bias, mean, var, count. Dictionaries, namedtuples and NNX states will do.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from bnjax.core.apply import BNParams, BNState, Collected
+from bnjax.core.array_moments import Moments
+from bnjax.core.moments import Support
+
+
+def leaves(tree: Any) -> dict[str, dict[str, Any]]:
+    """The arrays of a tree by layer, and by their names there."""
+    found: dict[str, dict[str, Any]] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        layer, name = _names(path)
+        found.setdefault(layer, {})[name] = leaf
+    return found
+
+
+def replaced(tree: Any, new: Mapping[str, Mapping[str, Any]]) -> Any:
+    """The tree with other arrays for those that `new` has, by layer and name; what else `new` has is left out."""
+
+    def replace(path, leaf):
+        layer, name = _names(path)
+        return new.get(layer, {}).get(name, leaf)
+
+    return jax.tree_util.tree_map_with_path(replace, tree)
+
+
+def norms(params: Any, batch_stats: Any) -> dict[str, tuple[BNParams, BNState]]:
+    """The layers with a running mean and variance. What a layer does not have (scale, bias, count) is None."""
+    learned = leaves(params)
+    found = {}
+    for layer, stats in leaves(batch_stats).items():
+        if "mean" in stats and "var" in stats:
+            own = learned.get(layer, {})
+            found[layer] = (BNParams(own.get("scale"), own.get("bias")), _state(**stats))
+    return found
+
+
+def collected(batch_moments: Any) -> dict[str, Collected]:
+    """What the layers collected."""
+    parts = leaves(batch_moments)
+    layers = [path.removesuffix("moments").rstrip("/") for path in parts if path.rpartition("/")[2] == "moments"]
+    return {
+        layer: Collected(Moments(**parts[_below(layer, "moments")]), Support(**parts[_below(layer, "support")]))
+        for layer in layers
+    }
+
+
+def check_collected(call: str, batch_stats: Any, batch_moments: Any) -> None:
+    """Every layer with a running mean and variance gave the moments of the batch."""
+    given = collected(batch_moments)
+    missing = [layer for layer in norms({}, batch_stats) if layer not in given]
+    if missing:
+        raise ValueError(
+            f"{call}: layers with running statistics that gave no moments of the batch: "
+            f"{', '.join(layer or 'the model itself' for layer in missing)}. "
+            "For a model written with Flax's BatchNorm use bnjax.linen.convert or bnjax.nnx.convert; for bnjax's, list "
+            "the collection batch_moments beside batch_stats in nn.scan and nn.vmap."
+        )
+
+
+def _names(path):
+    whole = jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value")  # of an NNX variable
+    layer, _, name = whole.rpartition("/")
+    return layer, name
+
+
+def _below(layer, name):
+    return f"{layer}/{name}" if layer else name
+
+
+def _state(mean: Any, var: Any, count: Any = None, **_: Any) -> BNState:
+    return BNState(mean, var, count)

@@ -1,0 +1,1 @@
+"""What is wrong with the batch normalization of a model: `measure` finds it, `plot` draws it."""

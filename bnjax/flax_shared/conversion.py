@@ -1,0 +1,67 @@
+"""What both `convert` functions share: which changes of a layer there are, checked and in hashable form."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from bnjax.core import checks
+
+Where = Callable[[str], object]
+
+OPTIONS = ("axis_name", "axis_index_groups", "momentum", "epsilon", "unbiased_var", "frozen", "frozen_params")
+# A variant with an index or a label is called with it, which a model that has none does not.
+VARIANTS: Mapping[str, tuple[str, ...]] = {
+    "BatchNorm": (),
+    "GhostBatchNorm": ("ghost_size",),
+    "RenormBatchNorm": ("r_max", "d_max"),
+}
+
+
+class Conversion(NamedTuple):
+    """What `convert` does to the layers of a model; two that do the same are equal."""
+
+    to: type | None
+    where: Where | None
+    changes: tuple[tuple[str, Any], ...]
+
+    def converts(self, path: str) -> bool:
+        """Whether the layer of this path is one to convert."""
+        return self.where is None or bool(self.where(path))
+
+
+def conversion(library: str, to: Any, where: Any, changes: Mapping[str, Any], layers: Mapping[str, type]) -> Conversion:
+    """The conversion that the arguments of `convert` describe; `layers` are the library's classes by name."""
+    if to is not None and to not in [layers[name] for name in VARIANTS]:
+        raise TypeError(
+            f"convert(to={getattr(to, '__name__', to)!r}): expected one of {list(VARIANTS)} of bnjax.{library}. A "
+            "layer with an index or a label is called with it, which the model does not."
+        )
+    if where is not None and not callable(where):
+        raise TypeError(
+            f"convert(where={where!r}): expected a function of a layer's path, such as lambda path: 'head' in path."
+        )
+    own = VARIANTS["BatchNorm" if to is None else to.__name__]
+    for name in changes:
+        if name not in OPTIONS + own:
+            variant = next((v for v, names in VARIANTS.items() if name in names), None)
+            wanted = f"It belongs to {variant}: pass to={variant} too" if variant else f"Changes are {OPTIONS + own}"
+            raise TypeError(f"convert({name}=...): a {to.__name__ if to else 'BatchNorm'} has no {name}. {wanted}.")
+    if "ghost_size" in own:
+        checks.positive_integer("convert", "ghost_size", changes.get("ghost_size"))
+    checked = {name: _checked(name, value) for name, value in changes.items()}
+    return Conversion(to, where, tuple(sorted(checked.items())))
+
+
+def _checked(name: str, value: Any) -> Any:
+    """The value of a change, in one hashable spelling."""
+    if name == "axis_index_groups":
+        return checks.index_groups("convert", value)
+    if name == "axis_name":
+        names = checks.axis_names("convert", value)
+        return names if isinstance(value, list | tuple) else value
+    if name == "epsilon":
+        return checks.positive("convert", name, value)
+    if name == "momentum" and not callable(value):
+        value, _ = checks.momentum("convert", value)
+    if name in ("unbiased_var", "frozen", "frozen_params"):
+        checks.boolean("convert", name, value)
+    return value if callable(value) else getattr(value, "item", lambda: value)()

@@ -1,0 +1,40 @@
+"""Weights and statistics of PyTorch's and Keras's layers of batch normalization, and of whole models, in and out.
+
+Mappings and lists of arrays go in and come out; neither library is imported. `TORCH`, `KERAS` and `FLAX` are the
+keyword arguments that make `bn_apply` compute what each library does by default, so that a converted layer goes on
+training where it stopped:
+
+    params, state = from_torch(model.state_dict(), "bn1")
+    y, state = bn_apply(params, state, x, train=True, **TORCH)
+
+`from_torch` and `from_keras` are for one layer, `from_torch_model` and `from_keras_model` for a whole Linen or NNX
+model, with its convolutions, dense layers and embeddings:
+
+    variables, report = from_torch_model(model.state_dict(), variables, model=flax_model, inputs=x)
+    print(report)
+
+PyTorch's `momentum=None` is `bnjax.cumulative_average`. PyTorch counts the updates of a layer, here each feature has
+its own count; they differ once a feature has met a batch with too little in it. Keras does not count. A momentum that
+depends on the count (`cumulative_average`, `debiased`) takes statistics of count 0 for those of a new layer: its first
+update forgets them.
+"""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+from bnjax.interop.layers import from_keras as from_keras
+from bnjax.interop.layers import from_torch as from_torch
+from bnjax.interop.layers import to_keras as to_keras
+from bnjax.interop.layers import to_torch as to_torch
+from bnjax.interop.match import Moved as Moved
+from bnjax.interop.match import Report as Report
+from bnjax.interop.models import Unmatched as Unmatched
+from bnjax.interop.models import from_keras_model as from_keras_model
+from bnjax.interop.models import from_torch_model as from_torch_model
+from bnjax.interop.models import to_keras_model as to_keras_model
+from bnjax.interop.models import to_torch_model as to_torch_model
+
+TORCH: Mapping[str, Any] = MappingProxyType({"axis": 1, "momentum": 0.9, "epsilon": 1e-5, "unbiased_var": True})
+KERAS: Mapping[str, Any] = MappingProxyType({"axis": -1, "momentum": 0.99, "epsilon": 1e-3, "unbiased_var": False})
+FLAX: Mapping[str, Any] = MappingProxyType({"axis": -1, "momentum": 0.99, "epsilon": 1e-5, "unbiased_var": False})

@@ -1,0 +1,110 @@
+"""The layers of a Linen or NNX model in the order of their calls, for `interop_models.py`. It needs Flax."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from bnjax.interop.layout import Called, features, mark
+
+_TRANSPOSED = (nn.ConvTranspose, nnx.ConvTranspose)
+
+
+def calls(
+    model: Any, variables: Mapping[str, Any], shapes: Mapping[str, Mapping[str, Any]], args: Any, kwargs: Any
+) -> dict[str, Called]:
+    """What a model calls, by path, in the order of the first calls. It is traced, not run.
+
+    Args:
+      model: of Linen or NNX.
+      variables: of a Linen model.
+      shapes: of the arrays of each layer, by path and name.
+      args, kwargs: of the model's call.
+    """
+    called: dict[str, tuple[str, Any]] = {}
+    leaves, structure = jax.tree.flatten((args, kwargs))
+    traced = [i for i, leaf in enumerate(leaves) if hasattr(leaf, "shape")]
+
+    def record(path, module, function, args, kwargs, marked=True):
+        if path not in shapes:
+            return function(*args, **kwargs)
+        given = [*args, *kwargs.values()]
+        kind = _kind(module, shapes[path], given[0] if given else None)
+        called.setdefault(path, (kind, module))
+        if kind == "other" or not marked:
+            return function(*args, **kwargs)
+        place = kind.replace("transposed", "conv")
+        given[0] = checkpoint_name(given[0], mark("in", place, path))
+        y = function(*given[: len(args)], **dict(zip(kwargs, given[len(args) :], strict=True)))
+        return checkpoint_name(y, mark("out", place, path))
+
+    def run(variables, arrays):
+        given = list(leaves)
+        for i, array in zip(traced, arrays, strict=True):
+            given[i] = array
+        args, kwargs = jax.tree.unflatten(structure, given)
+        if isinstance(model, nn.Module):
+            with nn.intercept_methods(_linen(record)):
+                model.apply(variables, *args, **{"mutable": nn.DenyList("params"), **kwargs})
+            return
+        whole = nnx.merge(graph, variables, copy=True)
+        for path, module in [*nnx.iter_graph(whole)]:
+            name = "/".join(map(str, path))
+            if isinstance(module, nnx.Module) and name in shapes:
+                module.__class__ = _recording(type(module), name, record)
+        whole(*args, **kwargs)
+
+    if not isinstance(model, nn.Module):
+        graph, variables = nnx.split(model)
+    jaxpr = jax.make_jaxpr(run)(variables, [leaves[i] for i in traced])
+    seen = features(jaxpr, len(traced))
+    return {
+        path: Called(
+            kind,
+            True,
+            getattr(module, "transpose_kernel", False),
+            getattr(module, "feature_group_count", 1),
+            seen.get(("in", path)),
+            seen.get(("out", path)),
+        )
+        for path, (kind, module) in called.items()
+    }
+
+
+def _kind(module, shapes, x):
+    """dense, embed, conv2, transposed2 or norm-1 (see `mark`), or "other", of which only the shapes are known."""
+    kernel = shapes.get("kernel")
+    if not hasattr(x, "shape"):
+        return "other"
+    if kernel is not None and set(shapes) <= {"kernel", "bias"}:
+        if isinstance(module, (nn.Conv, nnx.Conv, *_TRANSPOSED)):
+            return f"{'transposed' if isinstance(module, _TRANSPOSED) else 'conv'}{len(kernel) - 2}"
+        return "dense" if len(kernel) == 2 and x.shape[-1:] == kernel[:1] else "other"
+    if set(shapes) == {"embedding"} and len(shapes["embedding"]) == 2:
+        return "embed"
+    if {"scale", "mean"} & set(shapes) and all(len(shape) == 1 for shape in shapes.values()):
+        axis = getattr(module, "axis", -1)
+        return f"norm{axis if isinstance(axis, int) else -1}"
+    return "other"
+
+
+def _linen(record):
+    def interceptor(function, args, kwargs, context):
+        if context.method_name == "setup":
+            return function(*args, **kwargs)
+        marked = context.method_name == "__call__"  # not `attend` of an embedding
+        return record("/".join(context.module.path), context.module, function, args, kwargs, marked)
+
+    return interceptor
+
+
+def _recording(cls, path, record):
+    """The class, with calls that are recorded."""
+
+    def call(self, *args, **kwargs):
+        return record(path, self, lambda *args, **kwargs: cls.__call__(self, *args, **kwargs), args, kwargs)
+
+    return type(cls.__name__, (cls,), {"__call__": call})

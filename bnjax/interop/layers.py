@@ -1,0 +1,151 @@
+"""One layer of batch normalization from and to PyTorch and Keras."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from bnjax.core.apply import BNParams, BNState
+from bnjax.core.moments import wider
+from bnjax.interop.arrays import checked, plain, tensors, updates
+
+
+def from_torch(state_dict: Any, prefix: str = "") -> tuple[BNParams, BNState | None]:
+    """The parameters and running statistics of a PyTorch BatchNorm1d, 2d, 3d or SyncBatchNorm.
+
+    Args:
+      state_dict: of the layer, or of a model that holds it: tensors or arrays, in any floating dtype, by name. A
+        PyTorch module gives its own.
+      prefix: the layer's name in the model, such as "layer1.0.bn2".
+
+    Returns:
+      BNParams, with None for what the layer does not have (`affine=False`), and BNState, or None for a layer with
+      `track_running_stats=False`. Parameters keep their dtype (float64 where jax has it), statistics are float32 or
+      wider. The count of each feature is `num_batches_tracked`, 0 where that is missing.
+
+    Raises:
+      ValueError: for what is not a mapping of tensors; and naming the layer, if nothing or only a part of it is there,
+        shapes differ, or a variance is negative.
+
+    Example:
+      >>> import numpy as np
+      >>> from bnjax import interop
+      >>> layer = {"weight": np.ones(3), "bias": np.zeros(3), "running_mean": np.zeros(3), "running_var": np.ones(3)}
+      >>> params, state = interop.from_torch({f"bn1.{name}": v for name, v in layer.items()}, "bn1")
+      >>> params.scale.shape, state.count.tolist()
+      ((3,), [0, 0, 0])
+    """
+    state_dict = tensors("from_torch", state_dict)
+    layer = prefix.rstrip(".")
+    lead = f"{layer}." if layer else ""
+    call = f"from_torch(prefix={layer!r})"
+    names = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+    found = {name: state_dict[lead + name] for name in names if lead + name in state_dict}
+    if not found:
+        near = sorted({key.rpartition(".")[0] for key in state_dict if key.endswith("running_mean")})
+        raise ValueError(f"{call}: no {lead}weight and no {lead}running_mean there. Layers with running_mean: {near}.")
+    count = found.pop("num_batches_tracked", None)
+    arrays = checked(call, found)
+    params = BNParams(*(None if name not in arrays else jnp.asarray(arrays[name]) for name in ("weight", "bias")))
+    if count is None and not {"running_mean", "running_var"} & set(arrays):
+        return params, None
+    return params, _state(call, arrays, 0 if count is None else int(count))
+
+
+def to_torch(params: BNParams, state: BNState | None, prefix: str = "") -> dict[str, np.ndarray]:
+    """What `load_state_dict` of the PyTorch layer takes, once each array went through `torch.from_numpy`.
+
+    Args:
+      params: if one of scale and bias is None, it comes out as the 1 or 0 that it stands for, since PyTorch has both
+        or neither.
+      state: None for a layer with `track_running_stats=False`.
+      prefix: the layer's name in the model.
+
+    Returns:
+      A dictionary of writable arrays; bfloat16, which `from_numpy` does not know, comes as the same numbers in float32.
+      `num_batches_tracked` is the largest count, 0 where nobody counted.
+
+    Raises:
+      ValueError: for features on more than one axis.
+
+    Example:
+      >>> import bnjax
+      >>> from bnjax import interop
+      >>> sorted(interop.to_torch(*bnjax.bn_init(3), prefix="bn1"))
+      ['bn1.bias', 'bn1.num_batches_tracked', 'bn1.running_mean', 'bn1.running_var', 'bn1.weight']
+    """
+    scale, bias = params
+    if scale is None and bias is not None:
+        scale = jnp.ones_like(bias)
+    if bias is None and scale is not None:
+        bias = jnp.zeros_like(scale)
+    layer = {} if scale is None else {"weight": scale, "bias": bias}
+    if state is not None:
+        layer |= {"running_mean": state.mean, "running_var": state.var}
+    layer = checked("to_torch(...)", layer)
+    if state is not None:
+        layer["num_batches_tracked"] = updates(state.count)
+    lead = f"{prefix.rstrip('.')}." if prefix else ""
+    return {lead + name: plain(v) for name, v in layer.items()}
+
+
+def from_keras(
+    weights: Sequence[Any], scale: bool = True, center: bool = True, count: int = 0
+) -> tuple[BNParams, BNState]:
+    """The parameters and running statistics of a Keras BatchNormalization.
+
+    Args:
+      weights: `layer.get_weights()`: gamma, beta, moving mean and moving variance, those that the layer has.
+      scale, center: as the layer was given.
+      count: of updates, which Keras does not count; for a momentum that depends on it.
+
+    Returns:
+      BNParams and BNState.
+
+    Raises:
+      ValueError: for another number of arrays than `scale` and `center` say, shapes that differ, a negative variance.
+
+    Example:
+      >>> import numpy as np
+      >>> from bnjax import interop
+      >>> params, state = interop.from_keras([np.zeros(3), np.zeros(3), np.ones(3)], scale=False)
+      >>> params.scale is None, state.var.tolist()
+      (True, [1.0, 1.0, 1.0])
+    """
+    names = [*(["gamma"] * scale), *(["beta"] * center), "moving_mean", "moving_variance"]
+    if len(weights) != len(names):
+        raise ValueError(
+            f"from_keras(scale={scale}, center={center}): expected {names}, got {len(weights)} arrays. "
+            "Pass scale and center as the layer was given them."
+        )
+    arrays = checked("from_keras(...)", dict(zip(names, weights, strict=True)))
+    params = BNParams(*(None if name not in arrays else jnp.asarray(arrays[name]) for name in ("gamma", "beta")))
+    statistics = {"running_mean": arrays["moving_mean"], "running_var": arrays["moving_variance"]}
+    return params, _state("from_keras(...)", statistics, count)
+
+
+def to_keras(params: BNParams, state: BNState) -> list[np.ndarray]:
+    """What `layer.set_weights` of the Keras layer takes, built with `scale` and `center` for what is not None.
+
+    Raises:
+      ValueError: without a state, which a Keras layer always has.
+
+    Example:
+      >>> import bnjax
+      >>> from bnjax import interop
+      >>> [weight.tolist() for weight in interop.to_keras(*bnjax.bn_init(2, scale=None))]
+      [[0.0, 0.0], [0.0, 0.0], [1.0, 1.0]]
+    """
+    if state is None:
+        raise ValueError("to_keras(state=None): a Keras layer has running statistics. Pass those of bn_init.")
+    return [np.array(v) for v in (*params, state.mean, state.var) if v is not None]
+
+
+def _state(call, arrays, count):
+    missing = {"running_mean", "running_var"} - set(arrays)
+    if missing:
+        raise ValueError(f"{call}: {sorted(missing)} missing. A layer has both running statistics or neither.")
+    mean, var = (jnp.asarray(arrays[name]) for name in ("running_mean", "running_var"))
+    mean, var = (v.astype(wider(v.dtype)) for v in (mean, var))
+    return BNState(mean, var, jnp.full(mean.shape, count, jnp.int32))

@@ -1,0 +1,376 @@
+"""Weights and statistics of whole models of PyTorch and Keras, into the variables of Flax models and back."""
+
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple, overload
+
+import jax.numpy as jnp
+import numpy as np
+
+from bnjax.core import trees
+from bnjax.interop.arrays import as_array, check_floating, checked, keras_arrays, plain, tensors, updates
+from bnjax.interop.kernels import KERAS, NORM, TORCH, Move, moves
+from bnjax.interop.layers import from_torch, to_torch
+from bnjax.interop.match import Moved, Pair, Report, keras_layers, match, own_layers, torch_layers, uncalled
+
+
+class Unmatched(NamedTuple):
+    """Names of layers: those of the state_dict that went nowhere, and those of the model that got nothing."""
+
+    state_dict: list[str]
+    variables: list[str]
+
+
+@overload
+def from_torch_model(
+    state_dict: Any, variables: Mapping[str, Any], names: Mapping[str, str]
+) -> tuple[dict[str, Any], Unmatched]: ...
+@overload
+def from_torch_model(
+    state_dict: Any, variables: Mapping[str, Any], names: None = None, **kwargs: Any
+) -> tuple[dict[str, Any], Report]: ...
+@overload
+def from_torch_model(
+    state_dict: Any, variables: Mapping[str, Any], names: Mapping[str, str] | None = None, *, model: Any, **kwargs: Any
+) -> tuple[dict[str, Any], Report]: ...
+def from_torch_model(
+    state_dict: Any,
+    variables: Mapping[str, Any],
+    names: Mapping[str, str] | None = None,
+    *,
+    model: Any = None,
+    inputs: Any = (),
+    flatten: Mapping[str, tuple[int, ...]] | None = None,
+    **kwargs: Any,
+) -> tuple[dict[str, Any], Unmatched | Report]:
+    """A Linen or NNX model's variables with the weights and statistics of a PyTorch model.
+
+    Every tensor of the state_dict goes to one array of the variables, and none is left over on either side, or it is
+    an error. Layers are convolutions (grouped and depthwise too), transposed convolutions, dense layers, embeddings,
+    and normalizations with and without running statistics. They are matched in order, that of the state_dict, which is
+    the order of definition, and that of the calls of the Flax model, and kinds and shapes have to agree. Where several
+    layers have one shape, order alone decides, and the report says so: read it there, and pin by `names` what is wrong.
+    Kernels are transposed as each layer needs. Where the features of a dense layer, or of a normalization, are an image
+    that was flattened, or become one, they are put into the order that they have here: PyTorch flattens (channels,
+    height, width), Flax (height, width, channels).
+
+    It moves weights, not options: epsilon, padding and strides are the Flax model's. PyTorch's `padding=1` is ((1, 1),
+    (1, 1)), and with strides not "SAME"; its `ConvTranspose(k, padding=p)` is padding k - 1 - p here.
+
+    Args:
+      state_dict: of the PyTorch model, or the model itself.
+      variables: `params` and `batch_stats`: what `init` of a Linen model gives, or the variables of
+        `bnjax.nnx.functional(model)`, which `nnx.update(model, *variables.values())` puts back into the NNX model.
+      names: by the layer's name in the state_dict ("layer1.0.bn2") its path in the variables ("Block_0/BatchNorm_1",
+        "layers/1"). With a `model`, these are pinned and the others matched. Parameters of no layer, such as the
+        position embedding of a transformer, have to be named, with the whole path, and are taken as they are. Without a
+        `model`, only the batch normalization named here is moved.
+      model: the Linen or NNX model. Without it the order of the layers is that of the numbers in their paths, and it is
+        an error where that does not tell it, and for convolutions; that an input is an image flattened is not seen.
+      inputs: for the model's call: one, or a tuple of them. The model is traced with them, not run.
+      flatten: by the path of a dense layer, or a normalization, the image (height, width, channels) that is flattened
+        into it, or () for none, where the model does not tell: where its own input is flattened, or a flattened image
+        joined with something.
+      **kwargs: of the model's call, such as train=False.
+
+    Returns:
+      variables: new ones; arrays keep the dtypes that the model's have. A count is set where the model has one. With
+        `names` alone the statistics of a layer with `track_running_stats=False` stay the model's.
+      report: what became of each tensor; it prints as a table. With `names` alone instead the layers with running
+        statistics on either side that `names` does not have.
+
+    Raises:
+      ValueError: naming layers of both sides, if one is left over, ambiguous, not there, named twice, or has other
+        shapes or parameters; and for what is no state_dict, no floating number, or a negative variance.
+
+    Example:
+      >>> import flax.linen as nn, jax, jax.numpy as jnp, numpy as np
+      >>> from bnjax import interop
+      >>> model = nn.Sequential([nn.Dense(3), nn.BatchNorm(use_running_average=True)])
+      >>> variables = model.init(jax.random.key(0), jnp.ones((1, 2)))
+      >>> layer = {"weight": np.ones(3), "bias": np.ones(3), "running_mean": np.zeros(3), "running_var": np.ones(3)}
+      >>> state_dict = {"fc.weight": np.ones((3, 2)), "fc.bias": np.zeros(3)}
+      >>> state_dict |= {f"bn1.{name}": array for name, array in layer.items()}
+      >>> new, report = interop.from_torch_model(state_dict, variables, model=model, inputs=jnp.ones((1, 2)))
+      >>> print(report)
+      theirs            shape   ours             shape   done               by
+      fc.weight         (3, 2)  layers_0/kernel  (2, 3)  transposed (1, 0)  shape
+      fc.bias           (3,)    layers_0/bias    (3,)    as it is           shape
+      bn1.weight        (3,)    layers_1/scale   (3,)    as it is           shape
+      bn1.bias          (3,)    layers_1/bias    (3,)    as it is           shape
+      bn1.running_mean  (3,)    layers_1/mean    (3,)    as it is           shape
+      bn1.running_var   (3,)    layers_1/var     (3,)    as it is           shape
+    """
+    call = "from_torch_model"
+    state_dict = tensors(call, state_dict)
+    if names is not None and model is None:
+        _no_model(call, None, inputs, flatten, kwargs)
+        return _named_norms(state_dict, variables, names)
+    arrays = {key: as_array(value) for key, value in state_dict.items()}
+    pairs = _pairs(call, TORCH, torch_layers(arrays), variables, names, model, inputs, flatten, kwargs)
+    return _into(call, variables, pairs), _report(arrays, pairs)
+
+
+@overload
+def to_torch_model(variables: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, np.ndarray]: ...
+@overload
+def to_torch_model(
+    variables: Mapping[str, Any], names: Mapping[str, str] | None = None, *, state_dict: Any, **kwargs: Any
+) -> tuple[dict[str, np.ndarray], Report]: ...
+def to_torch_model(
+    variables: Mapping[str, Any],
+    names: Mapping[str, str] | None = None,
+    *,
+    state_dict: Any = None,
+    model: Any = None,
+    inputs: Any = (),
+    flatten: Mapping[str, tuple[int, ...]] | None = None,
+    **kwargs: Any,
+) -> dict[str, np.ndarray] | tuple[dict[str, np.ndarray], Report]:
+    """The weights and statistics of a Linen or NNX model, for `load_state_dict` of a PyTorch model.
+
+    Args:
+      variables, names, model, inputs, flatten, **kwargs: as in `from_torch_model`.
+      state_dict: of the PyTorch model that takes them, or the model itself: its names, shapes and order are read. With
+        `names` and without it only the batch normalization named is given, for `load_state_dict(..., strict=False)`.
+
+    Returns:
+      state_dict: what `to_torch` gives for each layer: writable arrays for `torch.from_numpy`.
+      report: as that of `from_torch_model`. With `names` alone the state_dict comes without it.
+
+    Raises:
+      ValueError: as `from_torch_model`.
+
+    Example:
+      >>> import flax.linen as nn, jax, jax.numpy as jnp, numpy as np
+      >>> from bnjax import interop
+      >>> variables = nn.Dense(3).init(jax.random.key(0), jnp.ones((1, 2)))
+      >>> template = {"fc.weight": np.zeros((3, 2)), "fc.bias": np.zeros(3)}
+      >>> state_dict, report = interop.to_torch_model(variables, state_dict=template)
+      >>> state_dict["fc.weight"].shape
+      (3, 2)
+    """
+    call = "to_torch_model"
+    if state_dict is None:
+        if names is None:
+            raise ValueError(
+                f"{call}(names=None, state_dict=None): pass state_dict, that of the PyTorch model, for the whole "
+                "model, or names for its batch normalization."
+            )
+        _no_model(call, model, inputs, flatten, kwargs)
+        ours = _named(call, variables, names)
+        return {key: v for theirs, name in names.items() for key, v in to_torch(*ours[name], prefix=theirs).items()}
+    arrays = {key: as_array(value) for key, value in tensors(call, state_dict).items()}
+    pairs = _pairs(call, TORCH, torch_layers(arrays), variables, names, model, inputs, flatten, kwargs)
+    given = _out_of(pairs)
+    return {key: given[key] for key in arrays}, _report(arrays, pairs)
+
+
+def from_keras_model(
+    weights: Any,
+    variables: Mapping[str, Any],
+    names: Mapping[str, str] | None = None,
+    *,
+    model: Any = None,
+    inputs: Any = (),
+    flatten: Mapping[str, tuple[int, ...]] | None = None,
+    **kwargs: Any,
+) -> tuple[dict[str, Any], Report]:
+    """A Linen or NNX model's variables with the weights and statistics of a Keras model.
+
+    As `from_torch_model`, in the order of Keras's `model.weights`. Layers are Dense, Embedding, Conv, DepthwiseConv,
+    SeparableConv (two convolutions here), ConvTranspose, and normalizations. Images have their channels last in both.
+
+    Args:
+      weights: the Keras model, or its arrays by path ("block/dense/kernel"): a mapping, or a sequence of pairs.
+      names: by the path of the Keras layer ("block/dense") that of the Flax layer, for those to be pinned.
+      variables, model, inputs, flatten, **kwargs: as in `from_torch_model`.
+
+    Returns:
+      variables: new ones; arrays keep the dtypes that the model's have. Counts, which Keras does not have, are 0.
+      report: what became of each array; it prints as a table.
+
+    Raises:
+      ValueError: as `from_torch_model`, and for a Keras model with channels first.
+
+    Example:
+      >>> import flax.linen as nn, jax, jax.numpy as jnp, numpy as np
+      >>> from bnjax import interop
+      >>> variables = nn.Dense(3).init(jax.random.key(0), jnp.ones((1, 2)))
+      >>> weights = [("dense/kernel", np.ones((2, 3))), ("dense/bias", np.zeros(3))]
+      >>> variables, report = interop.from_keras_model(weights, variables)
+      >>> variables["params"]["kernel"].tolist()
+      [[1.0, 1.0, 1.0], [1.0, 1.0, 1.0]]
+    """
+    call = "from_keras_model"
+    arrays = keras_arrays(call, weights)
+    pairs = _pairs(call, KERAS, keras_layers(arrays), variables, names, model, inputs, flatten, kwargs)
+    return _into(call, variables, pairs), _report(arrays, pairs)
+
+
+def to_keras_model(
+    variables: Mapping[str, Any],
+    weights: Any,
+    names: Mapping[str, str] | None = None,
+    *,
+    model: Any = None,
+    inputs: Any = (),
+    flatten: Mapping[str, tuple[int, ...]] | None = None,
+    **kwargs: Any,
+) -> tuple[list[np.ndarray], Report]:
+    """The weights and statistics of a Linen or NNX model, for `set_weights` of a Keras model.
+
+    Args:
+      weights: of the Keras model that takes them, as in `from_keras_model`: paths, shapes and order are read.
+      variables, names, model, inputs, flatten, **kwargs: as in `from_keras_model`.
+
+    Returns:
+      weights: arrays in the order of the model's.
+      report: as that of `from_keras_model`.
+
+    Raises:
+      ValueError: as `from_keras_model`.
+
+    Example:
+      >>> import flax.linen as nn, jax, jax.numpy as jnp, numpy as np
+      >>> from bnjax import interop
+      >>> variables = nn.Dense(3).init(jax.random.key(0), jnp.ones((1, 2)))
+      >>> template = [("dense/kernel", np.zeros((2, 3))), ("dense/bias", np.zeros(3))]
+      >>> weights, report = interop.to_keras_model(variables, template)
+      >>> [array.shape for array in weights]
+      [(2, 3), (3,)]
+    """
+    call = "to_keras_model"
+    arrays = keras_arrays(call, weights)
+    pairs = _pairs(call, KERAS, keras_layers(arrays), variables, names, model, inputs, flatten, kwargs)
+    given = _out_of(pairs)
+    return [given[key] for key in arrays], _report(arrays, pairs)
+
+
+Pairs = list[tuple[Pair, dict[str, Move]]]
+
+
+def _pairs(call, library, theirs, variables, names, model, inputs, flatten, kwargs) -> Pairs:
+    """Layers that belong together, with the ways of their arrays."""
+    if not isinstance(variables, Mapping) or "params" not in variables:
+        raise ValueError(
+            f"{call}(variables=...): expected a mapping with params, got {type(variables).__name__}. Pass what init of "
+            "a Linen model gives, or bnjax.nnx.functional(model)[1] of an NNX model."
+        )
+    leaves: dict[str, dict[str, Any]] = {}
+    for collection in ("params", "batch_stats"):
+        for path, own in trees.leaves(variables.get(collection, {})).items():
+            leaves.setdefault(path, {}).update(own)
+    shapes = {path: {name: tuple(leaf.shape) for name, leaf in own.items()} for path, own in leaves.items()}
+    if model is None:
+        _no_model(call, None, inputs, None, kwargs)
+        called = {path: uncalled(own) for path, own in shapes.items()}
+        if unknown := [path for path, own in called.items() if own.kind == "convolution"]:
+            raise ValueError(
+                f"{call}(model=None): ambiguous: kernels of more than two axes, {unknown}, may be of convolutions or "
+                "of transposed ones, and may be followed by a flatten. Pass model= and inputs= to it."
+            )
+    else:
+        from bnjax.interop.flax_calls import calls  # which needs Flax, as the model does
+
+        called = calls(model, variables, shapes, inputs if isinstance(inputs, tuple) else (inputs,), kwargs)
+        if missing := sorted(set(leaves) - set(called)):
+            raise ValueError(
+                f"{call}(inputs=...): with these inputs the model never calls {missing}. Pass such that it calls all "
+                "of its layers."
+            )
+    if unknown := sorted(set(flatten or {}) - set(leaves)):
+        raise ValueError(f"{call}(flatten=...): the model has no {unknown}, but {sorted(leaves)}.")
+    pairs = match(call, theirs, own_layers(leaves, called), library, names or {}, model is not None)
+    return [(pair, moves(call, pair.theirs, pair.ours, library, flatten or {})) for pair in pairs]
+
+
+def _into(call, variables, pairs: Pairs) -> dict[str, Any]:
+    """The variables with the other library's arrays."""
+    new: dict[str, dict[str, Any]] = {}
+    for (theirs, ours, _), ways in pairs:
+        if ours.sort == NORM:
+            named = {re.split("[./:]", theirs.keys[name])[-1]: theirs.arrays[name] for name in ways}
+            checked(f"{call}: {theirs.name!r}", named)
+        values = {}
+        for name, move in ways.items():
+            check_floating(call, theirs.keys[name], theirs.arrays[name])
+            values[name] = jnp.array(move.forward(theirs.arrays[name]), ours.arrays[name].dtype)
+        if "count" in ours.arrays:
+            own = ours.arrays["count"]
+            values["count"] = jnp.full(own.shape, int(theirs.arrays.get("count", 0)), own.dtype)
+        for name, value in values.items():
+            path, _, leaf = ours.keys[name].rpartition("/")
+            new.setdefault(path, {})[leaf] = value
+    converted = {key: trees.replaced(tree, new) for key, tree in variables.items() if key in ("params", "batch_stats")}
+    return {**variables, **converted}
+
+
+def _out_of(pairs: Pairs) -> dict[str, np.ndarray]:
+    """The arrays for the other library, by their names there."""
+    given = {}
+    for (theirs, ours, _), ways in pairs:
+        for name, move in ways.items():
+            given[theirs.keys[name]] = plain(move.backward(np.asarray(ours.arrays[name])))
+        if "count" in theirs.arrays:
+            given[theirs.keys["count"]] = updates(ours.arrays.get("count"))
+    return given
+
+
+def _report(arrays, pairs: Pairs) -> Report:
+    """In the order of their arrays."""
+    rows = {}
+    for (theirs, ours, by), ways in pairs:
+        for name, move in ways.items():
+            rows[theirs.keys[name]] = Moved(theirs.keys[name], move.theirs, ours.keys[name], move.ours, str(move), by)
+        if key := theirs.keys.get("count"):
+            own = ours.arrays.get("count")
+            done = ("", (), "not counted here") if own is None else (ours.keys["count"], own.shape, "for each feature")
+            rows[key] = Moved(key, (), *done, by)
+    return Report(tuple(rows[key] for key in arrays))
+
+
+def _no_model(call, model, inputs, flatten, kwargs):
+    """Nothing was given that is of no use without a model."""
+    tuples = {"model": model is not None, "inputs": not isinstance(inputs, tuple) or inputs, "flatten": flatten}
+    if given := [name for name, value in {**tuples, **dict.fromkeys(kwargs, True)}.items() if value]:
+        raise ValueError(
+            f"{call}(model=None): {given} are for the call of a model. Pass model= too, or leave them out."
+        )
+
+
+def _named_norms(state_dict, variables, names):
+    """Those of `names` alone, and what it does not have."""
+    new = {}
+    ours = _named("from_torch_model", variables, names)
+    for theirs, name in names.items():
+        call = f"from_torch_model(names={{{theirs!r}: {name!r}}})"
+        if name in new:
+            raise ValueError(f"{call}: {name!r} is named twice. Each layer takes the weights of one.")
+        (params, state), (own_params, own_state) = from_torch(state_dict, theirs), ours[name]
+        given = params._asdict() | ({} if state is None else state._asdict())
+        own = own_params._asdict() | ({} if state is None else own_state._asdict())
+        shapes, own_shapes = ({key: v.shape for key, v in side.items() if v is not None} for side in (given, own))
+        if own_state.count is None:
+            shapes.pop("count", None)
+        if shapes != own_shapes:
+            raise ValueError(
+                f"{call}: PyTorch's layer has {shapes}, the model's {own_shapes}. Give the model's layer as many "
+                "features, and use_scale and use_bias as the other's affine."
+            )
+        new[name] = {key: given[key].astype(own[key].dtype) for key in own_shapes}
+    converted = {key: trees.replaced(tree, new) for key, tree in variables.items() if key in ("params", "batch_stats")}
+    tracked = {key.rpartition(".")[0] for key in state_dict if key.rpartition(".")[2] == "running_mean"}
+    unmatched = Unmatched(sorted(tracked - {name.rstrip(".") for name in names}), sorted(set(ours) - set(new)))
+    return {**variables, **converted}, unmatched
+
+
+def _named(call, variables, names):
+    """The model's layers, among which are all that `names` has."""
+    ours = trees.norms(variables.get("params", {}), variables["batch_stats"])
+    for theirs, name in names.items():
+        if name not in ours:
+            raise ValueError(
+                f"{call}(names={{{theirs!r}: {name!r}}}): the model has no such layer. It has {sorted(ours)}."
+            )
+    return ours

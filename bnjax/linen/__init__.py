@@ -1,0 +1,29 @@
+"""Flax Linen layers of batch normalization, and functions for whole Linen models.
+
+`BatchNorm` takes the place of `flax.linen.BatchNorm` by a changed import. `convert` is for models that cannot be
+edited: their own BatchNorm layers compute through bnjax. `fold_model` removes the layers for serving.
+"""
+
+from typing import TYPE_CHECKING
+
+from bnjax.core.deprecation import aliases
+from bnjax.linen.conversion import convert, exact_batch_norm
+from bnjax.linen.folding import fold_model
+from bnjax.linen.lstm import BNLSTM, BNLSTMCell
+from bnjax.linen.norm import BatchNorm, ConditionalBatchNorm, GhostBatchNorm, IndexedBatchNorm, RenormBatchNorm
+
+__all__ = [
+    "BNLSTM",
+    "BNLSTMCell",
+    "BatchNorm",
+    "ConditionalBatchNorm",
+    "GhostBatchNorm",
+    "IndexedBatchNorm",
+    "RenormBatchNorm",
+    "convert",
+    "exact_batch_norm",
+    "fold_model",
+]
+
+if not TYPE_CHECKING:
+    __getattr__ = aliases(__name__, {"fold": fold_model})

@@ -1,0 +1,39 @@
+"""Flax NNX layers of batch normalization, and functions for whole NNX models.
+
+`BatchNorm` takes the place of `flax.nnx.BatchNorm` by a changed import, and `convert` puts it into a model that exists.
+`functional` makes a pure function of a model, and `fold_model` removes the layers for serving.
+"""
+
+from typing import TYPE_CHECKING
+
+from bnjax.core.deprecation import aliases
+from bnjax.nnx.conversion import convert
+from bnjax.nnx.folding import Identity, fold_model, fold_report
+from bnjax.nnx.lstm import BNLSTMCell
+from bnjax.nnx.norm import (
+    BatchMoments,
+    BatchNorm,
+    ConditionalBatchNorm,
+    GhostBatchNorm,
+    IndexedBatchNorm,
+    RenormBatchNorm,
+)
+from bnjax.nnx.pure import functional
+
+__all__ = [
+    "BNLSTMCell",
+    "BatchMoments",
+    "BatchNorm",
+    "ConditionalBatchNorm",
+    "GhostBatchNorm",
+    "Identity",
+    "IndexedBatchNorm",
+    "RenormBatchNorm",
+    "convert",
+    "fold_model",
+    "fold_report",
+    "functional",
+]
+
+if not TYPE_CHECKING:
+    __getattr__ = aliases(__name__, {"fold": fold_model})

@@ -1,0 +1,305 @@
+"""Batch normalization and its variants as Flax NNX layers, which `nnx.py` names. They hold variables alone."""
+
+from collections.abc import Mapping
+from functools import partial
+from types import MappingProxyType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.nnx.nn import dtypes, initializers
+from jax import Array
+
+from bnjax.core import checks
+from bnjax.core.apply import BNParams, bn_collect
+from bnjax.core.moments import wider
+from bnjax.core.schedules import Momentum
+from bnjax.flax_shared import conventions
+from bnjax.variants.conditional import chosen_params
+from bnjax.variants.ghost import ghost_bn_collect
+from bnjax.variants.indexed import indexed_bn_collect
+from bnjax.variants.renorm import RENORM_D_MAX, RENORM_R_MAX, Limit, renorm_bn_collect
+
+_zeros, _ones = initializers.zeros_init(), initializers.ones_init()
+
+
+class BatchMoments(nnx.Variable):
+    """The moments of the batch, where someone asks for them."""
+
+
+class BatchNorm(nnx.BatchNorm):
+    """Batch normalization (Ioffe & Szegedy, 2015), in place of `flax.nnx.BatchNorm`.
+
+        y = scale * (x - mean) / sqrt(var + epsilon) + bias
+        running = momentum * running + (1 - momentum) * batch          for mean and var, in training
+
+    Arguments, defaults, variables, dtypes and initialization are Flax's, and checkpoints serve both, either way.
+    Where it departs from Flax, on purpose:
+
+    * The variance is exact: taken around the running mean or the batch's, never as E[x^2] - E[x]^2.
+      `use_fast_variance` is accepted and makes no difference.
+    * Running statistics stay as they are for a feature with fewer than two valid values, or whose batch statistics are
+      not finite. Without a valid value `x` is normalized by the running statistics, where Flax gives NaN.
+    * Devices and masks are merged by weight: unequal and empty shards are exact. Flax takes the mean of means.
+    * A mask that is not boolean holds weights, 0 or more.
+    * With a half-precision `dtype` the running statistics normalize as they are stored. Flax rounds them to `dtype`.
+    * The mean of complex `x` is stored as complex, so that the first call changes its dtype. Flax keeps its real part.
+    * Bad arguments are errors while tracing: a momentum outside [0, 1], an epsilon that is not positive in float32, an
+      axis out of range.
+
+    Args:
+      num_features: number of features.
+      momentum: weight of the OLD value, or a function of the number of updates, such as `bnjax.cumulative_average` or
+        `bnjax.debiased(0.99)`. Only a function adds a `BatchStat` `count`, of shape (num_features,), which starts at 0;
+        if it is set later, on a layer that exists, the first call adds it.
+      axis_name: mapped axis, or several, whose devices or examples share statistics.
+      unbiased_var: the running variance is that of n - 1, as in PyTorch; the output is normalized by the biased one.
+      frozen: normalize by the running statistics in training mode as well, and leave them as they are.
+      frozen_params: scale and bias have no gradient.
+      **others: as in `flax.nnx.BatchNorm`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> import bnjax.nnx
+      >>> layer = bnjax.nnx.BatchNorm(2, momentum=0.9, rngs=nnx.Rngs(0))
+      >>> y = layer(jnp.array([[1.0, 10.0], [3.0, 30.0]]))
+      >>> y.round(3).tolist(), layer.mean[...].round(3).tolist()
+      ([[-1.0, -1.0], [1.0, 1.0]], [0.2..., 2.0])
+    """
+
+    # An instance that has one writes its moments there; `functional` gives it one.
+    batch_moments: BatchMoments | None = None
+    unbiased_var: bool = False
+    frozen: bool = False
+    frozen_params: bool = False
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        use_running_average: bool | None = False,
+        axis: int = -1,
+        momentum: Momentum = 0.99,
+        epsilon: float = 1e-5,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        use_bias: bool = True,
+        use_scale: bool = True,
+        bias_init: Any = _zeros,
+        scale_init: Any = _ones,
+        axis_name: checks.AxisName | None = None,
+        axis_index_groups: Any = None,
+        use_fast_variance: bool = True,
+        promote_dtype: Any = dtypes.promote_dtype,
+        rngs: nnx.Rngs,
+        bias_metadata: Mapping[str, Any] = MappingProxyType({}),
+        scale_metadata: Mapping[str, Any] = MappingProxyType({}),
+        unbiased_var: bool = False,
+        frozen: bool = False,
+        frozen_params: bool = False,
+    ):
+        super().__init__(
+            num_features,
+            use_running_average=use_running_average,
+            axis=axis,
+            momentum=momentum,  # pyright: ignore[reportArgumentType]  Flax only keeps it
+            epsilon=epsilon,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            use_bias=use_bias,
+            use_scale=use_scale,
+            bias_init=bias_init,
+            scale_init=scale_init,
+            axis_name=axis_name,  # pyright: ignore[reportArgumentType]  likewise
+            axis_index_groups=axis_index_groups,
+            use_fast_variance=use_fast_variance,
+            promote_dtype=promote_dtype,
+            rngs=rngs,
+            bias_metadata=bias_metadata,
+            scale_metadata=scale_metadata,
+        )
+        self.unbiased_var, self.frozen, self.frozen_params = unbiased_var, frozen, frozen_params
+        if callable(momentum):
+            self._add_count()
+
+    def _counts(self):
+        """Whether an option is a function of the number of updates."""
+        return any(callable(getattr(self, name, None)) for name in ("momentum", "r_max", "d_max"))
+
+    def _add_count(self):
+        self.count = nnx.BatchStat(jnp.zeros(self.mean[...].shape, jnp.int32))
+
+    def __call__(self, x: Any, use_running_average: bool | None = None, *, mask: Any = None) -> Array:
+        """Normalize `x`.
+
+        Args:
+          x: floating, complex or integer, any shape.
+          use_running_average: True normalizes by the running statistics, False by the batch's, which the running
+            statistics absorb. What is given here goes before what the constructor was given.
+          mask: broadcastable to `x`, boolean or weights >= 0. Places of weight 0 do not enter the statistics,
+            whatever stands there.
+
+        Returns:
+          Of x's shape, and of `dtype`, or without one of the dtype to which x, scale, bias and float32 promote.
+        """
+        return self._call(x, use_running_average, mask)
+
+    def _call(self, x, use_running_average, mask, apply=bn_collect, label=None):
+        """The call, through `bn_collect` or a variant of it."""
+        call = type(self).__name__
+        evaluate = self.use_running_average if use_running_average is None else use_running_average
+        if evaluate is None:
+            raise ValueError(
+                f"{call}(use_running_average=None): neither the layer nor the call says which statistics to use. "
+                "Call model.train() or model.eval(), or pass use_running_average to the call or to the constructor."
+            )
+        x = conventions.array(x, call)
+        train = not evaluate and not self.frozen
+        mean, var = self.mean[...], self.var[...]
+        stored = (None if v is None else v[...] for v in (self.scale, self.bias))
+        # The running statistics stay as they are stored: in half precision they would lose what they are kept for.
+        with conventions.promoting():
+            promoted, _, _, scale, bias = self.promote_dtype((x, mean, var, *stored), dtype=self.dtype)
+            dtype = dtypes.canonicalize_dtype(promoted, scale, bias, dtype=self.dtype)
+        if not jnp.issubdtype(x.dtype, jnp.floating) or promoted.dtype != wider(x.dtype):
+            # Complex parameters leave the mean of real data real.
+            x = promoted if jnp.iscomplexobj(x) else promoted.real
+        counting = train and self._counts()
+        if counting and not hasattr(self, "count"):
+            self._add_count()
+        count = self.count if counting else None
+        axes = conventions.feature_axes(x, self.axis, call)
+        params = BNParams(scale, bias)
+        if self.frozen_params:
+            params = jax.lax.stop_gradient(params)
+        if label is not None:
+            params = chosen_params(call, params, jnp.asarray(label), x, axes)
+        y, state, collected = conventions.batch_norm(
+            params,
+            mean,
+            var,
+            None if count is None else count[...],
+            x,
+            train,
+            dtype=dtype,
+            axis=axes,
+            momentum=self.momentum,
+            epsilon=self.epsilon,
+            mask=mask,
+            axis_name=self.axis_name,
+            axis_index_groups=self.axis_index_groups,
+            unbiased_var=self.unbiased_var,
+            collect=train and self.batch_moments is not None,
+            earlier=None if self.batch_moments is None else self.batch_moments.get_value(),
+            call=call,
+            apply=apply,
+        )
+        if train:
+            _store(self.mean, state.mean)
+            _store(self.var, state.var)
+            if count is not None:
+                _store(count, state.count)
+        if collected is not None and self.batch_moments is not None:
+            self.batch_moments.set_value(collected)  # pyright: ignore[reportArgumentType]
+        return y
+
+
+def _store(variable, value):
+    value = jax.lax.stop_gradient(value)  # as in Flax: NNX does not follow derivatives through its variables
+    if value.dtype == variable[...].dtype:
+        variable[...] = value
+    else:  # complex for the first time
+        variable.set_value(value)
+
+
+class GhostBatchNorm(BatchNorm):
+    """Ghost batch normalization: `bnjax.ghost_bn_apply` as a layer.
+
+    Args:
+      num_features: number of features.
+      ghost_size: examples in a group, > 0.
+      **options: as in `BatchNorm`.
+    """
+
+    def __init__(self, num_features: int, *, ghost_size: int, **options: Any):
+        super().__init__(num_features, **options)
+        self.ghost_size = ghost_size
+
+    def __call__(self, x: Any, use_running_average: bool | None = None, *, mask: Any = None) -> Array:
+        """As `BatchNorm`."""
+        return self._call(x, use_running_average, mask, partial(ghost_bn_collect, ghost_size=self.ghost_size))
+
+
+class RenormBatchNorm(BatchNorm):
+    """Batch renormalization: `bnjax.renorm_bn_apply` as a layer.
+
+    Args:
+      num_features: number of features.
+      r_max, d_max: bounds of the correction, numbers or functions of the number of updates, which then is a `BatchStat`
+        `count`; by default the paper's schedule.
+      **options: as in `BatchNorm`.
+    """
+
+    def __init__(self, num_features: int, *, r_max: Limit = RENORM_R_MAX, d_max: Limit = RENORM_D_MAX, **options: Any):
+        super().__init__(num_features, **options)
+        self.r_max, self.d_max = r_max, d_max
+        if callable(r_max) or callable(d_max):
+            self._add_count()
+
+    def __call__(self, x: Any, use_running_average: bool | None = None, *, mask: Any = None) -> Array:
+        """As `BatchNorm`."""
+        apply = partial(renorm_bn_collect, r_max=self.r_max, d_max=self.d_max)
+        return self._call(x, use_running_average, mask, apply)
+
+
+class IndexedBatchNorm(BatchNorm):
+    """Statistics for each timestep, domain or kind of data: `bnjax.indexed_bn_apply` as a layer.
+
+    Args:
+      num_features: number of features.
+      num_indices: number of indices; the statistics lead with an axis of that size.
+      indexed_params: whether each has a scale and a bias of its own.
+      **options: as in `BatchNorm`.
+    """
+
+    def __init__(self, num_features: int, *, num_indices: int, indexed_params: bool = False, **options: Any):
+        checks.positive_integer("IndexedBatchNorm", "num_indices", num_indices)
+        super().__init__(num_features, **options)
+        _stack(self, num_indices, ["mean", "var", "count"] + ["scale", "bias"] * indexed_params)
+
+    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]  what has no index is no such layer
+        self, x: Any, use_running_average: bool | None = None, *, index: Any, mask: Any = None
+    ) -> Array:
+        """As `BatchNorm`, with the statistics of `index`, an integer or a scalar integer array, which is clamped."""
+        return self._call(x, use_running_average, mask, partial(indexed_bn_collect, index=index))
+
+
+class ConditionalBatchNorm(BatchNorm):
+    """A scale and a bias for each class, embedded from its label: `bnjax.conditional_params` as a layer.
+
+    Args:
+      num_features: number of features.
+      num_classes: number of classes; scale and bias lead with an axis of that size.
+      **options: as in `BatchNorm`.
+    """
+
+    def __init__(self, num_features: int, *, num_classes: int, **options: Any):
+        checks.positive_integer("ConditionalBatchNorm", "num_classes", num_classes)
+        super().__init__(num_features, **options)
+        _stack(self, num_classes, ["scale", "bias"])
+
+    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]  what has no label is no such layer
+        self, x: Any, use_running_average: bool | None = None, *, label: Any, mask: Any = None
+    ) -> Array:
+        """As `BatchNorm`, with `label`, the class of each example: integers of shape (batch,)."""
+        return self._call(x, use_running_average, mask, label=label)
+
+
+def _stack(layer, number, names):
+    """Give the variables of these names, where the layer has them, a leading axis: each row is what the one was."""
+    for name in names:
+        variable = getattr(layer, name, None)
+        if variable is not None:
+            variable.set_value(jnp.repeat(variable[...][None], number, 0))

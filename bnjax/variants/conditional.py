@@ -1,0 +1,76 @@
+"""Conditional batch normalization: a scale and a bias for each class (de Vries et al., 2017)."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.sharding import NamedSharding, reshard
+from jax.sharding import PartitionSpec as P
+
+from bnjax.core import checks
+from bnjax.core.apply import BNParams
+from bnjax.core.array_moments import is_explicit
+
+
+def conditional_params(params: BNParams, label: Array, x: Array, *, axis: checks.Axis = -1) -> BNParams:
+    """The scale and bias of each example's class, for `bn_apply`: conditional batch normalization (de Vries et al.).
+
+    Args:
+      params: scale and bias, each None or of shape (classes, *features).
+      label: integers of shape (batch,); they are clamped to [0, classes).
+      x: what is to be normalized; its first axis that is not a feature axis is that of the examples.
+      axis: the feature axis of `x`, or several.
+
+    Returns:
+      Scale and bias of x's rank, of size 1 where they do not depend on the place.
+
+    Raises:
+      TypeError, ValueError: for a label that is not integer, or not one for each example.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import bnjax
+      >>> classes = bnjax.BNParams(scale=jnp.array([[1.0], [2.0]]), bias=None)
+      >>> x, label = jnp.array([[1.0], [3.0]]), jnp.array([0, 1])
+      >>> bnjax.bn_apply(bnjax.conditional_params(classes, label, x), None, x, True)[0].round(2).tolist()
+      [[-1.0], [2.0]]
+    """
+    return chosen_params("conditional_params", params, label, x, axis)
+
+
+def chosen_params(call: str, params: BNParams, label: Array, x: Array, axis: checks.Axis) -> BNParams:
+    """`conditional_params`; errors name `call`."""
+    features = checks.feature_axes(call, x, axis)
+    shape = tuple(x.shape[a] for a in features)
+    for name, table in zip(("scale", "bias"), params, strict=True):
+        if table is not None and (np.shape(table)[1:] != shape or not np.shape(table)[0]):
+            raise ValueError(
+                f"{call}(params=...): expected {name} of shape (classes, {str(shape)[1:-1]}), got "
+                f"{np.shape(table)}. Give each class a value for each feature of x, which has shape {x.shape}."
+            )
+    rest = [a for a in range(x.ndim) if a not in features]
+    if not jnp.issubdtype(jnp.result_type(label), jnp.integer):
+        raise TypeError(f"{call}(label=...): expected integers, got {jnp.result_type(label)}.")
+    if not rest or np.shape(label) != (x.shape[rest[0]],):
+        raise ValueError(
+            f"{call}(label=...): expected one for each example, x has shape {x.shape}, got shape "
+            f"{np.shape(label)}. Pass integers of shape (batch,)."
+        )
+
+    def chosen(table):
+        if table is None:
+            return None
+        if is_explicit(x):
+            mesh, spec = jax.typeof(x).sharding.mesh, jax.typeof(x).sharding.spec
+            parts = [None if n == 1 else spec[a] for n, a in zip(shape, features, strict=True)]
+            batch, rows, out = (
+                NamedSharding(mesh, P(*p)) for p in ([spec[rest[0]]], [None, *parts], [spec[rest[0]], *parts])
+            )
+            table, places = reshard(table, rows), reshard(label, batch)
+            values = table.at[places].get(mode="clip", out_sharding=out)
+        else:
+            values = jnp.take(table, label, axis=0, mode="clip")
+        order = np.argsort([rest[0], *features])
+        return jnp.expand_dims(values.transpose(order), rest[1:])
+
+    return BNParams(*map(chosen, params))

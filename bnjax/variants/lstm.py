@@ -1,0 +1,186 @@
+"""Recurrent batch normalization: the BN-LSTM (Cooijmans et al., 2017).
+
+    (f, i, o, g) = BN(W_h h; gamma_h, 0) + BN(W_x x; gamma_x, 0) + b                                        (6)
+    c' = sigmoid(f) * c + sigmoid(i) * tanh(g)                                                              (7)
+    h' = sigmoid(o) * tanh(BN(c'; gamma_c, beta_c))                                                         (8)
+
+Input and recurrent terms are normalized apart, and every timestep by statistics of its own; the steps past the last one
+use the last one's. The scales start at 0.1, which keeps the gradient of tanh from vanishing (section 4).
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from bnjax.core import checks
+from bnjax.core.apply import BNParams, BNState, bn_apply
+from bnjax.core.array_moments import serializable
+from bnjax.core.moments import wider
+from bnjax.variants.indexed import indexed_bn_collect, indexed_bn_init
+
+SCALE = 0.1
+"""Initial scale of all three normalizations."""
+
+
+def orthogonal(key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
+    """An orthogonal kernel, drawn in 32 bits or more, since there is no QR decomposition in half precision."""
+    return jax.nn.initializers.orthogonal()(key, shape, wider(dtype)).astype(dtype)
+
+
+@serializable
+class BNLSTMParams(NamedTuple):
+    """Kernels of shapes (inputs, 4 features) and (features, 4 features), columns in the order f, i, o, g; a bias."""
+
+    input_kernel: Array
+    recurrent_kernel: Array
+    bias: Array
+    input_bn: BNParams
+    recurrent_bn: BNParams
+    cell_bn: BNParams
+
+
+@serializable
+class BNLSTMState(NamedTuple):
+    """Running statistics per timestep of the three normalizations."""
+
+    input_bn: BNState
+    recurrent_bn: BNState
+    cell_bn: BNState
+
+
+def norm_layers(features: int) -> list[tuple[str, int, float | None]]:
+    """The three normalizations: name, features and initial bias; b stands for those of input and recurrent terms."""
+    return [("input_bn", 4 * features, None), ("recurrent_bn", 4 * features, None), ("cell_bn", features, 0.0)]
+
+
+@serializable
+class BNLSTMCarry(NamedTuple):
+    """Cell and output, of shape (batch, features); the timestep, a scalar; and each sequence's length, None for all."""
+
+    cell: Array
+    output: Array
+    step: Array
+    length: Array | None
+
+
+def bn_lstm_init(
+    key: Array, inputs: int, features: int, num_steps: int, *, dtype: Any = jnp.float32
+) -> tuple[BNLSTMParams, BNLSTMState]:
+    """Variables of a BN-LSTM: an input kernel of variance 1 / inputs, an orthogonal recurrent kernel, no bias.
+
+    Args:
+      key: a jax.random key.
+      inputs, features: number of inputs and of units.
+      num_steps: timesteps that have statistics of their own, > 0.
+      dtype: of the parameters.
+
+    Returns:
+      BNLSTMParams and BNLSTMState.
+
+    Example:
+      >>> import bnjax, jax
+      >>> params, state = bnjax.bn_lstm_init(jax.random.key(0), 3, 8, num_steps=10)
+      >>> params.recurrent_kernel.shape, state.cell_bn.mean.shape
+      ((8, 32), (10, 8))
+    """
+    keys = jax.random.split(key)
+    norms = {
+        name: indexed_bn_init(size, num_steps, scale=SCALE, bias=bias, dtype=dtype)
+        for name, size, bias in norm_layers(features)
+    }
+    params = BNLSTMParams(
+        jax.nn.initializers.lecun_normal()(keys[0], (inputs, 4 * features), dtype),
+        orthogonal(keys[1], (features, 4 * features), dtype),
+        jnp.zeros(4 * features, dtype),
+        **{name: params for name, (params, _) in norms.items()},
+    )
+    return params, BNLSTMState(**{name: state for name, (_, state) in norms.items()})
+
+
+def bn_lstm_carry(
+    batch: int, features: int, *, length: Array | None = None, dtype: Any = jnp.float32, like: Array | None = None
+) -> BNLSTMCarry:
+    """The carry before the first timestep.
+
+    Args:
+      batch, features: its shape.
+      length: number of timesteps of each sequence, of shape (batch,); None if all are whole.
+      dtype: floating.
+      like: an array that varies over the mesh as the inputs do, where shard_map types that.
+    """
+    zeros = jnp.zeros((batch, features), dtype)
+    if like is not None:
+        zeros += lax.full_like(like, 0, dtype, shape=zeros.shape)
+    return BNLSTMCarry(zeros, zeros, jnp.zeros((), jnp.int32), length)
+
+
+def bn_lstm_apply(
+    params: BNLSTMParams, state: BNLSTMState, carry: BNLSTMCarry, x: Array, train: bool, **options: Any
+) -> tuple[BNLSTMCarry, BNLSTMState]:
+    """One timestep of a BN-LSTM (Cooijmans et al., 2017, equations 6 to 8).
+
+    A sequence that has ended keeps its carry, and does not enter the statistics.
+
+    Args:
+      params, state: those of `bn_lstm_init`.
+      carry: that of `bn_lstm_carry`, or of the timestep before.
+      x: of shape (batch, inputs).
+      train, **options: as in `bnjax.bn_apply` (momentum, epsilon, axis_name, axis_index_groups, unbiased_var).
+
+    Returns:
+      The carry, whose `output` is h, and the state; in a scan over timesteps both are carried.
+
+    Raises:
+      TypeError, ValueError: as `bnjax.bn_apply`.
+
+    Example:
+      >>> import bnjax, jax, jax.numpy as jnp
+      >>> params, state = bnjax.bn_lstm_init(jax.random.key(0), 3, 8, num_steps=5)
+      >>> x = jax.random.normal(jax.random.key(1), (5, 16, 3))  # time, batch, inputs
+      >>> def step(carry, x):
+      ...     carry, state = bnjax.bn_lstm_apply(params, carry[1], carry[0], x, train=True)
+      ...     return (carry, state), carry.output
+      >>> (carry, state), outputs = jax.lax.scan(step, (bnjax.bn_lstm_carry(16, 8), state), x)
+      >>> outputs.shape, state.cell_bn.count[:, 0].tolist()
+      ((5, 16, 8), [1, 1, 1, 1, 1])
+    """
+    defaults = dict(bn_apply.__kwdefaults__ or {})
+    del defaults["axis"], defaults["mask"]
+    checks.keywords("bn_lstm_apply", options, defaults)
+    options = {"axis": -1, "collect": False, "call": "bn_lstm_apply"} | defaults | options
+    new_state = {}
+
+    def norm(name, values, mask):
+        values, new_state[name], _ = indexed_bn_collect(
+            getattr(params, name), getattr(state, name), values, train, index=carry.step, mask=mask, **options
+        )
+        return values
+
+    carry = step(params.input_kernel, params.recurrent_kernel, params.bias, carry, x, norm)
+    return carry, BNLSTMState(**new_state)
+
+
+def step(
+    input_kernel: Array,
+    recurrent_kernel: Array,
+    bias: Array,
+    carry: BNLSTMCarry,
+    x: Array,
+    norm: Callable[[str, Array, Array | None], Array],
+) -> BNLSTMCarry:
+    """Equations 6 to 8; `norm` normalizes values by the name of their layer, under a mask."""
+    going = None if carry.length is None else (carry.step < carry.length)[:, None]
+    if going is not None:
+        x = jnp.where(going, x, 0)  # what follows a sequence may be NaN, and a NaN times a zero cotangent is one
+    recurrent = norm("recurrent_bn", carry.output @ recurrent_kernel, going)
+    gates = recurrent + norm("input_bn", x @ input_kernel, going)
+    f, i, o, g = jnp.split(gates + jnp.expand_dims(bias, 0).astype(gates.dtype), 4, -1)
+    cell = jax.nn.sigmoid(f) * carry.cell + jax.nn.sigmoid(i) * jnp.tanh(g)
+    output = jax.nn.sigmoid(o) * jnp.tanh(norm("cell_bn", cell, going))
+    if going is not None:
+        cell, output = jnp.where(going, cell, carry.cell), jnp.where(going, output, carry.output)
+    # The carry keeps its dtypes, which a scan asks for.
+    return BNLSTMCarry(cell.astype(carry.cell.dtype), output.astype(carry.output.dtype), carry.step + 1, carry.length)

@@ -1,0 +1,1 @@
+"""What batch normalization costs: times, memory, and programs compiled for TPU and GPU."""

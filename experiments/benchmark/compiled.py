@@ -1,0 +1,355 @@
+"""What batch normalization costs in programs compiled for TPUs and GPUs: main memory, collectives, temporary memory.
+
+Nothing runs: `compilers` compiles for devices that are not here, and `traffic` reads what comes out. A pass is one
+reading or writing of one device's part of an array of x's size. Forward needs 3 (read x for the statistics, read x,
+write y), fewer where the statistics are taken as x is made. In a network normalization is counted by what it adds to
+the bytes of the same network whose layers have a scale and a bias alone.
+"""
+
+import itertools
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from tqdm import tqdm
+
+import bnjax
+from experiments.benchmark import bench, compilers, contenders
+from experiments.benchmark.contenders import Block, Case, Direction, Dtype
+from experiments.benchmark.traffic import Program
+from experiments.harness import data, plot, records
+from experiments.models import resnet50
+
+Part = Literal["layer", "variants", "resnet50", "nnx"]
+
+LIBRARIES = ("bnjax", "Flax Linen", "Flax Linen, two reads", "Haiku", "Equinox")
+NONE = "none"
+"""A network whose layers have a scale and a bias alone."""
+SHAPE = (128, 56, 56, 256)
+"""of x on one device: larger than what a TPU keeps on the chip"""
+IMAGES = {"v5e": 128, "h100": 128, "h100-8": 32}
+"""images on one device, for the targets for which networks are compiled"""
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One run of the counts; the command line's flags are these fields."""
+
+    targets: tuple[str, ...] = tuple(compilers.TARGETS)
+    """what to compile for; a target whose compiler is not installed is left out"""
+    parts: tuple[Part, ...] = get_args(Part)
+    """what to compile: the layer in each library; its variants, masks and layouts; steps of a ResNet-50 in Linen, and
+    of a small network in NNX"""
+    out: Path = Path("results")
+    """folder for config.json, programs.jsonl and the figure, in a folder of their own"""
+
+
+def run(config: Compiled) -> None:
+    """Passes over memory, collectives and temporary memory in programs compiled for TPU and GPU, without either."""
+    jax.config.update("jax_platforms", "cpu")  # nothing runs; a plugin without its device would say so at length
+    folder = config.out / "compiled"
+    targets = compilers.installed(config.targets)
+    for name in config.targets:
+        if name not in targets:
+            print(f"left out: {name}, whose compiler, {compilers.target(name).module}, is not installed")
+    if not targets:
+        raise data.InputError("targets: none has a compiler here. Install bnjax's extra `compiled`, on Linux.")
+    records.write_config(folder, config, libraries=contenders.versions())
+    with (folder / "programs.jsonl").open("w") as file:
+        for name in targets:
+            for entry in tqdm(compiled_for(name, *config.parts), desc=name, unit="program"):
+                file.write(json.dumps(entry) + "\n")
+                file.flush()
+    entries = read(folder)
+    report(entries)
+    figure(folder, entries)
+
+
+def read(folder: Path) -> list[dict[str, Any]]:
+    """What a run counted, an entry for each program; those that the compiler could not print are named."""
+    entries = [json.loads(line) for line in (folder / "programs.jsonl").read_text().splitlines()]
+    for e in entries:
+        if "unread" in e:
+            print(f"left out: {e['target']}, {e.get('variant') or e['library']}, {e['direction']}: {e['unread']}")
+    return [e for e in entries if "unread" not in e]
+
+
+def compiled_for(name: str, *parts: str) -> Iterator[dict[str, Any]]:
+    """The entries of these parts for one target, as a process of its own counts them."""
+    for line in compilers.lines(name, "-m", "experiments.compiled", name, *parts):
+        if line.startswith("{"):
+            yield json.loads(line)
+
+
+# The process that compiles for one target.
+
+
+def programs(mesh: Any, name: str, part: str) -> Iterator[dict[str, Any]]:
+    """Entries of one part for one target."""
+    if part in ("layer", "variants"):
+        for facts, f, variables, case in _layers(part, mesh.size):
+            arrays = [jax.ShapeDtypeStruct(case.stored, case.dtype)] * (2 if case.direction == "forward" else 3)
+            pass_bytes = math.prod(case.shape) * jnp.dtype(case.dtype).itemsize // mesh.size
+            yield {**facts, **count(mesh, f, variables, arrays, pass_bytes)}
+    elif name in IMAGES:
+        images = IMAGES[name] * mesh.size
+        for facts, f, variables, x in _networks(part, images):
+            yield {**facts, "images": IMAGES[name], **count(mesh, f, variables, [x, _labels(images)])}
+
+
+def count(mesh: Any, f: Callable[..., Any], variables: Any, arrays: list[Any], pass_bytes: int = 0) -> dict[str, Any]:
+    """Compile `f(*variables, *arrays)`, the arrays divided by examples among the devices, and count.
+
+    Returns:
+      Bytes moved, also in passes of `pass_bytes`; collectives as [kind, bytes]; temporary bytes; seconds to compile.
+      Where the compiler cannot print its program, the reason alone, as `unread`.
+    """
+    whole, divided = NamedSharding(mesh, P()), NamedSharding(mesh, P("data"))
+    variables, arrays = (
+        jax.tree.map(lambda v, s=sharding: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=s), tree)
+        for tree, sharding in ((variables, whole), (arrays, divided))
+    )
+    begun = time.perf_counter()
+    compiled = jax.jit(f).lower(*variables, *arrays).compile()
+    seconds = time.perf_counter() - begun
+    try:
+        text, memory = compiled.as_text(), compiled.memory_analysis()
+    except jax.errors.JaxRuntimeError as error:  # a compiler that cannot print what it made, as for some of TPU 7x
+        return {"unread": str(error).partition("\n")[0]}
+    assert text is not None
+    assert memory is not None
+    program = Program(text)
+    return {
+        "bytes": program.bytes,
+        "passes": round(program.bytes / pass_bytes, 3) if pass_bytes else None,
+        "collectives": [[c.kind, c.bytes] for c in program.collectives],
+        "temporary": memory.temp_size_in_bytes,
+        "seconds": round(seconds, 1),
+    }
+
+
+def _layers(part: str, devices: int) -> Iterator[tuple[dict[str, Any], Callable[..., Any], Any, Case]]:
+    shape = (SHAPE[0] * devices, *SHAPE[1:])
+    if part == "layer":
+        matrix = itertools.product(_known(), get_args(Block), get_args(Direction), get_args(Dtype))
+        for library, block, direction, dtype in matrix:
+            # ReLU and addition are the same for all, so that two libraries tell what they add.
+            if block == "bn" or library in LIBRARIES[:3]:
+                case = Case(shape, block, direction, dtype)
+                yield _layer(case, library, contenders.LAYERS[library][1](case))
+        return
+    for library, direction in itertools.product(LIBRARIES[:2], get_args(Direction)):
+        case = Case(shape, "bn", direction, "bfloat16", "first")
+        yield _layer(case, library, contenders.LAYERS[library][1](case), variant="channels first")
+    case = Case(shape, "bn", "backward", "bfloat16")
+    for variant, (apply, variables) in _variants(shape).items():
+        yield _layer(case, "bnjax", (apply, *variables), variant=variant)
+
+
+def _layer(case, library, layer, variant=None):
+    apply, *variables = layer
+    facts = {"part": "layer", "library": library, "variant": variant, **asdict(case), "shape": SHAPE}
+    return facts, contenders.step(case, apply), variables, case
+
+
+def _known() -> list[str]:
+    there = contenders.installed()
+    return [name for name in LIBRARIES if name.partition(",")[0] in there]
+
+
+def _variants(shape) -> dict[str, tuple[Callable[..., Any], Any]]:
+    """Calls of the form of `bn_apply(params, state, x)`, and their variables."""
+    calls = bench.variants(shape, 16)
+    calls |= {
+        "without a state": (
+            lambda params, state, x, train: bnjax.bn_apply(params, None, x, train),
+            calls["bn_apply"][1],
+        ),
+        "masked": (_masked, calls["bn_apply"][1]),
+    }
+    return {
+        name: (lambda params, state, x, f=apply: f(params, state, x, True), variables)
+        for name, (apply, variables) in calls.items()
+        if name not in ("bn_apply", "frozen")
+    }
+
+
+def _masked(params, state, x, train):
+    mask = jnp.arange(x.shape[0]).reshape(-1, *(1,) * (x.ndim - 1)) < x.shape[0] - 3  # a batch padded by 3 examples
+    return bnjax.bn_apply(params, state, x, train, mask=mask)
+
+
+def _networks(part: str, images: int) -> Iterator[tuple[dict[str, Any], Callable[..., Any], Any, Any]]:
+    if part == "resnet50":
+        x = jax.ShapeDtypeStruct((images, 224, 224, 3), jnp.bfloat16)
+        for library, norm in _linen_norms().items():
+            step, init = resnet50.training_step(norm)
+            yield {"part": part, "library": library}, step, [jax.eval_shape(init, x)], x
+    else:
+        x = jax.ShapeDtypeStruct((images, 32, 32, 3), jnp.bfloat16)
+        for library, layer in _nnx_norms().items():
+            step, variables = _nnx_step(layer)
+            yield {"part": part, "library": library}, step, [variables], x
+
+
+def _labels(images):
+    return jax.ShapeDtypeStruct((images,), jnp.int32)
+
+
+def _linen_norms() -> dict[str, resnet50.Norm]:
+    from flax import linen as nn
+
+    from bnjax import linen
+
+    options: dict[str, Any] = {"use_running_average": False, "momentum": 0.9, "dtype": jnp.bfloat16}
+    return {
+        NONE: resnet50.Affine,
+        "Flax Linen": partial(nn.BatchNorm, **options),
+        "Flax Linen, two reads": partial(nn.BatchNorm, use_fast_variance=False, **options),
+        "bnjax": partial(linen.BatchNorm, **options),
+    }
+
+
+def _nnx_norms() -> dict[str, Any]:
+    from flax import nnx
+
+    from bnjax import nnx as ours
+
+    return {"Flax NNX": nnx.BatchNorm, "bnjax": ours.BatchNorm}
+
+
+def _nnx_step(norm):
+    """A step of a network of six convolutions in NNX, and its variables."""
+    import optax
+    from flax import nnx
+
+    class Network(nnx.Module):
+        def __init__(self, rngs):
+            sizes = (3, 64, 64, 128, 128, 256, 256)
+            options = {"dtype": jnp.bfloat16, "rngs": rngs}
+            self.convs = nnx.List(
+                [nnx.Conv(m, n, (3, 3), use_bias=False, **options) for m, n in itertools.pairwise(sizes)]
+            )
+            self.norms = nnx.List([norm(n, momentum=0.9, **options) for n in sizes[1:]])
+            self.head = nnx.Linear(sizes[-1], 10, rngs=rngs)
+
+        def __call__(self, x):
+            for conv, layer in zip(self.convs, self.norms, strict=True):
+                x = nnx.relu(layer(conv(x), use_running_average=False))
+            return self.head(x.mean((1, 2)).astype(jnp.float32))
+
+    graph, params, stats = nnx.split(nnx.eval_shape(lambda: Network(nnx.Rngs(0))), nnx.Param, nnx.BatchStat)
+
+    def step(variables, x, label):
+        params, stats = variables
+
+        def loss(params):
+            model = nnx.merge(graph, params, jax.tree.map(lambda v: v, stats))  # new variables, of this trace
+            value = optax.softmax_cross_entropy_with_integer_labels(model(x), label).mean()
+            return value, nnx.state(model, nnx.BatchStat)
+
+        (value, stats), gradients = jax.value_and_grad(loss, has_aux=True)(params)
+        return (jax.tree.map(lambda p, g: p - 0.1 * g, params, gradients), stats), value
+
+    return step, (params, stats)
+
+
+# Tables and figure, from what was counted.
+
+
+def of(entries: list[dict[str, Any]], **facts: Any) -> dict[str, dict[str, Any]]:
+    """The entries with these facts, by library."""
+    return {e["library"]: e for e in entries if all(e.get(k) == v for k, v in facts.items())}
+
+
+def added(entries: dict[str, dict[str, Any]], library: str) -> float:
+    """Bytes that a library's normalization adds to a network, in parts of what Flax's adds."""
+    none, flax = entries[NONE]["bytes"], entries["Flax Linen"]["bytes"]
+    return (entries[library]["bytes"] - none) / (flax - none)
+
+
+def _adds(entries: dict[str, dict[str, Any]]) -> bool:
+    """Whether the network without normalization is a baseline: on several GPUs it compiles otherwise and moves more."""
+    return NONE in entries and entries["Flax Linen"]["bytes"] > entries[NONE]["bytes"]
+
+
+def report(entries: list[dict[str, Any]]) -> None:
+    """Print the tables."""
+    targets = list(dict.fromkeys(e["target"] for e in entries))
+    libraries = [name for name in LIBRARIES if any(e["library"] == name for e in entries)]
+    print("\nPasses over an array of x's size, and collectives after the plus, of one layer compiled for")
+    for target in targets:
+        print(f"\n{target:34}" + "".join(f"{name:>23}" for name in libraries))
+        for block, direction, dtype in itertools.product(get_args(Block), get_args(Direction), get_args(Dtype)):
+            row = of(entries, target=target, part="layer", variant=None, block=block, direction=direction, dtype=dtype)
+            if row:
+                cells = (_cell(row.get(name)) for name in libraries)
+                print(f"{block:12}{direction:9}{dtype:13}" + "".join(f"{cell:>23}" for cell in cells))
+        for variant in dict.fromkeys(e.get("variant") for e in entries):
+            for direction in get_args(Direction):
+                row = of(entries, target=target, part="layer", variant=variant or "", direction=direction)
+                if row:
+                    cells = (_cell(row.get(name)) for name in libraries)
+                    print(f"{variant:25}{direction:9}" + "".join(f"{cell:>23}" for cell in cells))
+    print(
+        "\nA training step: GB moved on a device, collectives, GB of temporary memory, and the bytes that\n"
+        "normalization adds, in parts of what Flax's adds\n"
+    )
+    for e in entries:
+        if e["part"] != "layer":
+            same = of(entries, target=e["target"], part=e["part"])
+            ratio = f"{added(same, e['library']):8.3f}" if _adds(same) else ""
+            print(
+                f"{e['part']:10}{e['target']:8}{e['library']:24}{e['bytes'] / 1e9:8.3f}{len(e['collectives']):6}"
+                f"{e['temporary'] / 1e9:8.3f}{ratio}"
+            )
+
+
+def _cell(entry):
+    return "" if entry is None else f"{entry['passes']:.2f} + {len(entry['collectives'])}"
+
+
+def figure(folder: Path, entries: list[dict[str, Any]]) -> None:
+    """`compiled.png`: passes of the layer with ReLU, and bytes that normalization adds to a ResNet-50."""
+    targets = list(dict.fromkeys(e["target"] for e in entries))
+    facts = {"part": "layer", "variant": None, "block": "bn_relu", "direction": "backward", "dtype": "bfloat16"}
+    layers = {target: of(entries, target=target, **facts) for target in targets}
+    networks = {target: of(entries, target=target, part="resnet50") for target in targets}
+    panels: dict[str, dict[str, dict[str, float]]] = {}
+    for name in LIBRARIES[:3]:
+        passes = {t: e[name]["passes"] for t, e in layers.items() if name in e}
+        bytes_ = {t: (e[name]["bytes"] - e[NONE]["bytes"]) / 1e9 for t, e in networks.items() if name in e and _adds(e)}
+        for title, values in ("passes of BN + ReLU with backward", passes), ("GB added to a ResNet-50 step", bytes_):
+            if values:
+                panels.setdefault(title, {})[name] = values
+    if panels:
+        plot.bars(
+            folder / "compiled.png", panels, title="Main memory that batch normalization moves, compiled, bfloat16"
+        )
+
+
+def main(name: str, *parts: str) -> None:
+    """Compile for one target and print the entries, a line each."""
+    mesh = compilers.mesh(name)
+    for part in parts:
+        for entry in programs(mesh, name, part):
+            print(json.dumps({"target": name, **entry}, default=_plain), flush=True)
+
+
+def _plain(value):
+    return value.item() if isinstance(value, np.generic) else str(value)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,1 @@
+"""What is not a claim but worth seeing."""

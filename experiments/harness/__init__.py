@@ -1,0 +1,1 @@
+"""What every experiment needs: data, training, files, verdicts, figures, the report."""

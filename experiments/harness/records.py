@@ -1,0 +1,120 @@
+"""The files of a run: config.json and metrics.jsonl, which process 0 writes and figures are made from."""
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from experiments.harness import data, runtime
+from experiments.harness.train import Evaluation
+
+Runs = Mapping[str | tuple[str, ...], Iterator[Evaluation]]
+"""What `train.fit` returned for each network; of several settings, under the names of all of them."""
+
+
+@dataclass(frozen=True)
+class Series:
+    """What is known of the runs of one network: `steps` of shape (evaluations,), and by name arrays of shape (seeds,
+    evaluations, ...), nan for null."""
+
+    steps: np.ndarray
+    values: dict[str, np.ndarray]
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self.values[name]
+
+
+def check_positive(config: Any, *names: str) -> None:
+    """These fields of an experiment are positive and finite."""
+    for name in names:
+        for value in np.ravel(getattr(config, name)):
+            if not 0 < value < np.inf:
+                raise data.InputError(f"{name}={value}: expected a positive number.")
+
+
+def write_run(
+    folder: Path, config: Any, dataset: data.Dataset, runs: Runs, progress: Callable[[float, str], None]
+) -> None:
+    """Train, and write `config.json` and, as they come, the evaluations to `metrics.jsonl`.
+
+    Args:
+      folder: where to write; process 0 alone does.
+      config: the experiment.
+      dataset: what is trained on.
+      runs: what is evaluated.
+      progress: told of every evaluation the part of the experiment that was done since the one before, and a remark.
+    """
+    primary = runtime.is_primary()
+    if primary:
+        write_config(folder, config, dataset=dataset.name)
+    with (folder / "metrics.jsonl" if primary else Path(os.devnull)).open("w") as lines:
+        for networks, evaluations in runs.items():
+            names = (networks,) if isinstance(networks, str) else networks
+            before = 0.0
+            for evaluation in evaluations:
+                lines.writelines(json.dumps(record) + "\n" for record in records(names, evaluation))
+                progress((evaluation.progress - before) / len(runs), f"{names[0]}, step {evaluation.step}")
+                before = evaluation.progress
+
+
+def write_config(folder: Path, config: Any, **facts: Any) -> None:
+    """`config.json`: the fields of the experiment, and facts about the run."""
+    folder.mkdir(parents=True, exist_ok=True)
+    where = {"jax": jax.__version__, "backend": jax.default_backend(), "processes": jax.process_count()}
+    content = {"config": asdict(config), **facts, **where}
+    (folder / "config.json").write_text(json.dumps(content, indent=2, default=str) + "\n")
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """What `write_config` wrote."""
+    return json.loads((folder / "config.json").read_text())
+
+
+def records(names: tuple[str, ...], evaluation: Evaluation) -> Iterator[dict[str, Any]]:
+    """One line of `metrics.jsonl` per run; what is not finite is null, as JSON has no NaN."""
+    seeds = len(evaluation.loss) // len(names)
+    for i, loss in enumerate(evaluation.loss):
+        values = {name: _finite(value[i]) for name, value in evaluation.values.items()}
+        yield {
+            "network": names[i // seeds],
+            "seed": i % seeds,
+            "step": evaluation.step,
+            "loss": _finite(loss),
+            **values,
+        }
+
+
+def _finite(value: np.ndarray) -> Any:
+    """A number, or lists of numbers, null where not finite."""
+    if np.ndim(value):
+        return [_finite(part) for part in value]
+    return float(f"{value:.7g}") if np.isfinite(value) else None  # as many digits as float32 has
+
+
+def read_metrics(folder: Path) -> dict[str, Series]:
+    """What `write_run` wrote, per network."""
+    found: dict[str, dict[int, list[dict[str, Any]]]] = {}
+    for line in (folder / "metrics.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        found.setdefault(record.pop("network"), {}).setdefault(record.pop("seed"), []).append(record)
+    metrics = {}
+    for network, runs in found.items():
+        names = [name for name in runs[0][0] if name != "step"]
+        values = {name: np.array([[e[name] for e in run] for run in runs.values()], float) for name in names}
+        metrics[network] = Series(np.array([e["step"] for e in runs[0]]), values)
+    return metrics
+
+
+def spread(values: np.ndarray, form: str, none: str = "diverged") -> str:
+    """Mean and standard deviation of those that are not nan, and how many are if some are; `none` if none is."""
+    some = values[np.isfinite(values)]
+    if not some.size:
+        return none
+    spread = f" ± {some.std(ddof=1):{form.lstrip('+')}}" if some.size > 1 else ""
+    missing = f" ({some.size} of {values.size})" if some.size < values.size else ""
+    return f"{some.mean():{form}}{spread}{missing}"

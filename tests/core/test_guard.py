@@ -1,0 +1,192 @@
+"""Moments in one read around the running mean: as exact as in two, wherever the running mean is.
+
+One CPU device has a lowering of its own. Arrays that lie on several devices take the one of TPUs and GPUs.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import bnjax
+from bnjax.core import array_moments
+from bnjax.core.apply import bn_collect
+from tests.support import reference
+from tests.support.tolerances import EPS, FACTOR
+
+ROWS, FEATURES = 4096, 5
+PARAMS, FRESH = bnjax.bn_init(FEATURES, scale=2.0, bias=0.5)
+# How far the running mean is from the batch's, in standard deviations: inside the guard, at its edge of sqrt(8), and
+# far outside of it; and what no mean can be.
+OFFSETS = [0.0, 1.0, 2.7, 3.0, 30.0, 1e4, 1e12, np.inf, np.nan]
+
+
+@pytest.fixture
+def everywhere():
+    """A sharding that puts the rows of an array on eight devices."""
+    return NamedSharding(jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,)), P("data"))
+
+
+def batch(mean, std, rng, dtype=np.float32):
+    return (mean + std * rng.standard_normal((ROWS, FEATURES))).astype(dtype)
+
+
+def state_at(mean):
+    return FRESH._replace(mean=jnp.full(FEATURES, mean, jnp.float32))
+
+
+def assert_exact(x, mean, var, mask=None, axis=-1):
+    """The mean and the variance are those of float64, but for the bound of `test_accuracy`."""
+    axes = tuple(a for a in range(x.ndim) if a != axis % x.ndim)
+    _, want_mean, want_var = reference.moments(x, axis, mask)
+    std = np.sqrt(want_var) + EPS * np.abs(want_mean) + np.finfo(np.float32).tiny
+    largest = np.where(reference.weights(x, mask) > 0, np.abs(x - np.expand_dims(want_mean, axes)), 0).max(axes)
+    bound = FACTOR * EPS * (1 + largest / std + np.abs(want_mean) / std)
+    assert (np.abs(np.asarray(mean, float) - want_mean) <= bound * std).all()
+    assert (np.abs(np.asarray(var, float) - want_var) <= bound * std**2).all()
+
+
+@pytest.mark.parametrize("masked", [None, "bool", "weights"])
+@pytest.mark.parametrize("mean", [0.0, 1e4])
+@pytest.mark.parametrize("offset", OFFSETS)
+def test_moments_are_exact_wherever_the_running_mean_is(offset, mean, masked, everywhere, rng):
+    x = batch(mean, 1.0, rng)
+    mask = None if masked is None else rng.random((ROWS, 1)) < 0.6
+    mask = mask if masked != "weights" else (mask * rng.random((ROWS, 1))).astype(np.float32)
+    options = bnjax.bn_apply.__kwdefaults__ | {"collect": True}
+
+    @jax.jit
+    def collect(x, mask, state):  # what a state absorbs that is not itself NaN
+        return bn_collect(PARAMS, state, x, True, **options | {"mask": mask})[2].moments
+
+    found = collect(jax.device_put(x, everywhere), mask, state_at(mean + offset))
+    assert_exact(x, found.mean, found.var, mask)
+
+
+@pytest.mark.parametrize("offset", OFFSETS)
+def test_the_output_and_its_gradients_are_exact_wherever_the_running_mean_is(offset, everywhere, rng):
+    x, g = batch(3.0, 1.0, rng), batch(0.0, 1.0, rng)
+    scale, bias = np.asarray(PARAMS.scale, float), np.asarray(PARAMS.bias, float)
+
+    @jax.jit
+    def both(params, x, state):
+        y, pullback, new = jax.vjp(lambda p, x: bnjax.bn_apply(p, state, x, True), params, x, has_aux=True)
+        return y, pullback(jax.device_put(g, everywhere)), new
+
+    y, (dparams, dx), _ = both(PARAMS, jax.device_put(x, everywhere), state_at(3.0 + offset))
+    _, mean, var = reference.moments(x)
+    np.testing.assert_allclose(y, reference.normalize(x, mean, var, scale, bias), atol=2e-5)
+    want_dx, want_dscale, want_dbias = reference.gradients(x, g, scale)
+    np.testing.assert_allclose(dx, want_dx, atol=2e-5)
+    np.testing.assert_allclose(dparams.scale, want_dscale, atol=2e-3)
+    np.testing.assert_allclose(dparams.bias, want_dbias, atol=2e-3)
+
+
+def test_only_features_outside_the_guard_make_the_others_wait(everywhere, rng):
+    # One feature of five jumps: all are exact, and the next steps find the running mean near again.
+    x = batch(0.0, 1.0, rng)
+    x[:, 2] += 1e4
+    state = FRESH
+    step = jax.jit(lambda x, s: bnjax.bn_apply(PARAMS, s, x, True, momentum=0.0))
+    for _ in range(2):
+        _, state = step(jax.device_put(x, everywhere), state)
+        assert_exact(x, state.mean, state.var)
+
+
+@pytest.mark.parametrize("running", [0.0, 1e4, 1e4 + 1 / 1024, 1e4 * (1 + 50 * EPS), -1e4])
+def test_a_constant_feature_has_no_variance(running, everywhere):
+    x = np.full((ROWS, FEATURES), 1e4, np.float32)
+    step = jax.jit(lambda x, s: bnjax.bn_apply(PARAMS, s, x, True, momentum=0.0))
+    y, new = step(jax.device_put(x, everywhere), state_at(running))
+    np.testing.assert_array_equal(new.mean, 1e4)
+    assert (new.var <= (EPS * 1e4) ** 2).all()  # what rounding the mean does to it
+    np.testing.assert_allclose(y, 0.5, atol=1e-6)
+
+
+@pytest.mark.parametrize("running", [0.0, 3.0, 1e4, np.nan])
+def test_one_valid_value_becomes_the_bias(running, everywhere, rng):
+    x, mask = batch(1e4, 1.0, rng), np.arange(ROWS)[:, None] == 7
+    step = jax.jit(lambda x, s: bnjax.bn_apply(PARAMS, s, x, True, mask=mask))
+    y, _ = step(jax.device_put(x, everywhere), state_at(running))
+    np.testing.assert_array_equal(y[7], PARAMS.bias)
+
+
+def test_squares_that_overflow_around_the_shift_are_taken_around_the_mean(everywhere, rng):
+    x = batch(1e20, 1e15, rng)
+    _, new = jax.jit(lambda x: bnjax.bn_apply(PARAMS, FRESH, x, True, momentum=0.0))(jax.device_put(x, everywhere))
+    assert_exact(x, new.mean, new.var)
+
+
+def test_a_value_that_is_not_finite_shows_in_its_feature_alone(everywhere, rng):
+    x = batch(0.0, 1.0, rng)
+    x[5, 1], x[9, 3] = np.nan, np.inf
+    y, new = jax.jit(lambda x: bnjax.bn_apply(PARAMS, FRESH, x, True, momentum=0.0))(jax.device_put(x, everywhere))
+    np.testing.assert_array_equal(np.isnan(y).all(0), [False, True, False, True, False])
+    np.testing.assert_array_equal(new.count, [1, 0, 1, 0, 1])
+    assert_exact(x[:, ::2], new.mean[::2], new.var[::2])
+
+
+def test_complex_moments_are_exact_wherever_the_running_mean_is(everywhere, rng):
+    x = (batch(0.0, 1.0, rng) + 1j * batch(0.0, 2.0, rng) + 40 - 30j).astype(np.complex64)
+    params, state = bnjax.bn_init(FEATURES, dtype=jnp.complex64)
+    step = jax.jit(lambda x, s: bnjax.bn_apply(params, s, x, True, momentum=0.0))
+    for running in 0, 40 - 30j, 1e4j:
+        _, new = step(jax.device_put(x, everywhere), state._replace(mean=jnp.full(FEATURES, running, jnp.complex64)))
+        _, mean, var = reference.moments(x)
+        np.testing.assert_allclose(new.mean, mean, rtol=1e-6)
+        np.testing.assert_allclose(new.var, var, rtol=5e-6)
+
+
+@pytest.mark.parametrize("size", [1, 3, 16, 64])
+def test_groups_are_exact_without_a_guard(size, everywhere, rng):
+    x = batch(1e3, 1.0, rng)
+    y, new = jax.jit(lambda x: bnjax.ghost_bn_apply(PARAMS, FRESH, x, True, ghost_size=size, momentum=0.0))(
+        jax.device_put(x, everywhere)
+    )
+    assert_exact(x, new.mean, new.var)
+    whole = ROWS // size * size
+    groups = x[:whole].astype(float).reshape(-1, size, FEATURES)
+    want = 2 * (groups - groups.mean(1, keepdims=True)) / np.sqrt(groups.var(1, keepdims=True) + 1e-5) + 0.5
+    # Rounding the mean of a group to float32 moves what is divided by a standard deviation that may be near 0.
+    error = np.abs(np.asarray(y[:whole]).reshape(groups.shape) - want) * np.sqrt(groups.var(1, keepdims=True) + 1e-5)
+    assert error.max() <= 2 * FACTOR * EPS * 1e3
+
+
+def test_models_under_vmap_share_one_conditional(everywhere, rng):
+    # As a select both branches would run, three reads for one.
+    x = jnp.asarray(np.stack([batch(0.0, 1.0, rng), batch(1e4, 1.0, rng)]))
+    states = jax.tree.map(lambda *v: jnp.stack(v), FRESH, state_at(7.0))
+    for axes in (None, 0), (0, None), (0, 0):
+        args = (states if axes[0] == 0 else FRESH), (x if axes[1] == 0 else x[1])
+        f = jax.jit(jax.vmap(lambda s, x: bnjax.bn_apply(PARAMS, s, x, True, momentum=0.0)[1], axes))
+        sharding = NamedSharding(everywhere.mesh, P(None, "data") if axes[1] == 0 else P("data"))
+        args = args[0], jax.device_put(args[1], sharding)
+        assert f.lower(*args).as_text().count("stablehlo.case") == 1
+        new = f(*args)
+        for i in range(2):
+            assert_exact(np.asarray(args[1][i] if axes[1] == 0 else args[1]), new.mean[i], new.var[i])
+
+
+def test_the_guess_of_the_mean_changes_neither_moments_nor_derivatives(rng):
+    x = batch(1.0, 1.0, rng)[:64]
+
+    def f(guess, x):
+        y, new = bnjax.bn_apply(PARAMS, state_at(0.0)._replace(mean=guess), x, True, momentum=0.9)
+        return jnp.sum(y**3), new
+
+    gradient = jax.jit(jax.grad(lambda guess, x: f(guess, x)[0]))
+    np.testing.assert_array_equal(gradient(jnp.ones(FEATURES), x), 0)
+    kept = jax.jit(jax.jacobian(lambda guess, x: f(guess, x)[1].mean))(jnp.ones(FEATURES), x)
+    np.testing.assert_allclose(kept, 0.9 * np.eye(FEATURES), rtol=1e-6)
+
+
+def test_the_guard_is_what_its_comment_says(rng):
+    # eps (1 + NEAR) is inside the bound of test_accuracy, which is 16 eps at the least.
+    assert 1 + array_moments.NEAR < 2 * FACTOR
+    x = np.concatenate([batch(0.0, 1.0, rng)] * 48)  # about 200,000 rows
+    worst = np.sqrt(array_moments.NEAR) * 0.99
+    guarded = jax.jit(array_moments.guarded, static_argnames="axes")
+    _, mean, var = guarded(x, np.full((1, FEATURES), worst, "f"), axes=(0,))
+    assert_exact(x, mean, var)
