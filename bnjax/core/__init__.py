@@ -10,4 +10,6 @@
     apply           the layer as a function: checks, statistics, formula, update
     trees           the layers in the trees of a model's variables
     deprecation     old names
+
+Each imports only from those above it.
 """

@@ -5,4 +5,6 @@
     indexed       running statistics for each of several indices             Cooijmans et al. (2017)
     conditional   a scale and a bias for each class                          de Vries et al. (2017)
     lstm          recurrent batch normalization                              Cooijmans et al. (2017)
+
+Formula, moments, masks, devices and derivatives are those of `bnjax.core`.
 """
