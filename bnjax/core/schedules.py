@@ -1,9 +1,12 @@
-"""Momentum as a function of the number of updates, like an optax schedule."""
+"""Numbers that may be functions of the number of updates, like an optax schedule: the momentum, and bounds."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from functools import partial
 from math import log
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -95,3 +98,32 @@ class linear_ramp:  # noqa: N801  a function with its parameters bound, which ha
     def __call__(self, count: Array) -> Array:
         rise = jnp.clip((jnp.asarray(count).astype(float) - self.start) / (self.stop - self.start), 0, 1)
         return self.low + (self.high - self.low) * rise
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["number"], meta_fields=["schedule"])
+@dataclass(frozen=True)
+class Scheduled:
+    """A number, or a function of the count of updates, as an argument of a compiled function.
+
+    The number is traced, so that another number compiles nothing. The function is static, and its value is taken from
+    the count where the state is traced.
+    """
+
+    number: Any
+    schedule: Callable[[Array], Any] | None
+
+
+def scheduled(value: Any, state: Any, train: bool) -> Scheduled:
+    """`value`, a number or a function of the count, as an argument of a compiled function.
+
+    A function that is another object at each call, such as a lambda in a loop, would be compiled each time. It is
+    evaluated here instead, at the count of the state, so that only its number enters the compiled function.
+    """
+    if not callable(value):
+        return Scheduled(value, None)
+    compares_by_value = type(value).__eq__ is not object.__eq__
+    is_a_definition = "<" not in getattr(value, "__qualname__", "<")  # neither a lambda nor a local function
+    if (compares_by_value or is_a_definition) and isinstance(value, Hashable):
+        return Scheduled(None, value)
+    used = train and hasattr(state, "count")
+    return Scheduled(value(jnp.asarray(state.count)) if used else 0.0, None)

@@ -9,9 +9,7 @@ from typing import Any
 
 import jax
 
-from bnjax.core.apply import BNParams, BNState, Collected
-from bnjax.core.array_moments import Moments
-from bnjax.core.moments import Support
+from bnjax.core.records import BNParams, BNState, Collected, Moments, Support
 
 
 def leaves(tree: Any) -> dict[str, dict[str, Any]]:

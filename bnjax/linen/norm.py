@@ -1,23 +1,23 @@
-"""Batch normalization and its variants as Flax Linen layers, which `linen.py` names. They hold variables alone."""
+"""Batch normalization and its variants as Flax Linen layers, which hold variables alone."""
 
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from flax.core.scope import DenyList
 from flax.linen.dtypes import canonicalize_dtype
 from jax import Array
 
 from bnjax.core import checks
-from bnjax.core.apply import BNParams, Collected, bn_collect
+from bnjax.core.apply import apply as apply_plain
+from bnjax.core.records import BNParams, BNState, Collected
 from bnjax.core.schedules import Momentum
-from bnjax.flax_shared import conventions
-from bnjax.variants.conditional import chosen_params
-from bnjax.variants.ghost import ghost_bn_collect
-from bnjax.variants.indexed import indexed_bn_collect
-from bnjax.variants.renorm import RENORM_D_MAX, RENORM_R_MAX, Limit, renorm_bn_collect
+from bnjax.flax_shared.conventions import Variables, call_layer, counts, nothing, promoting
+from bnjax.variants.ghost import apply_ghost
+from bnjax.variants.indexed import apply_indexed
+from bnjax.variants.renorm import RENORM_D_MAX, RENORM_R_MAX, Limit, apply_renorm
 
 
 class BatchNorm(nn.BatchNorm):
@@ -106,7 +106,7 @@ class GhostBatchNorm(BatchNorm, kw_only=True):
     @nn.compact
     def __call__(self, x: Any, use_running_average: bool | None = None, *, mask: Any = None) -> Array:
         """As `BatchNorm`."""
-        apply = partial(ghost_bn_collect, ghost_size=self.ghost_size)
+        apply = partial(apply_ghost, ghost_size=self.ghost_size)
         return batch_norm(self, x, use_running_average, mask=mask, apply=apply)
 
 
@@ -125,7 +125,7 @@ class RenormBatchNorm(BatchNorm, kw_only=True):
     @nn.compact
     def __call__(self, x: Any, use_running_average: bool | None = None, *, mask: Any = None) -> Array:
         """As `BatchNorm`."""
-        apply = partial(renorm_bn_collect, r_max=self.r_max, d_max=self.d_max)
+        apply = partial(apply_renorm, r_max=self.r_max, d_max=self.d_max)
         return batch_norm(self, x, use_running_average, mask=mask, apply=apply)
 
 
@@ -152,7 +152,7 @@ class IndexedBatchNorm(BatchNorm, kw_only=True):
             x,
             use_running_average,
             mask=mask,
-            apply=partial(indexed_bn_collect, index=index),
+            apply=partial(apply_indexed, index=index),
             stacked_stats=(self.num_indices,),
             stacked_params=(self.num_indices,) if self.indexed_params else (),
         )
@@ -184,88 +184,75 @@ def batch_norm(
     use_running_average: bool | None = None,
     *,
     mask: Any = None,
-    apply: Any = bn_collect,
+    apply: Any = apply_plain,
     label: Any = None,
     stacked_stats: tuple[int, ...] = (),
     stacked_params: tuple[int, ...] = (),
 ) -> Array:
     """The call of `layer`, a BatchNorm of Flax or of bnjax, in its scope.
 
-    `apply` is `bn_collect` or a variant of it; statistics and parameters may lead with an axis of indices or classes.
+    `apply` is the pure function or a variant's. Statistics and parameters may lead with an axis of indices or classes.
     """
-    call = layer.__class__.__name__  # not by type(): a layer may come with other options in front of it
-    use_running_average = nn.merge_param("use_running_average", layer.use_running_average, use_running_average)
-    train = not use_running_average and not getattr(layer, "frozen", False)
-    x = conventions.array(x, call)
-    axes = conventions.feature_axes(x, layer.axis, call)
-    features = [x.shape[a] for a in axes]
-    shape = [*stacked_stats, *features]
-    stored = jnp.float32 if layer.force_float32_reductions else layer.param_dtype
-    mean = layer.variable("batch_stats", "mean", jnp.zeros, shape, stored)
-    var = layer.variable("batch_stats", "var", jnp.ones, shape, stored)
-    count = None
-    schedules = (getattr(layer, name, None) for name in ("momentum", "r_max", "d_max"))
-    if any(map(callable, schedules)) and (train or layer.is_initializing()):
-        count = layer.variable("batch_stats", "count", jnp.zeros, shape, jnp.int32)
-    shape = [*stacked_params, *features]
-    scale = layer.param("scale", layer.scale_init, shape, layer.param_dtype) if layer.use_scale else None
-    bias = layer.param("bias", layer.bias_init, shape, layer.param_dtype) if layer.use_bias else None
-    params = BNParams(scale, bias)
-    if getattr(layer, "frozen_params", False):
-        params = jax.lax.stop_gradient(params)
-    if label is not None:
-        params = chosen_params(call, params, jnp.asarray(label), x, axes)
-
-    means, variances = mean.value, var.value
-    if train:  # Flax stores what the average of old and new promotes to
-        new = x.dtype if layer.dtype is None else layer.dtype
-        with conventions.promoting():
-            new = jnp.promote_types(new if jnp.issubdtype(new, jnp.inexact) else jnp.float32, stored)
-            means = means.astype(jnp.promote_types(means.dtype, new))
-            variances = variances.astype(jnp.promote_types(variances.dtype, jnp.finfo(new).dtype))
-    # By name only: with mutable=True a program that feeds back all it gets would accumulate moments unawares.
-    collect = (
-        not layer.is_initializing()
-        and not isinstance(layer.scope.mutable, bool | DenyList)
-        and layer.is_mutable_collection("batch_moments")
-    )
-    earlier = _earlier(layer) if collect else None
-    with conventions.promoting():
-        dtype = canonicalize_dtype(x, scale, bias, dtype=layer.dtype)
-    y, state, collected = conventions.batch_norm(
-        params,
-        means,
-        variances,
-        None if count is None else count.value,
+    return call_layer(
+        layer,
+        _Storage(layer, stacked_stats, stacked_params),
         x,
-        train,
-        dtype=dtype,
-        axis=axes,
-        momentum=layer.momentum,
-        epsilon=layer.epsilon,
-        mask=mask,
+        nn.merge_param("use_running_average", layer.use_running_average, use_running_average),
         axis_name=None if layer.is_initializing() else layer.axis_name,
-        axis_index_groups=layer.axis_index_groups,
-        unbiased_var=getattr(layer, "unbiased_var", False),
-        collect=collect,
-        earlier=earlier,
-        call=call,
+        mask=mask,
+        label=label,
         apply=apply,
     )
-    if train and not layer.is_initializing():
-        mean.value, var.value = state.mean, state.var
-        if count is not None:
-            count.value = state.count
-    if collect:
-        if collected is None:  # in evaluation nothing is added
-            collected = earlier or conventions.nothing(means, variances)
-        for name, value in collected._asdict().items():
-            layer.put_variable("batch_moments", name, value)
-    return y
 
 
-def _earlier(layer):
-    """The moments that came in, if any did."""
-    if not layer.has_variable("batch_moments", "moments"):
-        return None
-    return Collected(*(layer.get_variable("batch_moments", name) for name in Collected._fields))
+@dataclass
+class _Storage:
+    """Flax Linen's collections, in the scope of a layer."""
+
+    layer: Any
+    stacked_stats: tuple[int, ...]
+    stacked_params: tuple[int, ...]
+
+    def read(self, x: Array, features: list[int], train: bool) -> Variables:
+        layer, shape = self.layer, [*self.stacked_stats, *features]
+        stored = jnp.float32 if layer.force_float32_reductions else layer.param_dtype
+        self.mean = layer.variable("batch_stats", "mean", jnp.zeros, shape, stored)
+        self.var = layer.variable("batch_stats", "var", jnp.ones, shape, stored)
+        counting = counts(layer) and (train or layer.is_initializing())
+        self.count = layer.variable("batch_stats", "count", jnp.zeros, shape, jnp.int32) if counting else None
+        shape = [*self.stacked_params, *features]
+        scale = layer.param("scale", layer.scale_init, shape, layer.param_dtype) if layer.use_scale else None
+        bias = layer.param("bias", layer.bias_init, shape, layer.param_dtype) if layer.use_bias else None
+        mean, var = self.mean.value, self.var.value
+        if train:  # Flax stores what the average of old and new promotes to
+            new = x.dtype if layer.dtype is None else layer.dtype
+            with promoting():
+                new = jnp.promote_types(new if jnp.issubdtype(new, jnp.inexact) else jnp.float32, stored)
+                mean = mean.astype(jnp.promote_types(mean.dtype, new))
+                var = var.astype(jnp.promote_types(var.dtype, jnp.finfo(new).dtype))
+        # By name only: with mutable=True a program that feeds back all it gets would accumulate moments unawares.
+        collect = (
+            not layer.is_initializing()
+            and not isinstance(layer.scope.mutable, bool | DenyList)
+            and layer.is_mutable_collection("batch_moments")
+        )
+        earlier = None
+        if collect and layer.has_variable("batch_moments", "moments"):
+            earlier = Collected(*(layer.get_variable("batch_moments", name) for name in Collected._fields))
+        count = None if self.count is None else self.count.value
+        return Variables(BNParams(scale, bias), mean, var, count, collect, earlier)
+
+    def promoted(self, x: Array, variables: Variables) -> tuple[Array, BNParams, Any]:
+        with promoting():
+            return x, variables.params, canonicalize_dtype(x, *variables.params, dtype=self.layer.dtype)
+
+    def write(self, variables: Variables, state: BNState, collected: Collected | None, train: bool) -> None:
+        if train and not self.layer.is_initializing():
+            self.mean.value, self.var.value = state.mean, state.var
+            if self.count is not None:
+                self.count.value = state.count
+        if variables.collect:
+            if collected is None:  # in evaluation nothing is added
+                collected = variables.earlier or nothing(variables.mean, variables.var)
+            for name, value in collected._asdict().items():
+                self.layer.put_variable("batch_moments", name, value)

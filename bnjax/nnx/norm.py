@@ -1,6 +1,7 @@
-"""Batch normalization and its variants as Flax NNX layers, which `nnx.py` names. They hold variables alone."""
+"""Batch normalization and its variants as Flax NNX layers, which hold variables alone."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
 from typing import Any
@@ -12,14 +13,14 @@ from flax.nnx.nn import dtypes, initializers
 from jax import Array
 
 from bnjax.core import checks
-from bnjax.core.apply import BNParams, bn_collect
+from bnjax.core.apply import apply as apply_plain
 from bnjax.core.moments import wider
+from bnjax.core.records import BNParams, BNState, Collected
 from bnjax.core.schedules import Momentum
-from bnjax.flax_shared import conventions
-from bnjax.variants.conditional import chosen_params
-from bnjax.variants.ghost import ghost_bn_collect
-from bnjax.variants.indexed import indexed_bn_collect
-from bnjax.variants.renorm import RENORM_D_MAX, RENORM_R_MAX, Limit, renorm_bn_collect
+from bnjax.flax_shared.conventions import Variables, call_layer, counts, promoting
+from bnjax.variants.ghost import apply_ghost
+from bnjax.variants.indexed import apply_indexed
+from bnjax.variants.renorm import RENORM_D_MAX, RENORM_R_MAX, Limit, apply_renorm
 
 _zeros, _ones = initializers.zeros_init(), initializers.ones_init()
 
@@ -124,10 +125,6 @@ class BatchNorm(nnx.BatchNorm):
         if callable(momentum):
             self._add_count()
 
-    def _counts(self):
-        """Whether an option is a function of the number of updates."""
-        return any(callable(getattr(self, name, None)) for name in ("momentum", "r_max", "d_max"))
-
     def _add_count(self):
         self.count = nnx.BatchStat(jnp.zeros(self.mean[...].shape, jnp.int32))
 
@@ -146,64 +143,57 @@ class BatchNorm(nnx.BatchNorm):
         """
         return self._call(x, use_running_average, mask)
 
-    def _call(self, x, use_running_average, mask, apply=bn_collect, label=None):
-        """The call, through `bn_collect` or a variant of it."""
-        call = type(self).__name__
+    def _call(self, x, use_running_average, mask, apply=apply_plain, label=None):
+        """The call, through the pure function or a variant's."""
         evaluate = self.use_running_average if use_running_average is None else use_running_average
         if evaluate is None:
             raise ValueError(
-                f"{call}(use_running_average=None): neither the layer nor the call says which statistics to use. "
-                "Call model.train() or model.eval(), or pass use_running_average to the call or to the constructor."
+                f"{type(self).__name__}(use_running_average=None): neither the layer nor the call says which "
+                "statistics to use. Call model.train() or model.eval(), or pass use_running_average to the call or to "
+                "the constructor."
             )
-        x = conventions.array(x, call)
-        train = not evaluate and not self.frozen
-        mean, var = self.mean[...], self.var[...]
-        stored = (None if v is None else v[...] for v in (self.scale, self.bias))
+        storage = _Storage(self)
+        return call_layer(self, storage, x, evaluate, axis_name=self.axis_name, mask=mask, label=label, apply=apply)
+
+
+@dataclass
+class _Storage:
+    """The variables of an NNX layer."""
+
+    layer: BatchNorm
+
+    def read(self, x: Array, features: list[int], train: bool) -> Variables:
+        layer = self.layer
+        counting = train and counts(layer)
+        if counting and not hasattr(layer, "count"):
+            layer._add_count()
+        params = BNParams(*(None if v is None else v[...] for v in (layer.scale, layer.bias)))
+        count = layer.count[...] if counting else None
+        earlier = None if layer.batch_moments is None else layer.batch_moments.get_value()
+        collect = train and layer.batch_moments is not None
+        return Variables(params, layer.mean[...], layer.var[...], count, collect, earlier)
+
+    def promoted(self, x: Array, variables: Variables) -> tuple[Array, BNParams, Any]:
+        layer = self.layer
+        everything = x, variables.mean, variables.var, *variables.params
         # The running statistics stay as they are stored: in half precision they would lose what they are kept for.
-        with conventions.promoting():
-            promoted, _, _, scale, bias = self.promote_dtype((x, mean, var, *stored), dtype=self.dtype)
-            dtype = dtypes.canonicalize_dtype(promoted, scale, bias, dtype=self.dtype)
+        with promoting():
+            promoted, _, _, *params = layer.promote_dtype(everything, dtype=layer.dtype)
+            dtype = dtypes.canonicalize_dtype(promoted, *params, dtype=layer.dtype)
         if not jnp.issubdtype(x.dtype, jnp.floating) or promoted.dtype != wider(x.dtype):
             # Complex parameters leave the mean of real data real.
             x = promoted if jnp.iscomplexobj(x) else promoted.real
-        counting = train and self._counts()
-        if counting and not hasattr(self, "count"):
-            self._add_count()
-        count = self.count if counting else None
-        axes = conventions.feature_axes(x, self.axis, call)
-        params = BNParams(scale, bias)
-        if self.frozen_params:
-            params = jax.lax.stop_gradient(params)
-        if label is not None:
-            params = chosen_params(call, params, jnp.asarray(label), x, axes)
-        y, state, collected = conventions.batch_norm(
-            params,
-            mean,
-            var,
-            None if count is None else count[...],
-            x,
-            train,
-            dtype=dtype,
-            axis=axes,
-            momentum=self.momentum,
-            epsilon=self.epsilon,
-            mask=mask,
-            axis_name=self.axis_name,
-            axis_index_groups=self.axis_index_groups,
-            unbiased_var=self.unbiased_var,
-            collect=train and self.batch_moments is not None,
-            earlier=None if self.batch_moments is None else self.batch_moments.get_value(),
-            call=call,
-            apply=apply,
-        )
+        return x, BNParams(*params), dtype
+
+    def write(self, variables: Variables, state: BNState, collected: Collected | None, train: bool) -> None:
+        layer = self.layer
         if train:
-            _store(self.mean, state.mean)
-            _store(self.var, state.var)
-            if count is not None:
-                _store(count, state.count)
-        if collected is not None and self.batch_moments is not None:
-            self.batch_moments.set_value(collected)  # pyright: ignore[reportArgumentType]
-        return y
+            _store(layer.mean, state.mean)
+            _store(layer.var, state.var)
+            if variables.count is not None:
+                _store(layer.count, state.count)
+        if collected is not None and layer.batch_moments is not None:
+            layer.batch_moments.set_value(collected)  # pyright: ignore[reportArgumentType]
 
 
 def _store(variable, value):
@@ -229,7 +219,7 @@ class GhostBatchNorm(BatchNorm):
 
     def __call__(self, x: Any, use_running_average: bool | None = None, *, mask: Any = None) -> Array:
         """As `BatchNorm`."""
-        return self._call(x, use_running_average, mask, partial(ghost_bn_collect, ghost_size=self.ghost_size))
+        return self._call(x, use_running_average, mask, partial(apply_ghost, ghost_size=self.ghost_size))
 
 
 class RenormBatchNorm(BatchNorm):
@@ -250,7 +240,7 @@ class RenormBatchNorm(BatchNorm):
 
     def __call__(self, x: Any, use_running_average: bool | None = None, *, mask: Any = None) -> Array:
         """As `BatchNorm`."""
-        apply = partial(renorm_bn_collect, r_max=self.r_max, d_max=self.d_max)
+        apply = partial(apply_renorm, r_max=self.r_max, d_max=self.d_max)
         return self._call(x, use_running_average, mask, apply)
 
 
@@ -273,7 +263,7 @@ class IndexedBatchNorm(BatchNorm):
         self, x: Any, use_running_average: bool | None = None, *, index: Any, mask: Any = None
     ) -> Array:
         """As `BatchNorm`, with the statistics of `index`, an integer or a scalar integer array, which is clamped."""
-        return self._call(x, use_running_average, mask, partial(indexed_bn_collect, index=index))
+        return self._call(x, use_running_average, mask, partial(apply_indexed, index=index))
 
 
 class ConditionalBatchNorm(BatchNorm):
