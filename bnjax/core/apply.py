@@ -38,15 +38,15 @@ def bn_init(
     bias: Any | None = 0.0,
     dtype: Any = jnp.float32,
 ) -> tuple[BNParams, BNState]:
-    """Parameters and running statistics of a fresh layer: the identity map in evaluation, up to epsilon.
+    """Parameters and running statistics of a new layer, which in evaluation is the identity up to epsilon.
 
     Args:
       features: number of features, or one number per feature axis in increasing axis order.
-      scale: initial scale, a number or an array that broadcasts to `features`. 0 starts a residual branch at zero;
-        None leaves scale out.
+      scale: initial scale, a number or an array that broadcasts to `features`; 0 starts a residual branch at zero.
+        None leaves the scale out.
       bias: initial bias, likewise.
-      dtype: of scale and bias, floating or complex. Statistics are kept in it widened to 32 bits at least; the
-        variance is real and the count is int32.
+      dtype: dtype of scale and bias, floating or complex. The running statistics have this dtype widened to at least
+        32 bits; the variance is real and the count is int32.
 
     Returns:
       `BNParams(scale, bias)` and `BNState(mean=0, var=1, count=0)`.
@@ -94,53 +94,53 @@ def bn_apply(
         y = scale * (x - mean) / sqrt(var + epsilon) + bias
         running = momentum * running + (1 - momentum) * batch          for mean and var, in training
 
-    Compiled once per shape and set of options. Differentiable to any order, forward and reverse, in `params`, `state`
-    and `x`. Statistics are exact under every transform; under `jit` over sharded arrays they are those of the global
-    batch without naming anything.
+    The call is compiled once per shape and set of options. It is differentiable to any order, forward and reverse, in
+    `params`, `state` and `x`. Statistics are exact under every transform; under `jit` over sharded arrays they are the
+    statistics of the global batch, and no axis has to be named.
 
     `x` is read once for its statistics, around the running mean c:
 
         mean = c + E[x - c]                 var = E|x - c|^2 - |E[x - c]|^2
 
     With r = |mean - c|^2 / var, a relative rounding error e of the sums becomes about e (1 + r) in var, and
-    e sqrt(1 + r) standard deviations in mean. Where r > 8 for some feature, as on the first steps or after a jump of
-    the data, `x` is read twice more, around its own mean, so that results are as exact wherever the running mean is.
-    One CPU device takes for c the mean of a sixteenth of `x`, which needs no guard; under a mask it reads `x` twice.
+    e sqrt(1 + r) standard deviations in mean. If r > 8 for any feature, as on the first steps or after a jump of the
+    data, `x` is read twice more, around its own mean, so that results are exact wherever the running mean is. On one
+    CPU device c is the mean of a sixteenth of `x`, which bounds r without a check; under a mask `x` is read twice.
 
     Args:
-      params: `scale` and `bias`, each None, of the shape of the features, or conditional: of x's rank with each size
-        1 or x's.
-      state: running statistics; None normalizes by the batch's, in training and in evaluation.
+      params: `scale` and `bias`. Each is None, has the shape of the features, or is conditional: x's rank, with each
+        size 1 or x's.
+      state: running statistics. None normalizes by the batch's statistics, in training and in evaluation.
       x: floating or complex, any shape. For complex `x`, `var` is E|x - mean|^2 and `state.mean` is complex.
       train: a Python bool. True normalizes by the batch and updates the state, False by the running statistics.
-      axis: the feature axis of `x`, or several; features follow in increasing axis order.
-      momentum: weight of the OLD value, in [0, 1], as in Flax and Keras (PyTorch's is 1 minus it), or a function of
-        `state.count` such as `cumulative_average` or `debiased(0.99)`.
-      epsilon: added to the variance, > 0.
-      mask: of x's rank and broadcastable to it, boolean or weights >= 0 (a negative one counts as 0), of which only
-        the ratios count; their sum has to be finite in float32. Places of weight 0 may hold anything, NaN included;
-        they do not enter the statistics and are normalized like all others, and where their output is not finite they
-        are constants to derivatives. It is not differentiated.
-      axis_name: mapped axis, or several, whose devices or examples share statistics, merged by weight: one gather of
-        3 x features numbers forward (5 with real-valued weights), one psum of 2 x features backward. Examples under
-        `vmap` are each read around the mean of their own first sixteenth.
-      axis_index_groups: as in `jax.lax.psum`; each group has statistics and a state of its own.
-      unbiased_var: the running variance takes the sum of squares divided by n - sum(w^2) / n in place of n, which is
-        n - 1 without real-valued weights. `y` is normalized by the biased one, as in PyTorch.
+      axis: the feature axis of `x`, or several; features are in the order of increasing axes.
+      momentum: weight of the OLD value, in [0, 1], as in Flax and Keras (PyTorch's momentum is 1 minus it), or a
+        function of `state.count` such as `cumulative_average` or `debiased(0.99)`.
+      epsilon: number that is added to the variance, > 0.
+      mask: array of x's rank that broadcasts to it, boolean or weights >= 0; a negative weight is 0. Only the ratios
+        of weights count, and their sum must be finite in float32. Masked elements (weight 0), even NaN, do not affect
+        any other element, nor the statistics. They are normalized like the others; a masked element whose output is
+        not finite is a constant to derivatives. The mask is not differentiated.
+      axis_name: mapped axis, or several, whose devices or examples share statistics, merged by weight. The forward
+        pass gathers 3 x features numbers (5 with real-valued weights), the backward pass has one psum of 2 x features.
+        Under `vmap` each example is read around the mean of its own first sixteenth.
+      axis_index_groups: groups of indices as in `jax.lax.psum`; each group has its own statistics and state.
+      unbiased_var: whether the running variance is divided by n - sum(w^2) / n in place of n, which is n - 1 without
+        real-valued weights. `y` is normalized by the biased variance, as in PyTorch.
 
     Returns:
       y: of x's shape and dtype. Reductions are float32 or wider.
       state: in the dtypes it came in; in evaluation unchanged.
 
-    Where the data carry too little, per feature: fewer than two valid values, or statistics that are not finite, leave
-    state and count as they were. With one valid value var is 0, so that value becomes `bias`. With none, `x` is
-    normalized by the running statistics (by mean 0 and var 1 where state is None). A NaN or infinity at a valid place
-    shows in the output of its feature. Mask and axis_name play no part in evaluation by running statistics
-    (but for derivatives: what is not finite at a masked place does not enter them).
+    A feature with fewer than two valid values, or with statistics that are not finite, keeps its state and count. With
+    one valid value var is 0, so that this value becomes `bias`. With none, the feature is normalized by the running
+    statistics (by mean 0 and var 1 if state is None). A valid NaN or infinity shows in the output of its feature. In
+    evaluation by running statistics, axis_name has no effect, and the mask affects derivatives alone: masked elements
+    whose output is not finite do not enter them.
 
     Raises:
       TypeError, ValueError: while tracing, for shapes, dtypes and Python values that do not fit; the message names
-        the argument, what came and what to pass. A momentum known only at run time is clamped to [0, 1].
+        the argument, what came and what to pass. A momentum that is known only at run time is clamped to [0, 1].
 
     Example:
       >>> import jax.numpy as jnp
@@ -173,10 +173,10 @@ def apply(
     mask: Array | None,
     earlier: Collected | None = None,
 ) -> tuple[Array, BNState | None, Collected | None]:
-    """`bn_apply` with checked options; what the batch is found to be comes back too, if the options ask for it.
+    """`bn_apply` with checked options, and the moments of the batch if the options ask for them.
 
-    `earlier` moments, of other parts of one larger batch, are merged with those of this part: the state absorbs the
-    moments of all parts, and they come back. The output is normalized by this part's own.
+    `earlier` are the moments of other parts of one larger batch. They are merged with the moments of this part: the
+    state absorbs all of them, and all of them are returned. The output is normalized by the moments of this part.
     """
     momentum = momentum_argument(options.call, momentum, state, options.train)
     return compiled_apply(params, state, x, mask, momentum, earlier, options=options)

@@ -76,19 +76,19 @@ def batch_moments(
 
         mean = sum_i w_i x_i / sum_i w_i        var = sum_i w_i |x_i - mean|^2 / sum_i w_i
 
-    with w the mask, or 1. Devices are merged by weight (Chan, Golub & LeVeque, 1983, equation 2.1), so unequal and
-    empty shards are exact. The relative error of `var`, and the error of `mean` in units of the standard deviation,
-    grow with |mean| / std once. `x` is read once, around 0, and twice more where |mean|^2 > 8 var for some feature
-    (`bnjax.bn_apply` reads it around the running mean).
+    with w the mask, or 1. Devices are merged by weight (Chan, Golub & LeVeque, 1983, equation 2.1), so that unequal and
+    empty shards are exact. The relative error of `var`, and the error of `mean` in standard deviations, grow linearly
+    with |mean| / std, which is the least possible for a rounded input. `x` is read once, around 0, and twice more if
+    |mean|^2 > 8 var for any feature; `bnjax.bn_apply` reads it around the running mean instead.
 
     Args:
       x: floating or complex, any shape.
       axis: the feature axis of `x`, or several; the result has their sizes in increasing axis order.
-      mask: of x's rank and broadcastable to it, boolean or weights >= 0 (a negative one counts as 0). Where it is 0,
-        `x` may hold anything, NaN included. It is not differentiated.
-      axis_name: mapped axis, or several, whose devices or examples share their statistics: one gather of
-        3 x features numbers a device (5 with real-valued weights), and one psum of 2 x features for the derivative.
-      axis_index_groups: as in `jax.lax.psum`; each group has moments of its own.
+      mask: array of x's rank that broadcasts to it, boolean or weights >= 0; a negative weight is 0. Masked elements,
+        even NaN, do not affect the result. The mask is not differentiated.
+      axis_name: mapped axis, or several, whose devices or examples share their statistics. One collective gathers
+        3 x features numbers a device (5 with real-valued weights); the derivative has one psum of 2 x features.
+      axis_index_groups: groups of indices as in `jax.lax.psum`; each group has its own moments.
 
     Returns:
       Moments in float32 or x's wider dtype; `mean` is complex for complex `x`, the others are real.
@@ -119,18 +119,18 @@ def _batch_moments(x, mask, *, axis, names, groups):
 
 
 def merge_moments(*moments: Moments) -> Moments:
-    """The moments of all values behind several moments, as if they had been one batch.
+    """The moments of one batch whose parts have these moments.
 
         weight = sum_i weight_i        mean = sum_i weight_i mean_i / weight
         var = sum_i weight_i (var_i + |mean_i - mean|^2) / weight          (Chan, Golub & LeVeque, 1983)
 
-    Associative and commutative up to rounding; moments of weight 0 change nothing.
+    Merging is associative and commutative up to rounding; moments of weight 0 have no effect.
 
     Args:
-      *moments: one or more, of equal shapes.
+      *moments: one or more `Moments`, of equal shapes.
 
     Returns:
-      Moments of that shape.
+      Moments of that shape, in the dtypes that theirs promote to.
 
     Raises:
       ValueError: without arguments, or if shapes differ.

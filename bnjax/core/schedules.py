@@ -16,11 +16,11 @@ Momentum = float | Array | Callable[[Array], Array]
 
 
 def cumulative_average(count: Array) -> Array:
-    """Momentum under which every batch counts the same: the running statistics are the plain mean over all updates.
+    """Momentum that weighs every batch alike: the running statistics are the plain mean over all updates.
 
         momentum = count / (count + 1)
 
-    PyTorch's `momentum=None`.
+    This is PyTorch's `momentum=None`.
 
     Args:
       count: number of updates so far, as in `BNState.count`.
@@ -39,18 +39,18 @@ def cumulative_average(count: Array) -> Array:
 
 @dataclass(frozen=True)
 class debiased:  # noqa: N801  a function with one parameter bound, which hashes and compares by value
-    """Momentum of an exponential average without memory of its initial value (Kingma & Ba, 2015, section 3).
+    """Momentum of an exponential average that forgets its initial value (Kingma & Ba, 2015, section 3).
 
         momentum_t = momentum (1 - momentum^t) / (1 - momentum^(t + 1)),    t = count
 
-    After t updates the running value is the average of the batches with weights proportional to momentum^age; the
-    first update replaces the initial 0 and 1. In the limit momentum = 1 it is `cumulative_average`.
+    After t updates the running value is the average of the batches with weights proportional to momentum^age, because
+    the first update replaces the initial 0 and 1. With momentum = 1 it is `cumulative_average`.
 
     Args:
-      momentum: weight of the old value in the long run, in [0, 1].
+      momentum: the limit of the weight of the old value for many updates, in [0, 1].
 
     Raises:
-      TypeError, ValueError: for anything else.
+      TypeError, ValueError: for a momentum that is no number in [0, 1].
 
     Example:
       >>> import bnjax, jax.numpy as jnp
@@ -74,11 +74,16 @@ class debiased:  # noqa: N801  a function with one parameter bound, which hashes
 
 @dataclass(frozen=True)
 class linear_ramp:  # noqa: N801  a function with its parameters bound, which hashes and compares by value
-    """A number that stays, then rises linearly with the count of updates, then stays again.
+    """A number that is constant, then rises linearly with the count of updates, then is constant again.
+
+        value = low + (high - low) clip((count - start) / (stop - start), 0, 1)
 
     Args:
-      low, high: its values at first and at last.
-      start, stop: the counts between which it rises.
+      low, high: the first and the last value.
+      start, stop: the counts of updates between which the value rises; start < stop.
+
+    Raises:
+      ValueError: unless start < stop.
 
     Example:
       >>> import bnjax, jax.numpy as jnp

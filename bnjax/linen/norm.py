@@ -26,18 +26,18 @@ class BatchNorm(nn.BatchNorm):
         y = scale * (x - mean) / sqrt(var + epsilon) + bias
         running = momentum * running + (1 - momentum) * batch          for mean and var, in training
 
-    Arguments, defaults, variables, dtypes and initialization are Flax's, and checkpoints serve both, either way.
-    Where it departs from Flax, on purpose:
+    Arguments, defaults, variables, dtypes and initialization are Flax's, and each layer reads the other's
+    checkpoints. It departs from Flax on purpose in these points:
 
-    * The variance is exact: taken around the running mean or the batch's, never as E[x^2] - E[x]^2. Reductions are
-      float32 or wider. `use_fast_variance` is accepted and makes no difference, nor does
-      `force_float32_reductions=False`, but for the dtype in which statistics are stored.
-    * Running statistics stay as they are for a feature with fewer than two valid values, or whose batch statistics are
-      not finite. Without a valid value `x` is normalized by the running statistics, where Flax gives NaN.
-    * Devices and masks are merged by weight: unequal and empty shards are exact. Flax takes the mean of means.
-    * A mask that is not boolean holds weights, 0 or more. Flax takes what is not 0 for True.
-    * The mean of complex `x` is stored as complex, and running statistics normalize as they are stored, also where Flax
-      first casts them to a `dtype` or `param_dtype` that cannot hold them.
+    * The variance is exact: it is taken around the running mean or the batch's mean, never as E[x^2] - E[x]^2, in
+      float32 or wider. `use_fast_variance` therefore has no effect, and `force_float32_reductions=False` affects only
+      the dtype in which statistics are stored.
+    * A feature with fewer than two valid values, or whose batch statistics are not finite, keeps its running
+      statistics. A feature without a valid value is normalized by the running statistics; Flax returns NaN.
+    * Devices are merged by weight, so that unequal and empty shards are exact. Flax takes the mean of means.
+    * A mask that is not boolean holds weights >= 0. Flax treats every number but 0 as True.
+    * The mean of complex `x` is stored as complex. Running statistics normalize in the dtype in which they are stored;
+      Flax first casts them to `dtype` or `param_dtype`, which may be too narrow.
     * Bad arguments are errors while tracing: a momentum outside [0, 1], an epsilon that is not positive in float32, an
       axis out of range.
 
@@ -47,16 +47,18 @@ class BatchNorm(nn.BatchNorm):
         statistics that come to `apply` without one start at 0.
       axis: the feature axis, or several.
       axis_name: mapped axis, or several, whose devices or examples share statistics.
-      unbiased_var: the running variance is that of n - 1, as in PyTorch; the output is normalized by the biased one.
-      frozen: normalize by the running statistics in training as well, and leave them as they are.
-      frozen_params: scale and bias have no gradient.
+      unbiased_var: whether the running variance is divided by n - 1, as in PyTorch; the output is normalized by the
+        biased variance.
+      frozen: whether to normalize by the running statistics in training too, and to leave them unchanged.
+      frozen_params: whether scale and bias have no gradient.
       **others: as in `flax.linen.BatchNorm`.
 
-    In training, if `mutable` names the collection `batch_moments`, `moments` there become the batch's `bnjax.Moments`,
-    and `support` the number of valid values and the mean weight behind a value, sum(w^2) / sum(w). If the collection
-    comes in with moments, those of the batch are merged into them, and the running statistics absorb the moments of
-    all: what gradient accumulation needs (`bnjax.training.train_step`). `mutable=True` does not name it, and gives
-    Flax's collections; a lifted transform such as `nn.scan` does if it lists it.
+    In training, if `mutable` names the collection `batch_moments`, the layer writes the batch's moments there:
+    `moments` is a `bnjax.Moments`, and `support` holds the number of valid values and the mean weight
+    sum(w^2) / sum(w). If the collection already has moments, the batch's moments are merged into them, and the running
+    statistics absorb the merged moments. Gradient accumulation needs this (`bnjax.training.train_step`).
+    `mutable=True` does not name the collection, so that the result has Flax's collections alone; a lifted transform
+    such as `nn.scan` has to list it.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -84,11 +86,12 @@ class BatchNorm(nn.BatchNorm):
           x: floating, complex or integer, any shape.
           use_running_average: True normalizes by the running statistics, False by the batch's, which the running
             statistics absorb unless the module is initializing. Given here or to the constructor.
-          mask: broadcastable to `x`, boolean or weights >= 0. Places of weight 0 do not enter the statistics,
-            whatever stands there.
+          mask: broadcastable to `x`, boolean or weights >= 0. Masked elements (weight 0), even NaN, do not affect any
+            other element, nor the statistics.
 
         Returns:
-          Of x's shape, and of `dtype`, or without one of the dtype to which x, scale and bias promote.
+          The normalized array, of x's shape. Its dtype is `dtype`; if that is None, the dtype to which
+            x, scale and bias promote.
         """
         return batch_norm(self, x, use_running_average, mask=mask)
 
@@ -97,7 +100,7 @@ class GhostBatchNorm(BatchNorm, kw_only=True):
     """Ghost batch normalization: `bnjax.ghost_bn_apply` as a layer.
 
     Args:
-      ghost_size: examples in a group, > 0.
+      ghost_size: number of examples in a group, > 0.
       **others: as in `BatchNorm`.
     """
 
@@ -114,8 +117,8 @@ class RenormBatchNorm(BatchNorm, kw_only=True):
     """Batch renormalization: `bnjax.renorm_bn_apply` as a layer.
 
     Args:
-      r_max, d_max: bounds of the correction, numbers or functions of the number of updates, which then is a variable
-        `count`; by default the paper's schedule.
+      r_max, d_max: bounds of the correction, numbers or functions of the number of updates; by default the paper's
+        schedule. A function adds the variable `count`.
       **others: as in `BatchNorm`.
     """
 
@@ -133,8 +136,8 @@ class IndexedBatchNorm(BatchNorm, kw_only=True):
     """Statistics for each timestep, domain or kind of data: `bnjax.indexed_bn_apply` as a layer.
 
     Args:
-      num_indices: their number; the statistics lead with an axis of that size.
-      indexed_params: whether each has a scale and a bias of its own.
+      num_indices: number of indices; the statistics have a leading axis of that size.
+      indexed_params: whether each index has its own scale and bias.
       **others: as in `BatchNorm`.
     """
 
@@ -162,7 +165,7 @@ class ConditionalBatchNorm(BatchNorm, kw_only=True):
     """A scale and a bias for each class, embedded from its label: `bnjax.conditional_params` as a layer.
 
     Args:
-      num_classes: their number; scale and bias lead with an axis of that size.
+      num_classes: number of classes; scale and bias have a leading axis of that size.
       **others: as in `BatchNorm`.
     """
 
@@ -230,7 +233,7 @@ class _Storage:
                 new = jnp.promote_types(new if jnp.issubdtype(new, jnp.inexact) else jnp.float32, stored)
                 mean = mean.astype(jnp.promote_types(mean.dtype, new))
                 var = var.astype(jnp.promote_types(var.dtype, jnp.finfo(new).dtype))
-        # By name only: with mutable=True a program that feeds back all it gets would accumulate moments unawares.
+        # By name only: with mutable=True, a program that passes back all collections would accumulate moments unawares.
         collect = (
             not layer.is_initializing()
             and not isinstance(layer.scope.mutable, bool | DenyList)

@@ -35,16 +35,17 @@ class BatchNorm(nnx.BatchNorm):
         y = scale * (x - mean) / sqrt(var + epsilon) + bias
         running = momentum * running + (1 - momentum) * batch          for mean and var, in training
 
-    Arguments, defaults, variables, dtypes and initialization are Flax's, and checkpoints serve both, either way.
-    Where it departs from Flax, on purpose:
+    Arguments, defaults, variables, dtypes and initialization are Flax's, and each layer reads the other's
+    checkpoints. It departs from Flax on purpose in these points:
 
-    * The variance is exact: taken around the running mean or the batch's, never as E[x^2] - E[x]^2.
-      `use_fast_variance` is accepted and makes no difference.
-    * Running statistics stay as they are for a feature with fewer than two valid values, or whose batch statistics are
-      not finite. Without a valid value `x` is normalized by the running statistics, where Flax gives NaN.
-    * Devices and masks are merged by weight: unequal and empty shards are exact. Flax takes the mean of means.
-    * A mask that is not boolean holds weights, 0 or more.
-    * With a half-precision `dtype` the running statistics normalize as they are stored. Flax rounds them to `dtype`.
+    * The variance is exact: it is taken around the running mean or the batch's mean, never as E[x^2] - E[x]^2, so that
+      `use_fast_variance` has no effect.
+    * A feature with fewer than two valid values, or whose batch statistics are not finite, keeps its running
+      statistics. A feature without a valid value is normalized by the running statistics; Flax returns NaN.
+    * Devices are merged by weight, so that unequal and empty shards are exact. Flax takes the mean of means.
+    * A mask that is not boolean holds weights >= 0.
+    * With a half-precision `dtype` the running statistics normalize in the dtype in which they are stored. Flax rounds
+      them to `dtype`.
     * The mean of complex `x` is stored as complex, so that the first call changes its dtype. Flax keeps its real part.
     * Bad arguments are errors while tracing: a momentum outside [0, 1], an epsilon that is not positive in float32, an
       axis out of range.
@@ -55,9 +56,10 @@ class BatchNorm(nnx.BatchNorm):
         `bnjax.debiased(0.99)`. Only a function adds a `BatchStat` `count`, of shape (num_features,), which starts at 0;
         if it is set later, on a layer that exists, the first call adds it.
       axis_name: mapped axis, or several, whose devices or examples share statistics.
-      unbiased_var: the running variance is that of n - 1, as in PyTorch; the output is normalized by the biased one.
-      frozen: normalize by the running statistics in training mode as well, and leave them as they are.
-      frozen_params: scale and bias have no gradient.
+      unbiased_var: whether the running variance is divided by n - 1, as in PyTorch; the output is normalized by the
+        biased variance.
+      frozen: whether to normalize by the running statistics in training mode too, and to leave them unchanged.
+      frozen_params: whether scale and bias have no gradient.
       **others: as in `flax.nnx.BatchNorm`.
 
     Example:
@@ -70,7 +72,7 @@ class BatchNorm(nnx.BatchNorm):
       ([[-1.0, -1.0], [1.0, 1.0]], [0.2..., 2.0])
     """
 
-    # An instance that has one writes its moments there; `functional` gives it one.
+    # A layer with this variable writes its moments there; `functional` gives it one.
     batch_moments: BatchMoments | None = None
     unbiased_var: bool = False
     frozen: bool = False
@@ -134,12 +136,13 @@ class BatchNorm(nnx.BatchNorm):
         Args:
           x: floating, complex or integer, any shape.
           use_running_average: True normalizes by the running statistics, False by the batch's, which the running
-            statistics absorb. What is given here goes before what the constructor was given.
-          mask: broadcastable to `x`, boolean or weights >= 0. Places of weight 0 do not enter the statistics,
-            whatever stands there.
+            statistics absorb. The argument of the call takes precedence over that of the constructor.
+          mask: broadcastable to `x`, boolean or weights >= 0. Masked elements (weight 0), even NaN, do not affect any
+            other element, nor the statistics.
 
         Returns:
-          Of x's shape, and of `dtype`, or without one of the dtype to which x, scale, bias and float32 promote.
+          The normalized array, of x's shape. Its dtype is `dtype`; if that is None, the dtype to which
+            x, scale, bias and float32 promote.
         """
         return self._call(x, use_running_average, mask)
 
@@ -209,7 +212,7 @@ class GhostBatchNorm(BatchNorm):
 
     Args:
       num_features: number of features.
-      ghost_size: examples in a group, > 0.
+      ghost_size: number of examples in a group, > 0.
       **options: as in `BatchNorm`.
     """
 
@@ -227,8 +230,8 @@ class RenormBatchNorm(BatchNorm):
 
     Args:
       num_features: number of features.
-      r_max, d_max: bounds of the correction, numbers or functions of the number of updates, which then is a `BatchStat`
-        `count`; by default the paper's schedule.
+      r_max, d_max: bounds of the correction, numbers or functions of the number of updates; by default the paper's
+        schedule. A function adds the `BatchStat` `count`.
       **options: as in `BatchNorm`.
     """
 
@@ -249,8 +252,8 @@ class IndexedBatchNorm(BatchNorm):
 
     Args:
       num_features: number of features.
-      num_indices: number of indices; the statistics lead with an axis of that size.
-      indexed_params: whether each has a scale and a bias of its own.
+      num_indices: number of indices; the statistics have a leading axis of that size.
+      indexed_params: whether each index has its own scale and bias.
       **options: as in `BatchNorm`.
     """
 
@@ -271,7 +274,7 @@ class ConditionalBatchNorm(BatchNorm):
 
     Args:
       num_features: number of features.
-      num_classes: number of classes; scale and bias lead with an axis of that size.
+      num_classes: number of classes; scale and bias have a leading axis of that size.
       **options: as in `BatchNorm`.
     """
 

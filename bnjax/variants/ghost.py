@@ -1,7 +1,6 @@
 """Ghost batch normalization: each group of examples is normalized by its own statistics.
 
-Hoffer, Hubara & Soudry (2017), algorithm 1. Formula, moments, masks, devices and derivatives are those of `bn_apply`;
-in evaluation it is `bn_apply`.
+Hoffer, Hubara & Soudry (2017), algorithm 1. Everything else is as in `bn_apply`, which it equals in evaluation.
 """
 
 from collections.abc import Sequence
@@ -42,20 +41,21 @@ def ghost_bn_apply(
 
         y = scale * (x - mean_g) / sqrt(var_g + epsilon) + bias          for each group g of `ghost_size` examples
 
-    Groups are contiguous along the first axis that is not a feature axis; the last one may be smaller. The running
-    statistics absorb, once, the merged moments of all groups: those of the whole batch, but for the rounding of the
-    groups' means.
+    Groups are contiguous along the first axis that is not a feature axis; the last group may be smaller. The running
+    statistics absorb the merged moments of all groups in one update. Up to rounding these are the moments of the whole
+    batch.
 
     Args:
-      ghost_size: examples in a group, > 0. With that of the batch or more it is `bn_apply`, of each device's own part
-        where an axis is named.
-      axis_name: mapped axis, or several, over which the running statistics are merged; the groups stay on their device.
+      ghost_size: number of examples in a group, > 0. If it is the size of the batch or more, the function is
+        `bn_apply`; if an axis is named, each device is then one group.
+      axis_name: mapped axis, or several, over which the running statistics are merged. Groups do not extend over
+        devices.
       params, state, x, train and the rest: as in `bnjax.bn_apply`.
 
     Returns:
-      y and the state, as `bnjax.bn_apply` does. A group is read once, around the mean of its first sixteenth, and that
-      part twice; under a mask it is read twice. A group without a valid value of a feature is normalized by the running
-      statistics. Under sharded jit a group that lies on one device needs no communication for its normalization.
+      y and the state, as from `bnjax.bn_apply`. A group is read once, around the mean of its first sixteenth, and that
+      part twice; under a mask it is read twice. A feature without a valid value in a group is normalized there by the
+      running statistics. Under sharded jit a group that lies on one device is normalized without communication.
 
     Raises:
       TypeError, ValueError: as `bnjax.bn_apply`, and for a `ghost_size` that is not a positive integer.

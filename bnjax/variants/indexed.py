@@ -1,7 +1,7 @@
 """Batch normalization with running statistics for each of several indices: timesteps, domains, kinds of examples.
 
 Timesteps: Cooijmans et al. (2017), section 3. Domains: Chang et al. (2019). Clean and adversarial examples: Xie et al.
-(2020). The computation is that of `bn_apply` on what the index selects.
+(2020). The computation is `bn_apply` on the state that the index selects.
 """
 
 from collections.abc import Sequence
@@ -35,7 +35,7 @@ def indexed_bn_init(
       features: as in `bnjax.bn_init`.
       num_indices: number of timesteps, domains or kinds of data, > 0.
       scale, bias, dtype: as in `bnjax.bn_init`.
-      indexed_params: whether each index has a scale and a bias of its own; by default they share one.
+      indexed_params: whether each index has its own scale and bias; by default all indices share one.
 
     Returns:
       `BNParams`, and a `BNState` whose arrays have shape (num_indices, *features); so have scale and bias if indexed.
@@ -77,18 +77,19 @@ def indexed_bn_apply(
 
         y, state[index] = bn_apply(params, state[index], x, train)
 
-    One index a timestep is recurrent batch normalization; one a domain, domain-specific batch normalization (Chang et
-    al., 2019); one for clean and one for adversarial examples, AdvProp (Xie et al., 2020).
+    With an index for each timestep this is recurrent batch normalization; with one for each domain, domain-specific
+    batch normalization (Chang et al., 2019); with one for clean and one for adversarial examples, AdvProp (Xie et al.,
+    2020).
 
     Args:
-      params, state: those of `indexed_bn_init`. A scale or bias of the state's shape is one per index (and not, as
-        it could be in a batch of `num_indices` examples, conditional: give that a further axis).
+      params, state: the variables from `indexed_bn_init`. A scale or bias of the state's shape has a row for each
+        index. (A conditional scale or bias of that very shape needs one more axis, to tell it apart.)
       index: an integer, or a scalar integer array, which may be traced. An array is clamped to [0, num_indices), so
-        that timesteps past the last use the last one's statistics.
+        that timesteps past the last one use the statistics of the last one.
       x, train and the rest: as in `bnjax.bn_apply`.
 
     Returns:
-      y and the state, of which only the arrays at `index` may have moved.
+      y and the state, which may differ from the given one at `index` alone.
 
     Raises:
       TypeError, ValueError: as `bnjax.bn_apply`, and for an index that is no integer, or known to be out of range.

@@ -1,7 +1,6 @@
-"""Batch renormalization: the batch's statistics, corrected towards the running ones.
+"""Batch renormalization: the batch's statistics, corrected towards the running statistics.
 
-Ioffe (2017), algorithm 1. Formula, moments, masks, devices and derivatives are those of `bn_apply`; in evaluation it is
-`bn_apply`.
+Ioffe (2017), algorithm 1. Everything else is as in `bn_apply`, which it equals in evaluation.
 """
 
 from collections.abc import Callable, Sequence
@@ -52,20 +51,20 @@ def renorm_bn_apply(
         r = clip(std / running std, 1 / r_max, r_max)     d = clip((mean - running mean) / running std, -d_max, d_max)
         y = scale * ((x - mean) / std * r + d) + bias
 
-    with r and d constants to the gradient. Unclipped, y is what evaluation gives. The running mean and the running
-    STANDARD DEVIATION are averaged: the state keeps var = max(running std^2 - epsilon, 0), so that a variance far below
-    epsilon is rounded as epsilon is. In evaluation it is `bn_apply`.
+    where r and d are constants to the gradient. Where nothing is clipped, y is the output of evaluation. The running
+    mean and the running STANDARD DEVIATION are averaged: the state holds var = max(running std^2 - epsilon, 0), so that
+    a variance far below epsilon has the rounding error of epsilon. In evaluation the function is `bn_apply`.
 
     Args:
-      r_max: bound of r, >= 1; 1 is batch normalization. A number, or a function of `state.count`. What only run time
-        knows is 1 at least.
-      d_max: bound of d, >= 0; likewise, 0 at least. `bnjax.RENORM_R_MAX` and `bnjax.RENORM_D_MAX` are the paper's
-        schedule.
-      state: running statistics; None is an error, since there would be nothing to correct towards.
+      r_max: bound of r, >= 1; with 1 and d_max = 0 the function is batch normalization. A number, or a function of
+        `state.count`. A value that is known only at run time is raised to 1.
+      d_max: bound of d, >= 0, likewise; a value known only at run time is raised to 0. `bnjax.RENORM_R_MAX` and
+        `bnjax.RENORM_D_MAX` are the paper's schedule.
+      state: running statistics. None is an error, because there would be nothing to correct towards.
       params, x, train and the rest: as in `bnjax.bn_apply`; `x` is real.
 
     Returns:
-      y and the state, as `bnjax.bn_apply` does.
+      y and the state, as from `bnjax.bn_apply`.
 
     Raises:
       TypeError, ValueError: as `bnjax.bn_apply`, and for a state that is None, complex `x`, r_max < 1 or d_max < 0.
