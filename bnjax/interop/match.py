@@ -199,8 +199,8 @@ def _by_order(call, library, sort, theirs, ours, called):
     raise ValueError(
         f"{call}({library.argument}=...): the {library.name} model has {len(theirs)} {sort}, the Flax model "
         f"{len(ours)}. The first mismatch in order is number {wrong + 1}: {mismatch}. Layers that match no other: "
-        f"{unmatched[0]} of {library.name}, {unmatched[1]} of Flax. Leave layers that the Flax model does not have out "
-        f"of {library.argument}, or pass names for the layers that belong together."
+        f"{unmatched[0]} of {library.name}, {unmatched[1]} of Flax. Leave out of "
+        f"{library.argument} the layers that the Flax model lacks, or pass names for the layers that belong together."
     )
 
 
