@@ -9,6 +9,7 @@ a public name that the reference lacks is a warning, which `mkdocs build --stric
 import logging
 import re
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +43,13 @@ def on_files(files: Any, config: Any) -> Any:
     return files
 
 
+def _table(match: re.Match[str]) -> str:
+    return textwrap.indent(tables.TABLES[match[2]](), match[1])
+
+
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Fill in tables, and link public names."""
-    markdown = re.sub(r"^<!-- table: (\S+) -->$", lambda match: tables.TABLES[match[1]](), markdown, flags=re.MULTILINE)
+    markdown = re.sub(r"^( *)<!-- table: (\S+) -->$", _table, markdown, flags=re.MULTILINE)
     if page.file.src_uri.startswith("reference/"):
         return markdown
     return docstrings.linked(markdown)
