@@ -81,7 +81,7 @@ def passes(dtype: str = "bfloat16") -> str:
 
     def cells(block, direction, value):
         found = (compiled.of(entries, target=t, block=block, direction=direction, **facts) for t in targets)
-        return [" / ".join(value(row[name]) if name in row else "-" for name in FLAX) for row in found]
+        return ["\N{NO-BREAK SPACE}/ ".join(value(row[name]) if name in row else "-" for name in FLAX) for row in found]
 
     rows = [
         [f"{BLOCKS[block]}, {DIRECTIONS[direction]}", *cells(block, direction, lambda e: f"{e['passes']:.1f}")]
@@ -182,6 +182,30 @@ def variants_timed() -> str:
         least = bench.least(e)
         rows.append([" x ".join(map(str, e["shape"])), *(f"{least[n] / least['bn_apply']:.2f}" for n in names)])
     return table(["shape of x", *(f"`{name}`" for name in names)], rows)
+
+
+COMPARED = ("bnjax", "Flax Linen", "Haiku", "Equinox", "Keras on JAX", "PyTorch")
+
+
+def comparison() -> str:
+    """The measured rows of README's table: errors, passes over memory and times beside the other libraries."""
+    found = exactness.by_library(exactness.read(RESULTS / "exactness"), "y")
+    errors = [found[name][1e4] for name in COMPARED]
+    rows = [
+        [
+            "largest error of the output at \\|mean\\|/std = 10⁴, float32",
+            *("not finite" if error is None else f"{error:.1e}" for error in errors),
+        ]
+    ]
+    facts: dict[str, Any] = {"part": "layer", "variant": None, "block": "bn", "direction": "backward"}
+    for target, what in (("v5e", "passes over memory, TPU v5e¹"), ("h100", "passes over memory, H100¹")):
+        row = compiled.of(_programs(), target=target, dtype="bfloat16", **facts)
+        rows.append([what, *(f"{row[name]['passes']:.1f}" if name in row else "" for name in COMPARED)])
+    facts = {"layout": "last", "dtype": "float32", "block": "bn", "direction": "backward"}
+    entries = [e for e in _times()["libraries"] if all(e[k] == v for k, v in facts.items())]
+    times = [bench.geometric_mean(bench.least(e)[n] / bench.least(e)["bnjax"] for e in entries) for n in COMPARED]
+    rows.append(["time on CPU, in multiples of bnjax's²", *(f"{value:.2f}" for value in times)])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 TABLES: dict[str, Callable[[], str]] = {
