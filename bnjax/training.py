@@ -17,6 +17,8 @@ from jax import Array
 from bnjax.core import checks, trees
 from bnjax.core.array_moments import CHECKPOINT_NAME
 
+__all__ = ["Model", "TrainState", "decay_mask", "eval_step", "save_statistics", "train_step"]
+
 Loss = Callable[["Model", Any, bool], Array | tuple[Array, Mapping[str, Array]]]
 
 _OUTPUTS = ("intermediates", "batch_moments")

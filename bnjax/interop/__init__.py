@@ -23,18 +23,30 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from bnjax.interop.layers import from_keras as from_keras
-from bnjax.interop.layers import from_torch as from_torch
-from bnjax.interop.layers import to_keras as to_keras
-from bnjax.interop.layers import to_torch as to_torch
-from bnjax.interop.match import Moved as Moved
-from bnjax.interop.match import Report as Report
-from bnjax.interop.models import Unmatched as Unmatched
-from bnjax.interop.models import from_keras_model as from_keras_model
-from bnjax.interop.models import from_torch_model as from_torch_model
-from bnjax.interop.models import to_keras_model as to_keras_model
-from bnjax.interop.models import to_torch_model as to_torch_model
+from bnjax.interop.layers import from_keras, from_torch, to_keras, to_torch
+from bnjax.interop.match import Moved, Report
+from bnjax.interop.models import Unmatched, from_keras_model, from_torch_model, to_keras_model, to_torch_model
+
+__all__ = [
+    "FLAX",
+    "KERAS",
+    "TORCH",
+    "Moved",
+    "Report",
+    "Unmatched",
+    "from_keras",
+    "from_keras_model",
+    "from_torch",
+    "from_torch_model",
+    "to_keras",
+    "to_keras_model",
+    "to_torch",
+    "to_torch_model",
+]
 
 TORCH: Mapping[str, Any] = MappingProxyType({"axis": 1, "momentum": 0.9, "epsilon": 1e-5, "unbiased_var": True})
+"""Options with which `bn_apply` computes what PyTorch's layers compute by default."""
 KERAS: Mapping[str, Any] = MappingProxyType({"axis": -1, "momentum": 0.99, "epsilon": 1e-3, "unbiased_var": False})
+"""Options with which `bn_apply` computes what Keras's layer computes by default."""
 FLAX: Mapping[str, Any] = MappingProxyType({"axis": -1, "momentum": 0.99, "epsilon": 1e-5, "unbiased_var": False})
+"""Options with which `bn_apply` computes what Flax's layers compute by default."""
