@@ -15,7 +15,7 @@ from flax.training import train_state
 from jax import Array
 
 from bnjax.core import checks, trees
-from bnjax.core.array_moments import CHECKPOINT_NAME
+from bnjax.core.checkpoint import CHECKPOINT_NAME
 
 __all__ = ["Model", "TrainState", "decay_mask", "eval_step", "save_statistics", "train_step"]
 
