@@ -8,6 +8,7 @@ recalibrated, whose running statistics are replaced by those of one pass over th
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
