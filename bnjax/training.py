@@ -245,8 +245,8 @@ def eval_step(loss: Loss) -> Callable[[TrainState, Any], dict[str, Array]]:
       >>> import jax.numpy as jnp, optax
       >>> from bnjax.training import TrainState, eval_step
       >>> def apply(variables, x):
-      ...     return variables["params"] * x
-      >>> state = TrainState.create(apply_fn=apply, params=2.0, tx=optax.sgd(0.1))
+      ...     return variables["params"]["scale"] * x
+      >>> state = TrainState.create(apply_fn=apply, params={"scale": 2.0}, tx=optax.sgd(0.1))
       >>> eval_step(lambda model, batch, train: jnp.mean(model(batch)))(state, jnp.ones(3))["loss"].tolist()
       2.0
     """

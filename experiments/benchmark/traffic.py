@@ -10,10 +10,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
-_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8}
-_BYTES |= {"f64": 8, "c64": 8, "c128": 16}
-_VIEWS = {"parameter", "tuple", "get-tuple-element", "bitcast", "constant", "after-all", "partition-id", "iota"}
-_VIEWS |= {"opt-barrier"}
+_BYTES = {
+    **{"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8},
+    **{"f64": 8, "c64": 8, "c128": 16},
+}
+_VIEWS = {
+    *("parameter", "tuple", "get-tuple-element", "bitcast", "constant", "after-all", "partition-id", "iota"),
+    "opt-barrier",
+}
 _COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 
 _ARRAY = re.compile(r"(\w+)\[([\d,]*)\](\{[^}]*\})?")

@@ -8,6 +8,7 @@ recalibrated, whose running statistics are replaced by those of one pass over th
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -80,7 +81,7 @@ class BatchSize(study.Study):
         batch_size = min(size * runtime.SEVERAL if synchronized else size, len(images))
         steps = -(-self.images // batch_size)
         normalize = {"renormalization": renormalize(steps), "ghost": partial(bnjax.ghost_bn_apply, ghost_size=GHOST)}
-        options = {"activation": jax.nn.relu, "normalize": normalize.get(method, bnjax.bn_apply)}
+        options: dict[str, Any] = {"activation": jax.nn.relu, "normalize": normalize.get(method, bnjax.bn_apply)}
         momentum = self.momentum ** (batch_size / USUAL)
         init, apply = networks.mlp(dataset, self.hidden, True, momentum=momentum, **options)
 

@@ -1,7 +1,7 @@
 """Figures, read from the files of a run; nothing here trains. The colours are Okabe and Ito's, told apart by all."""
 
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ MARKERS = "os^Dv<>"
 
 
 @contextmanager
-def figure(path: Path, title: str, panels: int = 1, height: float = 4.2, **options: Any) -> Iterator[Any]:
+def figure(path: Path, title: str, panels: int = 1, height: float = 4.2, **options: Any) -> Generator[Any, None, None]:
     """Axes to draw on, or an array of them, beside each other; with the title, and saved, when all is drawn."""
     width = (7, 8.4, 10.5)[panels - 1]
     drawn, axes = plt.subplots(1, panels, figsize=(width, height), layout="constrained", **options)

@@ -104,7 +104,8 @@ def _environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(picture=_picture, duration=_duration, numeric=_numeric, fields=_fields)
+    filters: dict[str, Any] = environment.filters
+    filters.update(picture=_picture, duration=_duration, numeric=_numeric, fields=_fields)
     return environment
 
 

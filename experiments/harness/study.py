@@ -127,13 +127,13 @@ def first(steps: np.ndarray, accuracy: np.ndarray, target: np.ndarray | float) -
     return np.where(hit.any(1), steps[hit.argmax(1)], np.nan)
 
 
-def bar(studies: int) -> tqdm:
+def bar(studies: int) -> "tqdm[Any]":
     """The progress of some experiments, all alike in length."""
     form = "{desc}: {percentage:3.0f}%|{bar}| {n:.1f} of {total} experiments, {elapsed}<{remaining}{postfix}"
     return tqdm(total=studies, bar_format=form, mininterval=0.5, disable=not runtime.is_primary())
 
 
-def run(study: Study, dataset: data.Dataset, progress: tqdm | None = None) -> None:
+def run(study: Study, dataset: data.Dataset, progress: "tqdm[Any] | None" = None) -> None:
     """Measure, and write the files; the progress is shown among that of others, or alone."""
     begun = time.perf_counter()
     runs = study.runs(dataset)  # here bad input is found, before anything is shown or written
@@ -220,7 +220,7 @@ def run_all(studies: list[Study]) -> None:
     print(f"{out / 'report.html'}\n{out / 'verdicts.json'}")
 
 
-def _teller(progress: tqdm, study: Study) -> Callable[[float, str], None]:
+def _teller(progress: "tqdm[Any]", study: Study) -> Callable[[float, str], None]:
     progress.set_description_str(study.NAME)
 
     def tell(part: float, remark: str) -> None:
