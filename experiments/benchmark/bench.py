@@ -343,8 +343,12 @@ def report(results: dict[str, Any]) -> None:
     """Print the tables."""
     if entries := results.get("libraries"):
         names = [name for name in entries[0]["seconds"] if not name.startswith("copy")]
-        print("\nHow many times as fast as each library, by least times, geometric mean over the shapes; time over")
-        print("that of the passes at the speed of copying; and how far the median of its times is above the least.\n")
+        print(
+            "\nThe time of each library divided by that of bnjax (least times, geometric mean over the shapes); the time"
+        )
+        print(
+            "of bnjax divided by that of the passes at the speed of copying (limit); (median - least) / least (spread).\n"
+        )
         print(f"{'':34}" + "".join(f"{name:>14}" for name in names[1:]) + f"{'limit':>8}{'spread':>8}")
         keys = [tuple(e[k] for k in ("layout", "dtype", "direction", "block")) for e in entries]
         for key in dict.fromkeys(keys):
