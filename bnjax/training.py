@@ -108,7 +108,7 @@ class Model:
     """
 
     def __init__(self, apply_fn: Callable[..., Any], variables: dict[str, Any], mutable: list[str], rngs: Any):
-        self.variables = variables
+        self.variables: dict[str, Any] = variables
         self._apply, self._mutable, self._rngs = apply_fn, mutable, rngs
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
