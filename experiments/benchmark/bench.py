@@ -344,11 +344,9 @@ def report(results: dict[str, Any]) -> None:
     if entries := results.get("libraries"):
         names = [name for name in entries[0]["seconds"] if not name.startswith("copy")]
         print(
-            "\nThe time of each library divided by that of bnjax (least times, geometric mean over the shapes); the time"
+            "\nThe time of each library divided by bnjax's (least times, geometric mean over the shapes); bnjax's time"
         )
-        print(
-            "of bnjax divided by that of the passes at the speed of copying (limit); (median - least) / least (spread).\n"
-        )
+        print("divided by that of the passes at the speed of copying (limit); (median - least) / least (spread).\n")
         print(f"{'':34}" + "".join(f"{name:>14}" for name in names[1:]) + f"{'limit':>8}{'spread':>8}")
         keys = [tuple(e[k] for k in ("layout", "dtype", "direction", "block")) for e in entries]
         for key in dict.fromkeys(keys):
