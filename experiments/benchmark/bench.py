@@ -343,9 +343,7 @@ def report(results: dict[str, Any]) -> None:
     """Print the tables."""
     if entries := results.get("libraries"):
         names = [name for name in entries[0]["seconds"] if not name.startswith("copy")]
-        print(
-            "\nThe time of each library divided by bnjax's (least times, geometric mean over the shapes); bnjax's time"
-        )
+        print("\nThe time of each library divided by bnjax's (least times, geometric mean over shapes); bnjax's time")
         print("divided by that of the passes at the speed of copying (limit); (median - least) / least (spread).\n")
         print(f"{'':34}" + "".join(f"{name:>14}" for name in names[1:]) + f"{'limit':>8}{'spread':>8}")
         keys = [tuple(e[k] for k in ("layout", "dtype", "direction", "block")) for e in entries]
