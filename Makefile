@@ -61,7 +61,7 @@ test-newest: ## the library's tests on the newest supported jax, with the newest
 	$(NEWEST)/bin/python $(INSTALL) --upgrade --editable '.[test]'
 	$(NEWEST)/bin/python -m pytest --numprocesses 2
 
-# On macOS there is neither a compiler for TPUs nor the exact rounding of the other tests' golden files.
+# For platforms such as macOS, for which there are no compilers for TPUs and GPUs.
 test-pure: ## the tests of the pure functions, which need no Flax layers; with the newest supported jax
 	test -d $(PURE) || $(PYTHON) -m venv $(PURE)
 	$(PURE)/bin/python $(INSTALL) --editable '.[test]'
