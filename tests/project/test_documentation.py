@@ -74,7 +74,7 @@ def test_readme_has_the_committed_numbers():
 def test_the_committed_verdicts_are_on_the_page_of_claims():
     shown = tables.verdicts()
     for verdict in json.loads((tables.RESULTS / "verdicts.json").read_text(encoding="utf-8")):
-        cells = [verdict[name].replace("|", "\\|") for name in ("claim", "measured", "verdict")]
+        cells = [verdict[name].replace("|", "\\|") for name in ("claim", "verdict", "measured")]
         assert f"| {' | '.join(cells)} |" in shown
 
 
