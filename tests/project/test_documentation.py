@@ -86,6 +86,19 @@ def test_every_table_is_on_a_page_and_can_be_made():
         assert make().count("\n") != 1
 
 
+@pytest.mark.slow
+def test_the_pictures_of_the_guide_show_what_it_says(flax_promotion):
+    from docs.tools import pictures
+
+    problems = {name: {f.problem for f in diagnosis.findings} for name, diagnosis in pictures.diagnoses().items()}
+    assert problems == {
+        "healthy": set(),
+        "shifted": {"variance differs", "mean shifted"},
+        "lagging": {"initial values", "variance differs"},
+        "dead": {"dead features"},
+    }
+
+
 def test_links_of_readme_and_contributing_lead_to_files():
     for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md"):
         text = (ROOT / name).read_text(encoding="utf-8")
