@@ -15,11 +15,11 @@ The rooms of the package, each importing only from those before it:
 from typing import TYPE_CHECKING
 
 from bnjax import interop
-from bnjax.core.apply import BNParams, BNState, bn_apply, bn_init
-from bnjax.core.array_moments import Moments
+from bnjax.core.apply import bn_apply, bn_init
 from bnjax.core.checks import UnboundAxisNameError
 from bnjax.core.deprecation import aliases
 from bnjax.core.moments import batch_moments, merge_moments
+from bnjax.core.records import BNParams, BNState, Moments
 from bnjax.core.schedules import cumulative_average, debiased, linear_ramp
 from bnjax.deploy.affine import Affine, fold, fold_into_next, fold_into_previous
 from bnjax.deploy.recalibration import recalibrate

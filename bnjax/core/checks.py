@@ -115,13 +115,6 @@ def index_groups(call: str, groups: Sequence[Sequence[int]] | None) -> tuple[tup
         ) from error
 
 
-def keywords(call: str, given: Iterable[str], known: Iterable[str]) -> None:
-    """All keywords that were given are those of a call."""
-    unknown = sorted(set(given) - set(known))
-    if unknown:
-        raise TypeError(f"{call}({unknown[0]}=...): there is no such argument. Pass some of {sorted(known)}.")
-
-
 def bound_axes(call: str, names: tuple[Hashable, ...], groups: tuple[tuple[int, ...], ...] | None) -> None:
     """Every name is a mapped axis here, and the groups hold each index once."""
     if len(set(names)) != len(names):

@@ -12,10 +12,10 @@ import jax.numpy as jnp
 from jax import Array
 
 from bnjax.core import checks
-from bnjax.core.apply import BNParams, BNState, aligned
-from bnjax.core.array_moments import serializable
+from bnjax.core.apply import aligned
 from bnjax.core.moments import wider
 from bnjax.core.normalize import normalize, slopes
+from bnjax.core.records import BNParams, BNState, serializable
 
 
 @serializable

@@ -7,7 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from bnjax.core import trees
-from bnjax.core.apply import BNState, absorb, select
+from bnjax.core.records import BNState, Collected
+from bnjax.core.running import absorb
+from bnjax.core.sharding import select
 
 
 def recalibrate(
@@ -122,7 +124,7 @@ def _tried(update, variables, batch):
 def _population(moments, support, unbiased_var):
     """Mean and variance of what was collected, and where there is enough of it."""
     fresh = BNState(jnp.zeros_like(moments.mean), jnp.ones_like(moments.var), jnp.zeros(moments.var.shape, jnp.int32))
-    state = absorb(fresh, moments, support, (0.0, 1.0), unbiased_var)
+    state = absorb(fresh, Collected(moments, support), (0.0, 1.0), unbiased_var)
     return state.mean, state.var, state.count > 0
 
 

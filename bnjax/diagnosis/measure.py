@@ -23,7 +23,7 @@ import numpy as np
 from jax.core import Tracer
 
 from bnjax.core import checks, trees
-from bnjax.core.apply import BNParams, BNState
+from bnjax.core.records import BNParams, BNState
 from bnjax.diagnosis.plot import draw, short
 
 SEVERITIES = ("error", "warning", "note")

@@ -6,8 +6,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from bnjax.core.apply import BNParams, BNState
 from bnjax.core.moments import wider
+from bnjax.core.records import BNParams, BNState
 from bnjax.interop.arrays import checked, plain, tensors, updates
 
 

@@ -12,8 +12,6 @@ UNCLEAR, and is an error where a layer's features depend on it.
 from math import prod
 from typing import Any, NamedTuple
 
-from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
-
 CHANNEL, INPUT, UNCLEAR = "channel", "input", "unclear"  # a role; that of pixels is the number of their axis, from 0
 _MOVING = {"rev", "sort", "gather", "scatter", "scatter-add", "dynamic_update_slice", "cumsum", "scan", "while", "cond"}
 
@@ -58,7 +56,7 @@ def mark(side: str, kind: str, layer: str) -> str:
     return f"bnjax {side} {kind} {layer}"
 
 
-def features(closed: ClosedJaxpr, inputs: int) -> dict[tuple[str, str], list[Atom]]:
+def features(closed: Any, inputs: int) -> dict[tuple[str, str], list[Atom]]:
     """The atoms of the feature axis of what enters and leaves each marked layer, by ("in" or "out", layer).
 
     Args:
@@ -131,7 +129,7 @@ def _run(jaxpr, arguments, seen):
 
     def read(v):
         fresh = _fresh(getattr(v.aval, "shape", ()))
-        return fresh if isinstance(v, Literal) else axes.setdefault(v, fresh)
+        return fresh if hasattr(v, "val") else axes.setdefault(v, fresh)
 
     for eqn in jaxpr.eqns:
         operands, inner = [read(v) for v in eqn.invars], _inner(eqn)
@@ -146,8 +144,8 @@ def _run(jaxpr, arguments, seen):
 def _inner(eqn):
     """The jaxpr that an equation calls with its own operands."""
     for value in eqn.params.values():
-        jaxpr = value.jaxpr if isinstance(value, ClosedJaxpr) else value
-        if isinstance(jaxpr, Jaxpr) and _shapes(jaxpr.invars + jaxpr.outvars) == _shapes(eqn.invars + eqn.outvars):
+        jaxpr = getattr(value, "jaxpr", value)
+        if hasattr(jaxpr, "eqns") and _shapes(jaxpr.invars + jaxpr.outvars) == _shapes(eqn.invars + eqn.outvars):
             return jaxpr
     return None
 

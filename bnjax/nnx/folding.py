@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from bnjax.core.apply import BNParams, BNState
+from bnjax.core.records import BNParams, BNState
 from bnjax.deploy.affine import fold as affine_fold
 from bnjax.deploy.neighbours import FoldReport, Neighbours, Seen, as_pairs, fold_linear, fold_pairs, log, watched
 from bnjax.nnx.norm import BatchNorm, GhostBatchNorm, RenormBatchNorm

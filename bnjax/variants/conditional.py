@@ -8,8 +8,8 @@ from jax.sharding import NamedSharding, reshard
 from jax.sharding import PartitionSpec as P
 
 from bnjax.core import checks
-from bnjax.core.apply import BNParams
-from bnjax.core.array_moments import is_explicit
+from bnjax.core.records import BNParams
+from bnjax.core.sharding import is_explicit
 
 
 def conditional_params(params: BNParams, label: Array, x: Array, *, axis: checks.Axis = -1) -> BNParams:

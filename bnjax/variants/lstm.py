@@ -8,7 +8,7 @@ Input and recurrent terms are normalized apart, and every timestep by statistics
 use the last one's. The scales start at 0.1, which keeps the gradient of tanh from vanishing (section 4).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -16,10 +16,11 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from bnjax.core import checks
-from bnjax.core.apply import BNParams, BNState, bn_apply
-from bnjax.core.array_moments import serializable
 from bnjax.core.moments import wider
-from bnjax.variants.indexed import indexed_bn_collect, indexed_bn_init
+from bnjax.core.options import checked
+from bnjax.core.records import BNParams, BNState, serializable
+from bnjax.core.schedules import Momentum
+from bnjax.variants.indexed import apply_indexed, indexed_bn_init
 
 SCALE = 0.1
 """Initial scale of all three normalizations."""
@@ -118,7 +119,17 @@ def bn_lstm_carry(
 
 
 def bn_lstm_apply(
-    params: BNLSTMParams, state: BNLSTMState, carry: BNLSTMCarry, x: Array, train: bool, **options: Any
+    params: BNLSTMParams,
+    state: BNLSTMState,
+    carry: BNLSTMCarry,
+    x: Array,
+    train: bool,
+    *,
+    momentum: Momentum = 0.99,
+    epsilon: float = 1e-5,
+    axis_name: checks.AxisName | None = None,
+    axis_index_groups: Sequence[Sequence[int]] | None = None,
+    unbiased_var: bool = False,
 ) -> tuple[BNLSTMCarry, BNLSTMState]:
     """One timestep of a BN-LSTM (Cooijmans et al., 2017, equations 6 to 8).
 
@@ -128,7 +139,7 @@ def bn_lstm_apply(
       params, state: those of `bn_lstm_init`.
       carry: that of `bn_lstm_carry`, or of the timestep before.
       x: of shape (batch, inputs).
-      train, **options: as in `bnjax.bn_apply` (momentum, epsilon, axis_name, axis_index_groups, unbiased_var).
+      train and the rest: as in `bnjax.bn_apply`.
 
     Returns:
       The carry, whose `output` is h, and the state; in a scan over timesteps both are carried.
@@ -147,15 +158,21 @@ def bn_lstm_apply(
       >>> outputs.shape, state.cell_bn.count[:, 0].tolist()
       ((5, 16, 8), [1, 1, 1, 1, 1])
     """
-    defaults = dict(bn_apply.__kwdefaults__ or {})
-    del defaults["axis"], defaults["mask"]
-    checks.keywords("bn_lstm_apply", options, defaults)
-    options = {"axis": -1, "collect": False, "call": "bn_lstm_apply"} | defaults | options
+    options = checked(
+        "bn_lstm_apply",
+        train,
+        axis=-1,
+        epsilon=epsilon,
+        axis_name=axis_name,
+        axis_index_groups=axis_index_groups,
+        unbiased_var=unbiased_var,
+    )
     new_state = {}
 
     def norm(name, values, mask):
-        values, new_state[name], _ = indexed_bn_collect(
-            getattr(params, name), getattr(state, name), values, train, index=carry.step, mask=mask, **options
+        params_of, state_of = getattr(params, name), getattr(state, name)
+        values, new_state[name], _ = apply_indexed(
+            params_of, state_of, values, options, momentum=momentum, mask=mask, index=carry.step
         )
         return values
 

@@ -12,8 +12,8 @@ from jax.sharding import PartitionSpec as P
 
 import bnjax
 from bnjax.core import array_moments
-from bnjax.core.apply import bn_collect
 from tests.support import reference
+from tests.support.collecting import apply_and_collect
 from tests.support.tolerances import EPS, FACTOR
 
 ROWS, FEATURES = 4096, 5
@@ -55,11 +55,10 @@ def test_moments_are_exact_wherever_the_running_mean_is(offset, mean, masked, ev
     x = batch(mean, 1.0, rng)
     mask = None if masked is None else rng.random((ROWS, 1)) < 0.6
     mask = mask if masked != "weights" else (mask * rng.random((ROWS, 1))).astype(np.float32)
-    options = bnjax.bn_apply.__kwdefaults__ | {"collect": True}
 
     @jax.jit
     def collect(x, mask, state):  # what a state absorbs that is not itself NaN
-        return bn_collect(PARAMS, state, x, True, **options | {"mask": mask})[2].moments
+        return apply_and_collect(PARAMS, state, x, mask=mask)[2].moments
 
     found = collect(jax.device_put(x, everywhere), mask, state_at(mean + offset))
     assert_exact(x, found.mean, found.var, mask)
