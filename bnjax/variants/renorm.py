@@ -23,9 +23,9 @@ from bnjax.core.sharding import sharded_as
 Limit = float | Array | Callable[[Array], Array]
 
 RENORM_R_MAX = linear_ramp(1.0, 3.0, 5_000, 40_000)
-"""The schedule of `r_max` of Ioffe (2017, section 4): 1, which is batch normalization, for 5000 updates, then up to 3."""
+"""The schedule of `r_max` of Ioffe (2017, section 4): 1, which is batch normalization, for 5000 updates; then to 3."""
 RENORM_D_MAX = linear_ramp(0.0, 5.0, 5_000, 25_000)
-"""The schedule of `d_max` of Ioffe (2017, section 4): 0, which is batch normalization, for 5000 updates, then up to 5."""
+"""The schedule of `d_max` of Ioffe (2017, section 4): 0, which is batch normalization, for 5000 updates; then to 5."""
 # The least bounds of renormalization, which make it batch normalization.
 LEAST = {"r_max": 1, "d_max": 0}
 
