@@ -59,7 +59,7 @@ def convert(model: Model, *, to: type | None = None, where: Where | None = None,
         for name, value in changed.changes:
             setattr(layer, name, value)
         if counts(layer) and not hasattr(layer, "count"):
-            layer._add_count()
+            norm_module.add_count(layer)
     return model
 
 

@@ -25,7 +25,7 @@ from bnjax.variants.renorm import RENORM_D_MAX, RENORM_R_MAX, Limit, apply_renor
 _zeros, _ones = initializers.zeros_init(), initializers.ones_init()
 
 
-class BatchMoments(nnx.Variable):
+class BatchMoments(nnx.Variable[Any]):
     """The moments of the batch, where someone asks for them."""
 
 
@@ -125,10 +125,7 @@ class BatchNorm(nnx.BatchNorm):
         )
         self.unbiased_var, self.frozen, self.frozen_params = unbiased_var, frozen, frozen_params
         if callable(momentum):
-            self._add_count()
-
-    def _add_count(self):
-        self.count = nnx.BatchStat(jnp.zeros(self.mean[...].shape, jnp.int32))
+            add_count(self)
 
     def __call__(self, x: Any, use_running_average: bool | None = None, *, mask: Any = None) -> Array:
         """Normalize `x`.
@@ -169,7 +166,7 @@ class _Storage:
         layer = self.layer
         counting = train and counts(layer)
         if counting and not hasattr(layer, "count"):
-            layer._add_count()
+            add_count(layer)
         params = BNParams(*(None if v is None else v[...] for v in (layer.scale, layer.bias)))
         count = layer.count[...] if counting else None
         earlier = None if layer.batch_moments is None else layer.batch_moments.get_value()
@@ -197,6 +194,11 @@ class _Storage:
                 _store(layer.count, state.count)
         if collected is not None and layer.batch_moments is not None:
             layer.batch_moments.set_value(collected)  # pyright: ignore[reportArgumentType]
+
+
+def add_count(layer: BatchNorm) -> None:
+    """Give the layer the variable that counts its updates, at 0."""
+    layer.count = nnx.BatchStat(jnp.zeros(layer.mean[...].shape, jnp.int32))
 
 
 def _store(variable, value):
@@ -239,7 +241,7 @@ class RenormBatchNorm(BatchNorm):
         super().__init__(num_features, **options)
         self.r_max, self.d_max = r_max, d_max
         if callable(r_max) or callable(d_max):
-            self._add_count()
+            add_count(self)
 
     def __call__(self, x: Any, use_running_average: bool | None = None, *, mask: Any = None) -> Array:
         """As `BatchNorm`."""

@@ -157,8 +157,7 @@ def _apply(params, state, x, train, *, name, pixels, momentum, mask=None, axis_n
                 lstm.input_kernel, lstm.recurrent_kernel, lstm.bias, carry, x, lambda name, values, mask: values
             )
         else:
-            options = {"momentum": momentum, "axis_name": axis_name}
-            carry, state = bnjax.bn_lstm_apply(lstm, state, carry, x, train, **options)
+            carry, state = bnjax.bn_lstm_apply(lstm, state, carry, x, train, momentum=momentum, axis_name=axis_name)
         if added is not None:
             carry = carry._replace(output=carry.output + added)
         return (carry, state), None
