@@ -77,6 +77,8 @@ class BatchNorm(nnx.BatchNorm):
     unbiased_var: bool = False
     frozen: bool = False
     frozen_params: bool = False
+    # Only a layer with an option that is a function of the number of updates has it.
+    count: nnx.BatchStat[Any]
 
     def __init__(
         self,
