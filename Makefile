@@ -10,7 +10,7 @@ INSTALL := -m pip install --quiet --disable-pip-version-check
 # The environments hold jax for the CPU. Compilers for TPUs and GPUs lie beside it, whose search for a device is noise.
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: help demo claims compiled bench test oracles test-oldest test-flax lint format wheel clean
+.PHONY: help demo claims compiled bench test test-all oracles test-oldest test-flax lint format wheel clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -37,12 +37,15 @@ $(OTHERS)/.installed: pyproject.toml constraints.txt
 bench: $(OTHERS)/.installed ## time it against Flax, Haiku, Equinox, Keras and PyTorch; tables, and figures under results/
 	$(OTHERS)/bin/python -m experiments bench
 
-test: $(VENV)/.installed ## the whole test suite
-	$(BIN)/python -m pytest --numprocesses 2
+test: $(VENV)/.installed ## the test suite, except what takes long by its nature
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+
+test-all: $(VENV)/.installed ## the tests that `test` leaves out: processes, whole experiments, real models, programs for TPUs
+	$(BIN)/python -m pytest --numprocesses 2 -m slow
 
 oracles: $(OTHERS)/.installed ## compare it live with PyTorch, Keras, Haiku, Equinox, Flax and ONNX; compile it for a GPU
 	$(OTHERS)/bin/python -m pytest --numprocesses 2 tests/oracles
-	$(OTHERS)/bin/python -m pytest tests/experiments/test_compiled.py -k gpu
+	$(OTHERS)/bin/python -m pytest tests/experiments/test_compiled.py -m slow -k gpu
 
 lint: $(VENV)/.installed ## ruff and pyright
 	$(BIN)/ruff check .

@@ -10,7 +10,8 @@ import hypothesis
 import jax
 import numpy as np
 import pytest
-from jax._src import compiler
+
+from tests.support.compiling import unoptimized
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -18,13 +19,6 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # Compiling dominates a first example, so a deadline would measure the machine.
 hypothesis.settings.register_profile("bnjax", deadline=None, derandomize=True, max_examples=40)
 hypothesis.settings.load_profile("bnjax")
-
-
-QUICK = {
-    "xla_backend_optimization_level": "0",
-    "xla_llvm_disable_expensive_passes": "True",
-    "xla_cpu_use_fusion_emitters": "False",
-}
 
 
 @pytest.hookimpl(wrapper=True)
@@ -35,23 +29,6 @@ def pytest_runtest_protocol(item):
     """
     with unoptimized() if item.get_closest_marker("optimized") is None else contextlib.nullcontext():
         return (yield)
-
-
-@contextlib.contextmanager
-def unoptimized():
-    """Half of the time to compile a small program goes to LLVM's passes and to the emitters of fusions.
-
-    The precision is the default one by another name. JAX's caches tell it apart, but not the options: without it a
-    function that was compiled before would stay as it was compiled.
-    """
-    compile_options = compiler.get_compile_options
-
-    def quick(*args, env_options_overrides=None, **options):
-        return compile_options(*args, env_options_overrides={**(env_options_overrides or {}), **QUICK}, **options)
-
-    with pytest.MonkeyPatch.context() as patch, jax.default_matmul_precision("default"):
-        patch.setattr(compiler, "get_compile_options", quick)
-        yield
 
 
 @pytest.fixture

@@ -87,7 +87,7 @@ def read(folder: Path) -> list[dict[str, Any]]:
 
 def compiled_for(name: str, *parts: str) -> Iterator[dict[str, Any]]:
     """The entries of these parts for one target, as a process of its own counts them."""
-    for line in compilers.lines(name, "-m", "experiments.compiled", name, *parts):
+    for line in compilers.lines(name, "-m", __name__, name, *parts):
         if line.startswith("{"):
             yield json.loads(line)
 

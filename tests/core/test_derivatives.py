@@ -53,7 +53,7 @@ def problem(mask, dtype):
 
     def draw(*shape):
         z = rng.standard_normal(shape)
-        return jnp.asarray(z + 1j * rng.standard_normal(shape) if dtype == np.complex128 else z, dtype)
+        return np.asarray(z + 1j * rng.standard_normal(shape) if dtype == np.complex128 else z, dtype)
 
     t, u = draw(*SHAPE), draw(3)
 

@@ -65,6 +65,7 @@ def assert_report_has(folder, verdicts):
     assert figures == [(folder / name / f"{name}.png").read_bytes() for name in IDS]
 
 
+@pytest.mark.slow
 def test_all_in_smoke_write_report_and_verdicts_and_go_on_where_they_were_stopped(tmp_path, monkeypatch):
     measured, write_run = [], records.write_run
     monkeypatch.setattr(
@@ -123,6 +124,7 @@ def test_committed_verdicts_follow_from_the_committed_metrics():
     assert_report_has(RESULTS, verdicts)
 
 
+@pytest.mark.slow
 def test_the_committed_report_is_drawn_without_a_message():
     messages, drawn = open_in_browser(RESULTS / "report.html")
     assert not messages
