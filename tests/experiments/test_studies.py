@@ -238,6 +238,26 @@ def probed(monkeypatch, experiment):
     return found
 
 
+@pytest.mark.parametrize("kind", [each for each in STUDIES if each.NAME != "cost"], ids=lambda kind: kind.NAME)
+def test_every_network_of_a_study_has_a_logit_for_each_class_and_is_probed(kind, monkeypatch):
+    """Traced, not compiled: in every setting, in training with a mask and in evaluation."""
+    networks = probed(monkeypatch, kind.of("smoke"))
+    assert len(networks) >= 2
+    x, mask = np.zeros((4, 64), np.float32), np.ones((4, 1), bool)
+    with jax.numpy_dtype_promotion("standard"):
+        for init, apply, options in networks:
+            for setting in options.get("settings", [{}]):
+                params, state = jax.eval_shape(partial(init, **setting), jax.random.key(0))
+                for call in (partial(apply, train=True, mask=mask), partial(apply, train=False)):
+                    logits, new = jax.eval_shape(call, params, state, x)
+                    assert logits.shape == (4, 10)
+                    assert jax.tree.map(jnp.shape, new) == jax.tree.map(jnp.shape, state)
+                if options.get("probe"):
+                    known = jax.eval_shape(options["probe"], params, state)
+                    assert known
+                    assert all(jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in jax.tree.leaves(known))
+
+
 def test_gradients_are_those_of_the_output_of_each_layer(monkeypatch):
     """Of the plain network, by the chain rule in float64."""
     (init, _, options), *_ = probed(monkeypatch, gradients.Gradients(depth=3, width=5))
