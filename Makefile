@@ -10,7 +10,7 @@ INSTALL := -m pip install --quiet --disable-pip-version-check
 # The environments hold jax for the CPU. Compilers for TPUs and GPUs lie beside it, whose search for a device is noise.
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: help demo claims compiled bench test test-all oracles test-oldest test-flax lint format wheel clean
+.PHONY: help demo claims compiled bench test test-all oracles docs test-oldest test-flax lint format wheel clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -47,6 +47,9 @@ oracles: $(OTHERS)/.installed ## compare it live with PyTorch, Keras, Haiku, Equ
 	$(OTHERS)/bin/python -m pytest --numprocesses 2 tests/oracles
 	$(OTHERS)/bin/python -m pytest tests/experiments/test_compiled.py -m slow -k gpu
 
+docs: $(VENV)/.installed ## build the documentation under site/; a broken link or an undocumented public name fails
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 lint: $(VENV)/.installed ## ruff and pyright
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -73,4 +76,4 @@ wheel: $(VENV)/.installed ## build the wheel under dist/
 	$(BIN)/python -m build --wheel
 
 clean: ## remove everything that was made
-	rm -rf $(VENV) $(OLDEST) $(OTHERS) .flax dist results .pytest_cache .hypothesis .ruff_cache
+	rm -rf $(VENV) $(OLDEST) $(OTHERS) .flax dist site results .pytest_cache .hypothesis .ruff_cache

@@ -1,25 +1,25 @@
 """Batch normalization for JAX: pure functions, exact on one device or many.
 
-The rooms of the package, each importing only from those before it:
+The package consists of these parts, each of which imports only from the parts above it:
 
     core          the mathematics: moments, normalization, the layer as a function, schedules, checks
     variants      ghost, renormalized, indexed, conditional and recurrent batch normalization
-    deploy        layers folded into their neighbours; recalibrated statistics
-    diagnosis     a report on a model's layers, and its picture
-    interop       weights from and to PyTorch and Keras
-    training      a training state and a training step for models with batch normalization
-    flax_shared   what the Linen and the NNX layers share
+    deploy        layers folded into adjacent linear layers; recalibrated running statistics
+    diagnosis     faults of running statistics, as a table and a figure
+    interop       conversion of weights from and to PyTorch and Keras
+    training      a training state and a training step (it needs flax and optax)
+    flax_shared   code shared by the Linen and the NNX layers
     linen, nnx    the layers, and convert, fold_model and more for whole models (they need flax)
 """
 
 from typing import TYPE_CHECKING
 
 from bnjax import interop
-from bnjax.core.apply import BNParams, BNState, bn_apply, bn_init
-from bnjax.core.array_moments import Moments
+from bnjax.core.apply import bn_apply, bn_init
 from bnjax.core.checks import UnboundAxisNameError
 from bnjax.core.deprecation import aliases
 from bnjax.core.moments import batch_moments, merge_moments
+from bnjax.core.records import BNParams, BNState, Moments
 from bnjax.core.schedules import cumulative_average, debiased, linear_ramp
 from bnjax.deploy.affine import Affine, fold, fold_into_next, fold_into_previous
 from bnjax.deploy.recalibration import recalibrate

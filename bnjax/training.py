@@ -1,7 +1,7 @@
-"""Training with optax: running statistics carried along, gradients accumulated, layers rematerialized.
+"""Training with optax: a training state with running statistics, gradient accumulation, and rematerialization.
 
-A model here is any function with the call of Linen's `Module.apply`: `apply_fn(variables, *args, mutable=, rngs=)`.
-`bnjax.nnx.functional` makes one of an NNX model. The loop, the data and the loss stay the user's.
+A model is any function with the signature of Linen's `Module.apply`: `apply_fn(variables, *args, mutable=, rngs=)`.
+`bnjax.nnx.functional` returns such a function for an NNX model. This module has no training loop, no data and no loss.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,6 +17,8 @@ from jax import Array
 from bnjax.core import checks, trees
 from bnjax.core.array_moments import CHECKPOINT_NAME
 
+__all__ = ["Model", "TrainState", "decay_mask", "eval_step", "save_statistics", "train_step"]
+
 Loss = Callable[["Model", Any, bool], Array | tuple[Array, Mapping[str, Array]]]
 
 _OUTPUTS = ("intermediates", "batch_moments")
@@ -27,17 +29,18 @@ _DOTS_AND_STATISTICS = jax.checkpoint_policies.save_from_both_policies(
 
 
 def save_statistics(prim: Any, *args: Any, **params: Any) -> Any:
-    """Policy for `jax.checkpoint`: save the batches' statistics, and what dots and convolutions give.
+    """Policy for `jax.checkpoint` that saves batch statistics, and the outputs of dot products and convolutions.
 
-    The backward then computes the normalization and the activation again, which are elementwise, but never a reduction
-    over the batch and never a collective. Put around a whole network (a `jax.checkpoint` for each block saves the
-    blocks' inputs too), it saves one activation for each convolution with its batch normalization and nonlinearity.
+    The backward pass then recomputes the normalization and the activation, which are elementwise, but no reduction over
+    the batch and no collective. Applied to a whole network, the policy stores one residual for each block of
+    convolution, batch normalization and nonlinearity; a `jax.checkpoint` around each block stores the blocks' inputs as
+    well.
 
     Args:
-      prim, *args, **params: what `jax.checkpoint` asks about.
+      prim, *args, **params: the operation, as `jax.checkpoint` passes it to a policy.
 
     Returns:
-      Whether to save it.
+      Whether the results of the operation are saved.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -54,17 +57,17 @@ def save_statistics(prim: Any, *args: Any, **params: Any) -> Any:
 
 
 class TrainState(train_state.TrainState):
-    """Flax's `TrainState` with the running statistics, and with keys for what draws random numbers.
+    """Flax's `TrainState` with running statistics, keys for random numbers, and the model's other collections.
 
     Args:
-      apply_fn: `model.apply` of a Linen model, or what `bnjax.nnx.functional` returns.
-      params, tx: parameters and the optax transformation that moves them.
+      apply_fn: `model.apply` of a Linen model, or the function that `bnjax.nnx.functional` returns.
+      params, tx: parameters, and the optax transformation that updates them.
       batch_stats: running statistics.
-      rngs: None, or keys by name (`{"dropout": key}`). Every step and every micro-batch gets its own from them.
-      collections: the model's other variables by collection, such as a cache or metrics of its own. `create` gathers
-        here what it is given by any other name, but for `intermediates` and `batch_moments`, which are outputs. They
-        are mutable in training, as in Flax: each call of the model gets what the call before left, from micro-batch to
-        micro-batch and from step to step. In evaluation the model reads them.
+      rngs: None, or keys by name (`{"dropout": key}`). A key of its own is derived for every step and micro-batch.
+      collections: the model's other variables by collection, such as a cache. `create` puts every keyword that is not a
+        field of this class here, except `intermediates` and `batch_moments`, which are outputs. In training these
+        collections are mutable, as in Flax: each call of the model reads the result of the call before, from one
+        micro-batch or step to the next. In evaluation they are read only.
 
     Example:
       >>> import flax.linen as nn, jax, jax.numpy as jnp, optax
@@ -83,7 +86,7 @@ class TrainState(train_state.TrainState):
 
     @classmethod
     def create(cls, *, apply_fn: Any, params: Any, tx: Any, **kwargs: Any) -> "TrainState":
-        """A state at step 0. It holds copies: a step that donates it leaves the variables that made it alone."""
+        """A state at step 0, which holds copies. Without them a step that donates the state would delete `params`."""
         others = set(kwargs) - set(cls.__dataclass_fields__)
         given = {name: kwargs.pop(name) for name in sorted(others)}
         given = {name: tree for name, tree in given.items() if name not in _OUTPUTS} | kwargs.pop("collections", {})
@@ -91,18 +94,19 @@ class TrainState(train_state.TrainState):
             if not isinstance(tree, Mapping):
                 raise TypeError(
                     f"TrainState.create({name}=...): expected a collection of variables, got {type(tree).__name__}. "
-                    f"Names are {sorted(cls.__dataclass_fields__)} and those of the model's collections."
+                    f"Pass the fields {sorted(cls.__dataclass_fields__)} and collections of the model."
                 )
         kwargs["collections"] = unfreeze(given)
         if "batch_stats" in kwargs:
-            kwargs["batch_stats"] = unfreeze(kwargs["batch_stats"])  # as every step returns them
+            kwargs["batch_stats"] = unfreeze(kwargs["batch_stats"])  # as steps return them, so no recompilation
         return jax.tree.map(jnp.copy, super().create(apply_fn=apply_fn, params=params, tx=tx, **kwargs))
 
 
 class Model:
-    """What a loss calls: the model with its variables. Each call sees the statistics that the one before left.
+    """The model with its variables, which a loss calls. Each call reads the running statistics of the call before.
 
-    Call it in the loss itself: inside a transformation of its own (`jax.checkpoint`, `lax.scan`) it is an error.
+    A loss may not call it inside a transformation of its own (`jax.checkpoint`, `lax.scan`): the updated variables
+    would be tracers that leave the transformation, which is an error.
     """
 
     def __init__(self, apply_fn: Callable[..., Any], variables: dict[str, Any], mutable: list[str], rngs: Any):
@@ -110,7 +114,7 @@ class Model:
         self._apply, self._mutable, self._rngs = apply_fn, mutable, rngs
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """What the model returns for these arguments."""
+        """The model's output for these arguments."""
         if self._rngs is not None:
             kwargs = {"rngs": self._rngs, **kwargs}
         if not self._mutable:
@@ -123,31 +127,34 @@ class Model:
 def train_step(
     loss: Loss, *, accumulate: int = 1, policy: Any = None, donate: bool = True
 ) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, Array]]]:
-    """A compiled step of training.
+    """Make a compiled training step.
+
+        gradient = sum_i gradient_i / accumulate
 
     Args:
-      loss: `loss(model, batch, train)` calls `model` as the module is called and returns the loss, or the loss and a
-        dictionary of metrics. `train` is True here and False in `eval_step`.
-      accumulate: number of micro-batches, run one after the other, whose gradients are averaged. Each is normalized by
-        its own statistics; the running statistics move once, by the merged moments of all of them (a layer that is
-        called several times in a forward pass moves as often, by the moments merged so far). All arrays of the batch
-        are divided along their first axis, whose size `accumulate` divides: micro-batch i has the rows i,
-        i + accumulate, ..., so that a batch sharded over devices is divided where it lies.
-        Metrics of any shape are combined by their dtype: floating and complex ones are averaged over micro-batches, as
-        the loss is; integer ones are counts, and are added up, in 32 bits or more. So return a mean as a floating
-        number and a sum over examples as an integer. Booleans have no such meaning and are an error, and so is a
-        metric with an axis of examples.
-      policy: a policy of `jax.checkpoint` for the whole loss, such as `save_statistics`.
-      donate: whether the memory of the state that comes in is used for the one that goes out. It is deleted then.
+      loss: `loss(model, batch, train)` calls `model` like the module and returns the loss, or the loss and a dictionary
+        of metrics. `train` is True here and False in `eval_step`.
+      accumulate: number of micro-batches, > 0, which run in sequence and whose gradients are averaged. Each micro-batch
+        is normalized by its own statistics. The running statistics are updated once, by the merged moments of all
+        micro-batches; a layer that is called several times in a forward pass is updated once per call, by the moments
+        merged so far. Every array of the batch is divided along its first axis, whose size must be a multiple of
+        `accumulate`. Micro-batch i has the rows i, i + accumulate, ...; contiguous rows would move data between devices
+        if the batch is sharded.
+        Metrics of any shape are combined by their dtype. Floating and complex metrics are averaged over micro-batches,
+        like the loss; integer metrics are counts, which are summed in 32 bits or more. So return a mean as a floating
+        number and a sum over examples as an integer. A boolean metric is an error, and so is one with a batch axis.
+      policy: policy of `jax.checkpoint` for the whole loss, such as `save_statistics`.
+      donate: whether the new state reuses the memory of the old one, which is then deleted.
 
     Returns:
-      `step(state, batch)`: the new state, and `{"loss": ..., **metrics}`. Over sharded arrays it is global by itself.
+      `step(state, batch)`, which returns the new state and `{"loss": ..., **metrics}`. With sharded arrays the result
+      is that of the global batch.
 
     Raises:
-      TypeError, ValueError: if `accumulate` is not positive; while tracing, for a state that is not a `TrainState`,
-        metrics that are not a dictionary, and, with micro-batches, if `accumulate` does not divide the batch, if a
-        layer with running statistics gives no moments to accumulate, if a metric cannot be combined, or if another
-        collection changes its shapes.
+      TypeError, ValueError: if `accumulate` is not positive. While tracing: for a state that is not a `TrainState` and
+        for metrics that are not a dictionary; with micro-batches also if `accumulate` does not divide the batch, if a
+        layer with running statistics collects no moments, if a metric cannot be combined, or if another collection
+        changes its shapes.
 
     Example:
       >>> import flax.linen as nn, jax, jax.numpy as jnp, optax
@@ -170,57 +177,80 @@ def train_step(
     checks.positive_integer("train_step", "accumulate", accumulate)
     merging = accumulate > 1
 
-    def objective(params, state, left, batch, index):
+    def objective(params, state, collections, batch, index):
         mutable = ["batch_stats", *state.collections, *["batch_moments"] * merging]
-        model = Model(state.apply_fn, {"params": params, **left}, mutable, _keys(state, index))
+        model = Model(state.apply_fn, {"params": params, **collections}, mutable, _keys(state, index))
         value, metrics = _with_metrics(loss(model, batch, True))
         return value, (metrics, {name: model.variables.get(name, {}) for name in mutable})
 
     if policy is not None:
         objective = jax.checkpoint(objective, policy=policy)
 
-    def part(state, left, batch, index):
-        """Gradients and metrics of one micro-batch, and the collections that it leaves, from those that were left."""
-        (_, (metrics, left)), gradients = jax.value_and_grad(objective, has_aux=True)(
-            state.params, state, left, batch, index
+    def one_batch(state, collections, batch, index):
+        """Gradients and metrics of one micro-batch, and the collections after it, given the collections before it."""
+        (_, (metrics, updated)), gradients = jax.value_and_grad(objective, has_aux=True)(
+            state.params, state, collections, batch, index
         )
-        return (gradients, metrics), left
+        return (gradients, metrics), updated
 
-    def whole(state, batch):
-        """Those of all micro-batches. Each starts from the statistics before the step and the moments so far."""
-        before = {"batch_stats": state.batch_stats}
+    def accumulated(state, batch):
+        """Gradients, metrics and collections of all micro-batches.
+
+        Each micro-batch starts from the running statistics before the step and the moments merged so far. The running
+        statistics after the last one are therefore updated once, by the moments of all.
+        """
+        statistics = {"batch_stats": state.batch_stats}
         batches = jax.tree.map(lambda leaf: _divided(leaf, accumulate), batch)
-        first = jax.tree.map(lambda leaf: leaf[0], batches)
-        shapes, left = jax.eval_shape(part, state, before | state.collections, first, 0)
-        trees.check_collected("train_step(accumulate=...)", state.batch_stats, left["batch_moments"])
-        _check_combinable(shapes[1], lambda: jax.eval_shape(part, state, before | state.collections, batch, 0)[0][1])
-        _check_same(state.collections, {name: left[name] for name in state.collections})
+
+        def shapes_of(batch):
+            return jax.eval_shape(one_batch, state, statistics | state.collections, batch, 0)
+
+        shapes, updated = shapes_of(jax.tree.map(lambda leaf: leaf[0], batches))
+        trees.check_collected("train_step(accumulate=...)", state.batch_stats, updated["batch_moments"])
+        _check_combinable(shapes[1], lambda: shapes_of(batch)[0][1])
+        _check_same(state.collections, {name: updated[name] for name in state.collections})
 
         def add(carry, inputs):
-            total, left = carry
-            one, left = part(state, left | before, *inputs)
-            return (jax.tree.map(lambda sum, leaf: sum + leaf.astype(sum.dtype), total, one), left), None
+            total, collections = carry
+            one, collections = one_batch(state, collections | statistics, *inputs)
+            return (jax.tree.map(lambda sum, leaf: sum + leaf.astype(sum.dtype), total, one), collections), None
 
         sums = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, _summable(leaf.dtype)), shapes)
-        nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), left)
-        (total, left), _ = jax.lax.scan(add, (sums, nothing | state.collections), (batches, jnp.arange(accumulate)))
-        return jax.tree.map(lambda sum, leaf: _combined(sum, accumulate, leaf.dtype), total, shapes), left
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), updated)
+        (total, updated), _ = jax.lax.scan(add, (sums, zeros | state.collections), (batches, jnp.arange(accumulate)))
+        return jax.tree.map(lambda sum, leaf: _combined(sum, accumulate, leaf.dtype), total, shapes), updated
 
     def step(state, batch):
         _check_state("train_step", state)
         before = {"batch_stats": state.batch_stats, **state.collections}
-        (gradients, metrics), left = whole(state, batch) if merging else part(state, before, batch, 0)
-        collections = {name: left[name] for name in state.collections}
-        return state.apply_gradients(grads=gradients, batch_stats=left["batch_stats"], collections=collections), metrics
+        (gradients, metrics), updated = accumulated(state, batch) if merging else one_batch(state, before, batch, 0)
+        changes = {"batch_stats": updated["batch_stats"], "collections": {n: updated[n] for n in state.collections}}
+        return state.apply_gradients(grads=gradients, **changes), metrics
 
     return jax.jit(step, donate_argnums=0 if donate else ())
 
 
 def eval_step(loss: Loss) -> Callable[[TrainState, Any], dict[str, Array]]:
-    """A compiled evaluation: `step(state, batch)` is `{"loss": ..., **metrics}`.
+    """Make a compiled evaluation step.
 
     Args:
-      loss: that of `train_step`, called with train=False. Nothing is mutable, and there are no keys for random numbers.
+      loss: as in `train_step`; it is called with train=False, without mutable collections and without keys.
+
+    Returns:
+      `step(state, batch)`, which returns `{"loss": ..., **metrics}`.
+
+    Raises:
+      TypeError, ValueError: while tracing, for a state that is not a `TrainState` and for metrics that are not a
+        dictionary.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> from bnjax.training import TrainState, eval_step
+      >>> def apply(variables, x):
+      ...     return variables["params"] * x
+      >>> state = TrainState.create(apply_fn=apply, params=2.0, tx=optax.sgd(0.1))
+      >>> eval_step(lambda model, batch, train: jnp.mean(model(batch)))(state, jnp.ones(3))["loss"].tolist()
+      2.0
     """
 
     def step(state, batch):
@@ -232,11 +262,11 @@ def eval_step(loss: Loss) -> Callable[[TrainState, Any], dict[str, Array]]:
 
 
 def decay_mask(params: Any) -> Any:
-    """Which parameters weight decay is for: all but those named scale or bias, of whatever rank and wherever they are.
+    """Select the parameters that weight decay applies to: all except those named scale or bias, whatever their rank.
 
     Args:
       params: any tree of dictionaries, namedtuples (`BNParams`) or NNX states. The last name in a parameter's path
-        counts, in keys that are tuples or joined by "/" as well; Haiku's `offset` is a bias.
+        decides, also in keys that are tuples or joined by "/". Haiku's `offset` counts as a bias.
 
     Returns:
       The same tree with True where decay applies, for `optax.masked` and the `mask` of `optax.adamw`.
@@ -263,12 +293,12 @@ def _check_state(call, state):
     if not isinstance(state, TrainState):
         raise TypeError(
             f"{call}(...)(state=...): expected bnjax.training.TrainState, got {type(state).__module__}."
-            f"{type(state).__name__}, which has no running statistics. Make one by TrainState.create."
+            f"{type(state).__name__}, which has no running statistics. Call bnjax.training.TrainState.create."
         )
 
 
 def _keys(state, index):
-    """The keys of this step's micro-batch `index`."""
+    """The keys of micro-batch `index` of this step."""
     if state.rngs is None:
         return None
     return {name: jax.random.fold_in(jax.random.fold_in(key, state.step), index) for name, key in state.rngs.items()}
@@ -280,32 +310,32 @@ def _with_metrics(result):
         raise TypeError(
             "loss(...): expected the loss, or the loss and a dictionary of metrics, got "
             f"{type(result).__name__ if isinstance(value, tuple) else f'a {type(metrics).__name__} of metrics'}. "
-            'Return loss, {"accuracy": accuracy}, say.'
+            'For example, return loss, {"accuracy": accuracy}.'
         )
     if "loss" in metrics:
-        raise ValueError("loss(...): its metrics hold a 'loss', but that names what it returns. Name it otherwise.")
+        raise ValueError("loss(...): its metrics hold a 'loss', the name of the loss itself. Rename this metric.")
     return value, {"loss": value, **{name: jnp.asarray(metric) for name, metric in metrics.items()}}
 
 
 def _summable(dtype):
-    """The dtype to add up values of `dtype` in: of its kind, with 32 bits or more."""
+    """The dtype in which values of `dtype` are summed: of its kind, with 32 bits or more."""
     kinds = {jnp.inexact: jnp.float32, jnp.signedinteger: jnp.int32, jnp.unsignedinteger: jnp.uint32}
     wide = next(wide for kind, wide in kinds.items() if jnp.issubdtype(dtype, kind))
     return max(jnp.dtype(dtype), jnp.dtype(wide), key=lambda d: d.itemsize)
 
 
 def _combined(total, number, dtype):
-    """Of the sum over micro-batches: the mean of floating and complex numbers, and the sum of integers."""
+    """The result of a sum over micro-batches: the mean of floating and complex numbers, the sum of integers."""
     return (total / number).astype(dtype) if jnp.issubdtype(dtype, jnp.inexact) else total
 
 
 def _check_combinable(metrics, of_whole_batch):
-    """Every metric is floating, complex or integer, and has the shape that it has for the whole batch."""
+    """Check that every metric is numeric, and has the same shape for a micro-batch as for the whole batch."""
     for name, metric in metrics.items():
         if not jnp.issubdtype(metric.dtype, jnp.number):
             raise TypeError(
-                f"loss(...): the metric {name!r} is {metric.dtype}, which micro-batches cannot be combined in. "
-                "Return a fraction, which is averaged, or an integer count, which is added up."
+                f"loss(...): the metric {name!r} is {metric.dtype}, which cannot be combined over micro-batches. "
+                "Return a fraction, which is averaged, or an integer count, which is summed."
             )
     if all(metric.ndim == 0 for metric in metrics.values()):
         return
@@ -313,26 +343,26 @@ def _check_combinable(metrics, of_whole_batch):
         if metric.shape != metrics[name].shape:
             raise ValueError(
                 f"loss(...): the metric {name!r} has shape {metrics[name].shape} for a micro-batch and {metric.shape} "
-                "for the batch. It has an axis of examples, and micro-batches are averaged or added up: reduce it."
+                "for the batch, so it has a batch axis. Reduce it: micro-batches are averaged or summed."
             )
 
 
 def _check_same(before, after):
-    """Collections that micro-batches hand on keep their structure, shapes and dtypes."""
+    """Check that a forward pass keeps the structure, shapes and dtypes of the collections, as a scan requires."""
     for name, tree in before.items():
         old, new = (jax.tree.map(lambda leaf: (jnp.shape(leaf), jnp.result_type(leaf)), t) for t in (tree, after[name]))
         if old != new:
             raise ValueError(
                 f"train_step(accumulate=...): the collection {name!r} changes from {old} to {new} in a forward pass. "
-                "Initialize it as training leaves it, or leave it out of TrainState.create."
+                "Initialize it with the shapes that it has after training, or leave it out of TrainState.create."
             )
 
 
 def _divided(leaf, accumulate):
-    """Rows i, i + accumulate, ... for each i: cut this way a row stays on the device where it lies."""
+    """Rows i, i + accumulate, ... for each i. Contiguous rows would move between devices if the batch is sharded."""
     if jnp.ndim(leaf) == 0 or len(leaf) % accumulate:
         raise ValueError(
             f"train_step(accumulate={accumulate}): an array of the batch has shape {jnp.shape(leaf)}. Its first axis "
-            f"must be a multiple of {accumulate}: pad it and mask the loss, or leave the last batch out."
+            f"must be a multiple of {accumulate}: pad the batch and mask the loss, or drop the last batch."
         )
     return jnp.moveaxis(jnp.reshape(leaf, (-1, accumulate, *leaf.shape[1:])), 1, 0)

@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 import tyro
 
-from experiments.benchmark import bench, compiled
+from experiments.benchmark import bench, compiled, exactness
 from experiments.claims import (
     activations,
     batch_size,
@@ -88,7 +88,12 @@ def _commands(args: list[str]) -> dict[str, Any]:
     commands: dict[str, Any] = {"all": run_all}
     for each in STUDIES:
         commands[each.NAME] = _command(each, each.of(preset if preset in get_args(study.Preset) else "default"))
-    return commands | {"averaging": averaging.run, "bench": bench.run, "compiled": compiled.run}
+    return commands | {
+        "averaging": averaging.run,
+        "bench": bench.run,
+        "compiled": compiled.run,
+        "exactness": exactness.run,
+    }
 
 
 def _command(kind: type[study.Study], default: study.Study) -> Any:

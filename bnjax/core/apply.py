@@ -3,47 +3,32 @@
     y = scale * (x - mean) / sqrt(var + epsilon) + bias
 
 In training `mean` and `var` are the batch's moments, which the running statistics absorb; in evaluation they are the
-running statistics. The formula and its derivative are in `normalize.py`, the moments and theirs in `moments.py`.
+running statistics. A call does four things, each of which is one function:
+
+    validate            every argument is checked; x is widened to 32 bits or more
+    choose_statistics   the batch's moments, or running statistics for a feature without a valid element
+    normalize_by        the formula, whose derivative is in `normalize.py`
+    update              the running statistics absorb the batch's, in `running.py`
+
+The variants are made of the same four.
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from bnjax.core import checks
-from bnjax.core.array_moments import Moments, serializable, sharded_as
-from bnjax.core.moments import Support, merge_along, supported_moments, wider
+from bnjax.core.moments import Batch, batch_of, collect, wider
 from bnjax.core.normalize import normalize
-from bnjax.core.schedules import Momentum
-
-
-@serializable
-class BNParams(NamedTuple):
-    """Learned scale (gamma) and bias (beta), of the shape of the features; None where there is none."""
-
-    scale: Array | None
-    bias: Array | None
-
-
-@serializable
-class BNState(NamedTuple):
-    """Running mean and variance, and how many updates each feature absorbed; of the shape of the features."""
-
-    mean: Array
-    var: Array
-    count: Array  # pyright: ignore[reportIncompatibleMethodOverride]  a tuple counts too
-
-
-@serializable
-class Collected(NamedTuple):
-    """What a layer saw: the moments, and what stands behind their weight."""
-
-    moments: Moments
-    support: Support
+from bnjax.core.options import Options, checked
+from bnjax.core.records import BNParams, BNState, Collected, Moments
+from bnjax.core.running import momentum_argument, update
+from bnjax.core.schedules import Momentum, Scheduled
+from bnjax.core.sharding import select, sharded_as
 
 
 def bn_init(
@@ -53,15 +38,15 @@ def bn_init(
     bias: Any | None = 0.0,
     dtype: Any = jnp.float32,
 ) -> tuple[BNParams, BNState]:
-    """Parameters and running statistics of a fresh layer: the identity map in evaluation, up to epsilon.
+    """Parameters and running statistics of a new layer, which in evaluation is the identity up to epsilon.
 
     Args:
       features: number of features, or one number per feature axis in increasing axis order.
-      scale: initial scale, a number or an array that broadcasts to `features`. 0 starts a residual branch at zero;
-        None leaves scale out.
+      scale: initial scale, a number or an array that broadcasts to `features`; 0 starts a residual branch at zero.
+        None leaves the scale out.
       bias: initial bias, likewise.
-      dtype: of scale and bias, floating or complex. Statistics are kept in it widened to 32 bits at least; the
-        variance is real and the count is int32.
+      dtype: dtype of scale and bias, floating or complex. The running statistics have this dtype widened to at least
+        32 bits; the variance is real and the count is int32.
 
     Returns:
       `BNParams(scale, bias)` and `BNState(mean=0, var=1, count=0)`.
@@ -109,53 +94,53 @@ def bn_apply(
         y = scale * (x - mean) / sqrt(var + epsilon) + bias
         running = momentum * running + (1 - momentum) * batch          for mean and var, in training
 
-    Compiled once per shape and set of options. Differentiable to any order, forward and reverse, in `params`, `state`
-    and `x`. Statistics are exact under every transform; under `jit` over sharded arrays they are those of the global
-    batch without naming anything.
+    The call is compiled once per shape and set of options. It is differentiable to any order, forward and reverse, in
+    `params`, `state` and `x`. Statistics are exact under every transform; under `jit` over sharded arrays they are the
+    statistics of the global batch, and no axis has to be named.
 
     `x` is read once for its statistics, around the running mean c:
 
         mean = c + E[x - c]                 var = E|x - c|^2 - |E[x - c]|^2
 
     With r = |mean - c|^2 / var, a relative rounding error e of the sums becomes about e (1 + r) in var, and
-    e sqrt(1 + r) standard deviations in mean. Where r > 8 for some feature, as on the first steps or after a jump of
-    the data, `x` is read twice more, around its own mean, so that results are as exact wherever the running mean is.
-    One CPU device takes for c the mean of a sixteenth of `x`, which needs no guard; under a mask it reads `x` twice.
+    e sqrt(1 + r) standard deviations in mean. If r > 8 for any feature, as on the first steps or after a jump of the
+    data, `x` is read twice more, around its own mean, so that results are exact wherever the running mean is. On one
+    CPU device c is the mean of a sixteenth of `x`, which bounds r without a check; under a mask `x` is read twice.
 
     Args:
-      params: `scale` and `bias`, each None, of the shape of the features, or conditional: of x's rank with each size
-        1 or x's.
-      state: running statistics; None normalizes by the batch's, in training and in evaluation.
+      params: `scale` and `bias`. Each is None, has the shape of the features, or is conditional: x's rank, with each
+        size 1 or x's.
+      state: running statistics. None normalizes by the batch's statistics, in training and in evaluation.
       x: floating or complex, any shape. For complex `x`, `var` is E|x - mean|^2 and `state.mean` is complex.
       train: a Python bool. True normalizes by the batch and updates the state, False by the running statistics.
-      axis: the feature axis of `x`, or several; features follow in increasing axis order.
-      momentum: weight of the OLD value, in [0, 1], as in Flax and Keras (PyTorch's is 1 minus it), or a function of
-        `state.count` such as `cumulative_average` or `debiased(0.99)`.
-      epsilon: added to the variance, > 0.
-      mask: of x's rank and broadcastable to it, boolean or weights >= 0 (a negative one counts as 0), of which only
-        the ratios count; their sum has to be finite in float32. Places of weight 0 may hold anything, NaN included;
-        they do not enter the statistics and are normalized like all others, and where their output is not finite they
-        are constants to derivatives. It is not differentiated.
-      axis_name: mapped axis, or several, whose devices or examples share statistics, merged by weight: one gather of
-        3 x features numbers forward (5 with real-valued weights), one psum of 2 x features backward. Examples under
-        `vmap` are each read around the mean of their own first sixteenth.
-      axis_index_groups: as in `jax.lax.psum`; each group has statistics and a state of its own.
-      unbiased_var: the running variance takes the sum of squares divided by n - sum(w^2) / n in place of n, which is
-        n - 1 without real-valued weights. `y` is normalized by the biased one, as in PyTorch.
+      axis: the feature axis of `x`, or several; features are in the order of increasing axes.
+      momentum: weight of the OLD value, in [0, 1], as in Flax and Keras (PyTorch's momentum is 1 minus it), or a
+        function of `state.count` such as `cumulative_average` or `debiased(0.99)`.
+      epsilon: number that is added to the variance, > 0.
+      mask: array of x's rank that broadcasts to it, boolean or weights >= 0; a negative weight is 0. Only the ratios
+        of weights count, and their sum must be finite in float32. Masked elements (weight 0), even NaN, do not affect
+        any other element, nor the statistics. They are normalized like the others; a masked element whose output is
+        not finite is a constant to derivatives. The mask is not differentiated.
+      axis_name: mapped axis, or several, whose devices or examples share statistics, merged by weight. The forward
+        pass gathers 3 x features numbers (5 with real-valued weights), the backward pass has one psum of 2 x features.
+        Under `vmap` each example is read around the mean of its own first sixteenth.
+      axis_index_groups: groups of indices as in `jax.lax.psum`; each group has its own statistics and state.
+      unbiased_var: whether the running variance is divided by n - sum(w^2) / n in place of n, which is n - 1 without
+        real-valued weights. `y` is normalized by the biased variance, as in PyTorch.
 
     Returns:
       y: of x's shape and dtype. Reductions are float32 or wider.
       state: in the dtypes it came in; in evaluation unchanged.
 
-    Where the data carry too little, per feature: fewer than two valid values, or statistics that are not finite, leave
-    state and count as they were. With one valid value var is 0, so that value becomes `bias`. With none, `x` is
-    normalized by the running statistics (by mean 0 and var 1 where state is None). A NaN or infinity at a valid place
-    shows in the output of its feature. Mask and axis_name play no part in evaluation by running statistics
-    (but for derivatives: what is not finite at a masked place does not enter them).
+    A feature with fewer than two valid values, or with statistics that are not finite, keeps its state and count. With
+    one valid value var is 0, so that this value becomes `bias`. With none, the feature is normalized by the running
+    statistics (by mean 0 and var 1 if state is None). A valid NaN or infinity shows in the output of its feature. In
+    evaluation by running statistics, axis_name has no effect, and the mask affects derivatives alone: masked elements
+    whose output is not finite do not enter them.
 
     Raises:
       TypeError, ValueError: while tracing, for shapes, dtypes and Python values that do not fit; the message names
-        the argument, what came and what to pass. A momentum known only at run time is clamped to [0, 1].
+        the argument, what came and what to pass. A momentum that is known only at run time is clamped to [0, 1].
 
     Example:
       >>> import jax.numpy as jnp
@@ -166,211 +151,102 @@ def bn_apply(
       >>> y.round(3).tolist(), state.mean.round(3).tolist()
       ([[-1.0, -1.0], [1.0, 1.0]], [0.2..., 2.0])
     """
-    return bn_collect(
-        params,
-        state,
-        x,
+    options = checked(
+        "bn_apply",
         train,
         axis=axis,
-        momentum=momentum,
         epsilon=epsilon,
-        mask=mask,
         axis_name=axis_name,
         axis_index_groups=axis_index_groups,
         unbiased_var=unbiased_var,
-        collect=False,
-    )[:2]
+    )
+    return apply(params, state, x, options, momentum=momentum, mask=mask)[:2]
 
 
-def bn_collect(
+def apply(
     params: Any,
     state: BNState | None,
     x: Array,
-    train: bool,
+    options: Options,
     *,
-    axis: Any,
     momentum: Any,
-    epsilon: float,
     mask: Array | None,
-    axis_name: Any,
-    axis_index_groups: Any,
-    unbiased_var: bool,
-    collect: bool,
     earlier: Collected | None = None,
-    dtype: Any = None,
-    call: str = "bn_apply",
 ) -> tuple[Array, BNState | None, Collected | None]:
-    """`bn_apply`, and in training, if `collect`, the batch's moments. Errors name `call`.
+    """`bn_apply` with checked options, and the moments of the batch if the options ask for them.
 
-    `earlier` moments, of other parts of one larger batch, are merged with those of this part: it is the moments of all
-    parts that the state absorbs and that come back. The output is normalized by this part's own. `dtype` is that of
-    the output, by default x's: a layer whose output is wider than its input need not widen the input first.
+    `earlier` are the moments of other parts of one larger batch. They are merged with the moments of this part: the
+    state absorbs all of them, and all of them are returned. The output is normalized by the moments of this part.
     """
-    options, rate = canonical(
-        call, train, state, axis, momentum, epsilon, axis_name, axis_index_groups, unbiased_var, collect, dtype
-    )
-    return apply_canonical(params, state, x, mask, rate, earlier, options=options)
-
-
-class Options(NamedTuple):
-    """What is static in a call, checked and in one spelling."""
-
-    call: str
-    train: bool
-    axis: Any
-    schedule: Any
-    epsilon: float
-    names: tuple[Any, ...]
-    groups: Any
-    unbiased_var: bool
-    collect: bool
-    dtype: Any
-
-
-def canonical(
-    call, train, state, axis, momentum, epsilon, axis_name, axis_index_groups, unbiased_var, collect, dtype=None
-) -> tuple[Options, Any]:
-    """The options, and the momentum with its complement, None if it is a function among the options."""
-    checks.boolean(call, "train", train)
-    checks.boolean(call, "unbiased_var", unbiased_var)
-    schedule, momentum = static_schedule(momentum, state, train)
-    options = Options(
-        call,
-        train,
-        checks.static_axis(call, axis),
-        schedule,
-        checks.positive(call, "epsilon", epsilon),
-        checks.axis_names(call, axis_name),
-        checks.index_groups(call, axis_index_groups),
-        unbiased_var,
-        collect,
-        dtype,
-    )
-    return options, None if callable(momentum) else checks.momentum(call, momentum)
-
-
-def static_schedule(value: Any, state: Any, train: bool) -> tuple[Any, Any]:
-    """A number or function of the count as (None, number), or as (function, function) where it may be compiled in.
-
-    A function that is another object at each call, such as a lambda in a loop, would be compiled each time. It is
-    evaluated here, so that only numbers enter what is compiled.
-    """
-    lasts = type(value).__eq__ is not object.__eq__ or "<" not in getattr(value, "__qualname__", "<")
-    if not callable(value) or (lasts and isinstance(value, Hashable)):
-        return (value if callable(value) else None), value
-    used = train and hasattr(state, "count")
-    return None, value(jnp.asarray(state.count)) if used else 0.0
+    momentum = momentum_argument(options.call, momentum, state, options.train)
+    return compiled_apply(params, state, x, mask, momentum, earlier, options=options)
 
 
 @partial(jax.jit, static_argnames="options", inline=True)
-def apply_canonical(params, state, x, mask, rate, earlier, *, options):
-    features, wide, mask = widened(params, state, x, mask, options)
+def compiled_apply(
+    params: Any,
+    state: BNState | None,
+    x: Array,
+    mask: Array | None,
+    momentum: Scheduled,
+    earlier: Collected | None,
+    *,
+    options: Options,
+) -> tuple[Array, BNState | None, Collected | None]:
+    """`apply`, compiled once for each set of options."""
+    batch = validate(params, state, x, mask, options)
     collected = None
     if state is not None and not options.train:
         mean, var = state.mean, state.var.real
     else:
-        batch = batch_collected(wide, mask, features, state, x.dtype, options)
-        mean, var = usable(batch.moments, state, x, mask)
-        state, collected = absorbed(state, batch, earlier, rate, options)
+        statistics = batch_statistics(batch, state, options)
+        mean, var = choose_statistics(statistics.moments, state, batch)
+        state, collected = update(state, statistics, earlier, momentum, options)
     scale, bias = params
-    dtype = options.dtype or x.dtype
-    y = normalize(wide, *(aligned(v, x, features) for v in (mean, var, scale, bias)), mask, options.epsilon, dtype)
-    return y.astype(dtype), state, collected
+    return normalize_by(mean, var, scale, bias, batch, options), state, collected
 
 
-def batch_collected(x, mask, features, state, dtype, options):
-    """The moments of widened `x`, looked at around the running mean, over the named axes too."""
-    shift = None if state is None else state.mean
-    return Collected(*supported_moments(x, mask, features, options.names, options.groups, dtype=dtype, shift=shift))
-
-
-def widened(params, state, x, mask, options):
-    """The feature axes, `x` in 32 bits or more, and the mask. All arguments are checked.
-
-    `x` is widened once, so that the parts of its gradient are summed before they are rounded.
-    """
+def validate(params: Any, state: BNState | None, x: Array, mask: Array | None, options: Options) -> Batch:
+    """The batch to normalize, after all arguments have been checked."""
     checks.inexact(options.call, "x", x)
     features = checks.feature_axes(options.call, x, options.axis)
     checks.variables(options.call, params, state, x, features, options.axis)
     checks.weights(options.call, mask, x)
     if options.train or state is None:
-        checks.bound_axes(options.call, options.names, options.groups)
-    return features, x.astype(wider(x.dtype)), None if mask is None else sharded_as(x, mask)
+        checks.bound_axes(options.call, options.axis_names, options.axis_index_groups)
+    return batch_of(x, mask, features)
 
 
-def aligned(v, x, features) -> Any:
+def batch_statistics(batch: Batch, state: BNState | None, options: Options) -> Collected:
+    """The moments of the batch, over the named axes too; it is read around the running mean."""
+    shift = None if state is None else state.mean
+    return collect(batch, options.axis_names, options.axis_index_groups, shift=shift)
+
+
+def choose_statistics(moments: Moments, state: BNState | None, batch: Batch) -> tuple[Array, Array]:
+    """Mean and variance to normalize by: the batch's, or the running ones for a feature without a valid element."""
+    _, mean, var = moments
+    if batch.mask is None and 0 not in batch.x.shape:
+        return mean, var
+    if state is None:
+        running_mean, running_var = jnp.zeros_like(mean), jnp.ones_like(var)
+    else:
+        running_mean, running_var = state.mean.astype(mean.dtype), state.var.real.astype(var.dtype)
+    some = moments.weight > 0
+    return select(some, mean, sharded_as(mean, running_mean)), select(some, var, sharded_as(var, running_var))
+
+
+def normalize_by(
+    mean: Array, var: Array, scale: Array | None, bias: Array | None, batch: Batch, options: Options
+) -> Array:
+    """The formula, in the output's dtype; statistics of the features' shape, scale and bias of that or conditional."""
+    dtype = options.dtype or batch.dtype
+    per_feature = (aligned(v, batch.x, batch.features) for v in (mean, var, scale, bias))
+    return normalize(batch.x, *per_feature, batch.mask, options.epsilon, dtype).astype(dtype)
+
+
+def aligned(v: Any, x: Array, features: tuple[int, ...]) -> Any:
     """`v`, of the shape of the features, with x's rank, which conditional scale and bias have, and sharded as `x`."""
     if v is None:
         return v
     return sharded_as(x, v if v.ndim == x.ndim else jnp.expand_dims(v, [a for a in range(x.ndim) if a not in features]))
-
-
-def usable(batch, state, x, mask):
-    """The mean and variance to normalize by: the batch's, or the running ones for a feature without a valid value."""
-    mean, var = batch.mean, batch.var
-    if mask is None and 0 not in x.shape:
-        return mean, var
-    idle = (
-        (jnp.zeros_like(mean), jnp.ones_like(var))
-        if state is None
-        else (state.mean.astype(mean.dtype), state.var.real.astype(var.dtype))
-    )
-    pairs = zip((mean, var), idle, strict=True)
-    return (select(batch.weight > 0, new, sharded_as(new, old)) for new, old in pairs)
-
-
-def absorbed(state, batch, earlier, rate, options, std_epsilon=None):
-    """The state after an update by this batch, and what was collected, both with the earlier parts if there are any."""
-    if earlier is not None:
-        batch = joined(earlier, batch)
-    if state is not None:
-        if options.schedule is not None:
-            rate = checks.momentum(options.call, options.schedule(state.count))
-        checks.rate(options.call, rate, state.count)
-        state = absorb(state, *batch, rate, options.unbiased_var, std_epsilon)
-    return state, batch if options.collect else None
-
-
-def joined(first, second):
-    """Moments and support of two parts together."""
-    both: Any = jax.tree.map(lambda *leaves: jnp.stack(leaves), first, second)
-    return Collected(*merge_along(both.moments, both.support, 0))
-
-
-def absorb(state, batch, support, rate, unbiased_var, std_epsilon=None):
-    """`state` after one update, where the batch carries information; dtypes stay.
-
-    Averages are those of mean and var, or of mean and sqrt(var + std_epsilon).
-    """
-    batch, support = jax.tree.map(lambda v: sharded_as(state.mean, v), (batch, support))
-    var = batch.var
-    enough = support.valid >= 2
-    if unbiased_var:
-        divisor = batch.weight - support.mean_weight
-        enough &= divisor > 0
-        var = var * jnp.where(enough, batch.weight / jnp.where(enough, divisor, 1), 1)
-    enough &= jnp.isfinite(batch.mean) & jnp.isfinite(var)
-
-    def average(old, new):
-        dtype = wider(old.dtype, new.dtype)
-        keep, take = (jnp.asarray(r).astype(dtype) for r in rate)
-        excess = (keep - 1) + take  # both are rounded: without this a constant would drift by excess / take
-        return keep * old.astype(dtype) + (take * new.astype(dtype) - excess * old.astype(dtype))
-
-    mean = average(state.mean, batch.mean)
-    if std_epsilon is None:
-        var = average(state.var, var)
-    else:
-        dtype = wider(state.var.dtype, var.dtype)
-        std = average(*(jnp.sqrt(v.real.astype(dtype) + std_epsilon) for v in (state.var, var)))
-        var = jnp.maximum(std * std - std_epsilon, 0)
-    return BNState(
-        select(enough, mean.astype(state.mean.dtype), state.mean),
-        select(enough, var.astype(state.var.dtype), state.var),
-        state.count + enough.astype(state.count.dtype),
-    )
-
-
-def select(which, new, old):
-    """`new` where `which`, else `old`, arrays of one shape, sharded as `old`."""
-    return jnp.where(sharded_as(old, which), sharded_as(old, new), old)

@@ -1,4 +1,4 @@
-"""Arguments checked while tracing: shapes, dtypes and Python values, never array contents.
+"""Checks of arguments while tracing: shapes, dtypes and Python values, never array contents.
 
 Every message names the call and the argument, then what came, what was expected, and what to do. Options that have
 several spellings come back in one, the only one that the mathematics handles.
@@ -23,7 +23,7 @@ class UnboundAxisNameError(NameError, ValueError):
 
 
 def feature_shape(call: str, features: Any) -> tuple[int, ...]:
-    """`features`, one integer or several, as a shape."""
+    """The shape that `features`, one integer or several, stand for."""
     shape = tuple(features) if isinstance(features, Sequence) else (features,)
     if not shape or any(isinstance(n, bool) or not isinstance(n, int | np.integer) or n < 0 for n in shape):
         raise ValueError(
@@ -34,7 +34,7 @@ def feature_shape(call: str, features: Any) -> tuple[int, ...]:
 
 
 def inexact_dtype(call: str, dtype: Any) -> Any:
-    """`dtype`, which is floating or complex."""
+    """The dtype, after a check that it is floating or complex."""
     if not jnp.issubdtype(dtype, jnp.inexact):
         raise TypeError(
             f"{call}(dtype={jnp.dtype(dtype).name}): expected a floating or complex dtype. Pass jnp.float32, say."
@@ -43,7 +43,7 @@ def inexact_dtype(call: str, dtype: Any) -> Any:
 
 
 def initial(call: str, name: str, value: Any, shape: tuple[int, ...], dtype: Any) -> None:
-    """An initial value, which broadcasts to the features."""
+    """Check that an initial value broadcasts to the features, and is real unless the dtype is complex."""
     if np.iscomplexobj(value) and not jnp.issubdtype(dtype, jnp.complexfloating):
         raise TypeError(f"{call}({name}=...): complex, but dtype is {dtype}. Pass dtype=jnp.complex64.")
     got = np.shape(value)
@@ -54,7 +54,7 @@ def initial(call: str, name: str, value: Any, shape: tuple[int, ...], dtype: Any
 
 
 def inexact(call: str, name: str, x: Any) -> None:
-    """`x` is an array of floating or complex numbers."""
+    """Check that an argument is an array of floating or complex numbers."""
     if not hasattr(x, "dtype") or not hasattr(x, "shape"):
         raise TypeError(
             f"{call}({name}=...): expected a floating or complex array, got {type(x).__name__}. "
@@ -68,7 +68,7 @@ def inexact(call: str, name: str, x: Any) -> None:
 
 
 def feature_axes(call: str, x: Array, axis: Axis) -> tuple[int, ...]:
-    """`axis` as increasing non-negative integers."""
+    """The feature axes as increasing non-negative integers."""
     axes = tuple(np.atleast_1d(static_axis(call, axis)).tolist())
     if any(not -x.ndim <= a < x.ndim for a in axes):
         raise ValueError(
@@ -84,7 +84,7 @@ def feature_axes(call: str, x: Array, axis: Axis) -> tuple[int, ...]:
 
 
 def static_axis(call: str, axis: Any) -> int | tuple[int, ...]:
-    """`axis`, an integer or several, in hashable form."""
+    """The axis argument, an integer or several, in a hashable form."""
     axes = tuple(axis) if isinstance(axis, Iterable) else (axis,)
     if not axes or any(isinstance(a, bool) or not isinstance(a, int | np.integer) for a in axes):
         raise TypeError(
@@ -94,7 +94,7 @@ def static_axis(call: str, axis: Any) -> int | tuple[int, ...]:
 
 
 def axis_names(call: str, axis_name: AxisName | None) -> tuple[Hashable, ...]:
-    """`axis_name` as a tuple, empty for None."""
+    """The names as a tuple, which is empty for None."""
     if isinstance(axis_name, set | frozenset):
         raise TypeError(
             f"{call}(axis_name={axis_name}): the order of a set differs between the hosts of a program. "
@@ -106,7 +106,7 @@ def axis_names(call: str, axis_name: AxisName | None) -> tuple[Hashable, ...]:
 
 
 def index_groups(call: str, groups: Sequence[Sequence[int]] | None) -> tuple[tuple[int, ...], ...] | None:
-    """`axis_index_groups` in hashable form."""
+    """The index groups in a hashable form."""
     try:
         return None if groups is None else tuple(tuple(int(i) for i in group) for group in groups)
     except TypeError as error:
@@ -115,15 +115,8 @@ def index_groups(call: str, groups: Sequence[Sequence[int]] | None) -> tuple[tup
         ) from error
 
 
-def keywords(call: str, given: Iterable[str], known: Iterable[str]) -> None:
-    """All keywords that were given are those of a call."""
-    unknown = sorted(set(given) - set(known))
-    if unknown:
-        raise TypeError(f"{call}({unknown[0]}=...): there is no such argument. Pass some of {sorted(known)}.")
-
-
 def bound_axes(call: str, names: tuple[Hashable, ...], groups: tuple[tuple[int, ...], ...] | None) -> None:
-    """Every name is a mapped axis here, and the groups hold each index once."""
+    """Check that every name is a mapped axis here, and that the groups hold each index once."""
     if len(set(names)) != len(names):
         raise ValueError(f"{call}(axis_name={names}): an axis is repeated and would count twice. Name each axis once.")
     size = 1
@@ -151,7 +144,7 @@ def bound_axes(call: str, names: tuple[Hashable, ...], groups: tuple[tuple[int, 
 
 
 def broadcasts(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:
-    """Whether a shape broadcasts to another, whose sizes may be symbolic dimensions of `jax.export`."""
+    """Whether a shape broadcasts to the target, whose sizes may be symbolic dimensions of `jax.export`."""
     return len(shape) <= len(target) and all(n in (1, m) for n, m in zip(shape[::-1], target[::-1], strict=False))
 
 
@@ -161,7 +154,7 @@ def _broadcasts(value: Any, x: Array) -> bool:
 
 
 def weights(call: str, mask: Any, x: Array) -> None:
-    """`mask` is None, boolean or real, and broadcasts to `x`."""
+    """Check that a mask is None, or boolean or real, and that it has x's rank and broadcasts to `x`."""
     if mask is None:
         return
     if not hasattr(mask, "dtype"):
@@ -181,7 +174,7 @@ def weights(call: str, mask: Any, x: Array) -> None:
 
 
 def boolean(call: str, name: str, value: Any) -> None:
-    """`value` is a Python bool."""
+    """Check that an argument is a Python bool."""
     if not isinstance(value, bool):
         raise TypeError(
             f"{call}({name}=...): expected a Python bool, got {value!r} of {type(value)}. It selects the "
@@ -190,13 +183,13 @@ def boolean(call: str, name: str, value: Any) -> None:
 
 
 def positive_integer(call: str, name: str, value: Any) -> None:
-    """`value` is an integer of 1 or more."""
+    """Check that an argument is an integer of 1 or more."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
         raise ValueError(f"{call}({name}={value!r}): expected a positive integer. Pass 1 or more.")
 
 
 def positive(call: str, name: str, value: Any) -> float:
-    """`value` as a float, which is positive and finite."""
+    """The argument as a float, after a check that it is positive and finite in float32."""
     try:
         number = float(value)
     except (TypeError, ValueError, jax.errors.ConcretizationTypeError) as error:
@@ -210,13 +203,13 @@ def positive(call: str, name: str, value: Any) -> float:
 
 
 def known(values: Array) -> np.ndarray | None:
-    """What an array holds; None while that is traced, and where another host holds a part of it."""
+    """The numbers in an array; None if it is traced, or if another host holds a part of it."""
     unknown = isinstance(values, Tracer) or not values.is_fully_addressable
     return None if unknown else np.asarray(jax.device_get(values))
 
 
 def momentum(call: str, value: Any) -> tuple[Any, Any]:
-    """`value` and its complement; in [0, 1], to which what only run time knows is clamped."""
+    """The momentum and its complement, both in [0, 1]; a momentum that only run time knows is clamped."""
     if isinstance(value, np.ndarray) and value.ndim:
         value = jnp.asarray(value)
     if isinstance(value, Array):
@@ -246,7 +239,7 @@ def momentum(call: str, value: Any) -> tuple[Any, Any]:
 
 
 def rate(call: str, rate: tuple[Any, Any], like: Array) -> None:
-    """The momentum, a number or one per feature, has a shape that leaves the state's as it is."""
+    """Check that the momentum is a number, or has a shape that broadcasts to the state's."""
     if not broadcasts(np.shape(rate[0]), like.shape):
         raise ValueError(
             f"{call}(momentum=...): shape {np.shape(rate[0])} does not broadcast to features {like.shape}. "
@@ -255,7 +248,7 @@ def rate(call: str, rate: tuple[Any, Any], like: Array) -> None:
 
 
 def variables(call: str, params: Any, state: Any, x: Array, features: tuple[int, ...], axis: Axis) -> None:
-    """Scale, bias and running statistics fit `x` and its features, and are complex only where it is."""
+    """Check that scale, bias and running statistics fit `x` and its features, and are complex only if `x` is."""
     for name, value, fields in ("params", params, ("scale", "bias")), ("state", state, ("mean", "var", "count")):
         if not (value is None and name == "state") and not all(hasattr(value, field) for field in fields):
             raise TypeError(

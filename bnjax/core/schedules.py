@@ -1,9 +1,12 @@
-"""Momentum as a function of the number of updates, like an optax schedule."""
+"""Numbers that may be functions of the number of updates, like an optax schedule: the momentum, and bounds."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from functools import partial
 from math import log
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -13,11 +16,11 @@ Momentum = float | Array | Callable[[Array], Array]
 
 
 def cumulative_average(count: Array) -> Array:
-    """Momentum under which every batch counts the same: the running statistics are the plain mean over all updates.
+    """Momentum that weighs every batch alike: the running statistics are the plain mean over all updates.
 
         momentum = count / (count + 1)
 
-    PyTorch's `momentum=None`.
+    This is PyTorch's `momentum=None`.
 
     Args:
       count: number of updates so far, as in `BNState.count`.
@@ -36,18 +39,18 @@ def cumulative_average(count: Array) -> Array:
 
 @dataclass(frozen=True)
 class debiased:  # noqa: N801  a function with one parameter bound, which hashes and compares by value
-    """Momentum of an exponential average without memory of its initial value (Kingma & Ba, 2015, section 3).
+    """Momentum of an exponential average that forgets its initial value (Kingma & Ba, 2015, section 3).
 
         momentum_t = momentum (1 - momentum^t) / (1 - momentum^(t + 1)),    t = count
 
-    After t updates the running value is the average of the batches with weights proportional to momentum^age; the
-    first update replaces the initial 0 and 1. In the limit momentum = 1 it is `cumulative_average`.
+    After t updates the running value is the average of the batches with weights proportional to momentum^age, because
+    the first update replaces the initial 0 and 1. With momentum = 1 it is `cumulative_average`.
 
     Args:
-      momentum: weight of the old value in the long run, in [0, 1].
+      momentum: the limit of the weight of the old value for many updates, in [0, 1].
 
     Raises:
-      TypeError, ValueError: for anything else.
+      TypeError, ValueError: for a momentum that is no number in [0, 1].
 
     Example:
       >>> import bnjax, jax.numpy as jnp
@@ -71,11 +74,16 @@ class debiased:  # noqa: N801  a function with one parameter bound, which hashes
 
 @dataclass(frozen=True)
 class linear_ramp:  # noqa: N801  a function with its parameters bound, which hashes and compares by value
-    """A number that stays, then rises linearly with the count of updates, then stays again.
+    """A number that is constant, then rises linearly with the count of updates, then is constant again.
+
+        value = low + (high - low) clip((count - start) / (stop - start), 0, 1)
 
     Args:
-      low, high: its values at first and at last.
-      start, stop: the counts between which it rises.
+      low, high: the first and the last value.
+      start, stop: the counts of updates between which the value rises; start < stop.
+
+    Raises:
+      ValueError: unless start < stop.
 
     Example:
       >>> import bnjax, jax.numpy as jnp
@@ -95,3 +103,32 @@ class linear_ramp:  # noqa: N801  a function with its parameters bound, which ha
     def __call__(self, count: Array) -> Array:
         rise = jnp.clip((jnp.asarray(count).astype(float) - self.start) / (self.stop - self.start), 0, 1)
         return self.low + (self.high - self.low) * rise
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["number"], meta_fields=["schedule"])
+@dataclass(frozen=True)
+class Scheduled:
+    """A number, or a function of the count of updates, as an argument of a compiled function.
+
+    The number is traced, so that another number compiles nothing. The function is static, and its value is taken from
+    the count where the state is traced.
+    """
+
+    number: Any
+    schedule: Callable[[Array], Any] | None
+
+
+def scheduled(value: Any, state: Any, train: bool) -> Scheduled:
+    """`value`, a number or a function of the count, as an argument of a compiled function.
+
+    A function that is another object at each call, such as a lambda in a loop, would be compiled each time. It is
+    evaluated here instead, at the count of the state, so that only its number enters the compiled function.
+    """
+    if not callable(value):
+        return Scheduled(value, None)
+    compares_by_value = type(value).__eq__ is not object.__eq__
+    is_a_definition = "<" not in getattr(value, "__qualname__", "<")  # neither a lambda nor a local function
+    if (compares_by_value or is_a_definition) and isinstance(value, Hashable):
+        return Scheduled(None, value)
+    used = train and hasattr(state, "count")
+    return Scheduled(value(jnp.asarray(state.count)) if used else 0.0, None)

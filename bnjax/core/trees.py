@@ -1,7 +1,8 @@
 """Layers of batch normalization in the trees that hold a model's variables, by name.
 
-The name of a layer is its path, "block/BatchNorm_0" in Linen, "layers/1" in NNX, "" where the tree is the layer's own;
-that of a variable is the last part: scale, bias, mean, var, count. Dictionaries, namedtuples and NNX states will do.
+The name of a layer is its path: "block/BatchNorm_0" in Linen, "layers/1" in NNX, "" if the tree holds a single layer.
+The last part of a path names the variable: scale, bias, mean, var or count. A tree is made of dictionaries, named
+tuples or NNX states.
 """
 
 from collections.abc import Mapping
@@ -9,13 +10,11 @@ from typing import Any
 
 import jax
 
-from bnjax.core.apply import BNParams, BNState, Collected
-from bnjax.core.array_moments import Moments
-from bnjax.core.moments import Support
+from bnjax.core.records import BNParams, BNState, Collected, Moments, Support
 
 
 def leaves(tree: Any) -> dict[str, dict[str, Any]]:
-    """The arrays of a tree by layer, and by their names there."""
+    """The arrays of a tree, by the name of the layer and the name of the variable."""
     found: dict[str, dict[str, Any]] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         layer, name = _names(path)
@@ -24,7 +23,7 @@ def leaves(tree: Any) -> dict[str, dict[str, Any]]:
 
 
 def replaced(tree: Any, new: Mapping[str, Mapping[str, Any]]) -> Any:
-    """The tree with other arrays for those that `new` has, by layer and name; what else `new` has is left out."""
+    """The tree with the arrays of `new` in place of its own; arrays of `new` that the tree lacks are ignored."""
 
     def replace(path, leaf):
         layer, name = _names(path)
@@ -34,7 +33,7 @@ def replaced(tree: Any, new: Mapping[str, Mapping[str, Any]]) -> Any:
 
 
 def norms(params: Any, batch_stats: Any) -> dict[str, tuple[BNParams, BNState]]:
-    """The layers with a running mean and variance. What a layer does not have (scale, bias, count) is None."""
+    """The layers with a running mean and variance. A scale, bias or count that a layer lacks is None."""
     learned = leaves(params)
     found = {}
     for layer, stats in leaves(batch_stats).items():
@@ -45,7 +44,7 @@ def norms(params: Any, batch_stats: Any) -> dict[str, tuple[BNParams, BNState]]:
 
 
 def collected(batch_moments: Any) -> dict[str, Collected]:
-    """What the layers collected."""
+    """The moments that the layers collected, by layer."""
     parts = leaves(batch_moments)
     layers = [path.removesuffix("moments").rstrip("/") for path in parts if path.rpartition("/")[2] == "moments"]
     return {
@@ -55,7 +54,7 @@ def collected(batch_moments: Any) -> dict[str, Collected]:
 
 
 def check_collected(call: str, batch_stats: Any, batch_moments: Any) -> None:
-    """Every layer with a running mean and variance gave the moments of the batch."""
+    """Check that every layer with running statistics collected the moments of the batch."""
     given = collected(batch_moments)
     missing = [layer for layer in norms({}, batch_stats) if layer not in given]
     if missing:

@@ -1,8 +1,8 @@
 """From training to serving.
 
-    affine          a layer in evaluation as an affine map, and that map in a kernel
-    neighbours      which linear layers and norms stand side by side in a traced model
-    recalibration   population statistics for weights that no longer change
+    affine          a layer in evaluation as an affine map, and that map folded into a kernel
+    neighbours      finds the linear layers and the norms that are adjacent in a traced model
+    recalibration   recomputes the running statistics of weights that no longer change
 
-`fold_model` of `bnjax.linen` and `bnjax.nnx` is made of the first two.
+`fold_model` of `bnjax.linen` and of `bnjax.nnx` is built on the first two.
 """

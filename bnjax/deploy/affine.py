@@ -1,8 +1,8 @@
-"""A layer in evaluation as one affine map, and that map in the kernel of a linear layer beside it.
+"""A layer in evaluation as an affine map, and that map folded into the kernel of an adjacent linear layer.
 
     y = scale' * x + bias'      scale' = scale / sqrt(var + epsilon)        bias' = bias - mean * scale'
 
-`bnjax.linen.fold_model` and `bnjax.nnx.fold_model` do it to whole models.
+`bnjax.linen.fold_model` and `bnjax.nnx.fold_model` fold whole models.
 """
 
 import functools
@@ -12,10 +12,10 @@ import jax.numpy as jnp
 from jax import Array
 
 from bnjax.core import checks
-from bnjax.core.apply import BNParams, BNState, aligned
-from bnjax.core.array_moments import serializable
+from bnjax.core.apply import aligned
 from bnjax.core.moments import wider
 from bnjax.core.normalize import normalize, slopes
+from bnjax.core.records import BNParams, BNState, serializable
 
 
 @serializable
@@ -27,20 +27,21 @@ class Affine(NamedTuple):
 
 
 def fold(params: BNParams, state: BNState, *, epsilon: float = 1e-5) -> Affine:
-    """One scale and one bias for each feature, which do what the layer does in evaluation.
+    """The affine map that a layer computes in evaluation (Ioffe & Szegedy, 2015, algorithm 2, line 11).
 
         bn_apply(params, state, x, train=False)[0] = scale' * x + bias'
 
     Args:
-      params, state: of the layer, of shape `features`; scale and bias may be None.
-      epsilon: that of the layer.
+      params, state: parameters and running statistics of one layer, of shape `features`; scale and bias may be None.
+      epsilon: epsilon of the layer, > 0.
 
     Returns:
-      scale' and bias' of shape `features`, in float32 or wider. The output differs by rounding, which grows with
-      |mean| / sqrt(var + epsilon).
+      scale' and bias' of shape `features`, in float32 or wider. The outputs of the map and of the layer differ by a
+      rounding error, which grows with |mean| / sqrt(var + epsilon).
 
     Raises:
-      ValueError: without a state: a layer that normalizes by its batch is no affine map.
+      ValueError: if state is None, because a layer that normalizes by its batch is not an affine map, and for scale or
+        bias of another shape than the statistics.
 
     Example:
       >>> import jax.numpy as jnp
@@ -52,15 +53,18 @@ def fold(params: BNParams, state: BNState, *, epsilon: float = 1e-5) -> Affine:
       ([2.0, 1.0], [-2.0, -2.0])
     """
     if state is None:
-        raise ValueError("fold(state=None): a layer without running statistics normalizes by its batch; it stays.")
+        raise ValueError(
+            "fold(state=None): a layer without running statistics normalizes by its batch, which is not an affine map. "
+            "Keep this layer."
+        )
     epsilon = checks.positive("fold", "epsilon", epsilon)
     params = BNParams(*(None if v is None else jnp.asarray(v) for v in params))
     mean, var = jnp.asarray(state.mean), jnp.asarray(state.var).real
     for name, v in params._asdict().items():
         if v is not None and v.shape != mean.shape:
             raise ValueError(
-                f"fold(params=...): params.{name} has shape {v.shape}, state.mean {mean.shape}. Pass those of one "
-                "index, class or example: they have a scale and a bias of their own."
+                f"fold(params=...): params.{name} has shape {v.shape}, state.mean {mean.shape}. Pass the parameters "
+                "and the state of one index, class or example: each has its own affine map."
             )
     dtypes = (wider(v.dtype) for v in (mean, *params) if v is not None)
     zero = jnp.zeros(mean.shape, functools.reduce(jnp.promote_types, dtypes))
@@ -69,21 +73,24 @@ def fold(params: BNParams, state: BNState, *, epsilon: float = 1e-5) -> Affine:
 
 
 def fold_into_previous(kernel: Array, bias: Array | None, affine: Affine, *, axis: int = -1) -> tuple[Array, Array]:
-    """Kernel and bias of a linear layer with the layer after it folded in.
+    """Kernel and bias of a linear layer, with the normalization that follows it folded in.
 
-        kernel' = kernel * scale        bias' = bias * scale + bias of the layer
+        kernel' = kernel * affine.scale        bias' = bias * affine.scale + affine.bias
 
     Args:
-      kernel: of a dense layer or of a convolution of any kind: transposed, grouped, depthwise, dilated, strided.
-      bias: of shape (features,), or None.
-      affine: what `fold` gives.
-      axis: of the output's features in the kernel: -1 in Flax, but -2 for ConvTranspose(transpose_kernel=True).
+      kernel: kernel of a dense layer or of any convolution: transposed, grouped, depthwise, dilated, strided.
+      bias: bias of shape (features,), or None.
+      affine: the result of `fold`, of shape (features,).
+      axis: axis of the kernel that holds the output features: -1 in Flax, but -2 for
+        ConvTranspose(transpose_kernel=True).
 
     Returns:
-      kernel, and bias of shape (features,), which is there now if it was not; in the dtype that each had.
+      kernel: in its own dtype.
+      bias: of shape (features,), in its own dtype, or in the kernel's if it was None.
 
     Raises:
       ValueError: if the kernel has another number of features on that axis.
+      TypeError: if the affine map is complex and the kernel is real.
 
     Example:
       >>> import jax.numpy as jnp
@@ -102,24 +109,27 @@ def fold_into_previous(kernel: Array, bias: Array | None, affine: Affine, *, axi
 
 
 def fold_into_next(kernel: Array, bias: Array | None, affine: Affine, *, groups: int = 1) -> tuple[Array, Array]:
-    """Kernel and bias of a linear layer with the layer before it folded in.
+    """Kernel and bias of a linear layer, with the normalization that precedes it folded in.
 
-        kernel' = kernel * scale        bias' = bias + sum kernel * bias of the layer
+        kernel' = kernel * affine.scale        bias' = bias + sum(kernel * affine.bias)
 
-    with the sum over all that enters an output. Exact where the kernel sees no padding of zeros: those stand for what
-    the layer would have made `bias`. For a transposed convolution only a kernel of one place is so.
+    The sum runs over all kernel elements of an output feature. The result is exact if no zeros are padded into the
+    layer's input: the normalization maps such a zero to affine.bias, and the folded layer does not. A transposed
+    convolution pads zeros unless its kernel has size 1.
 
     Args:
-      kernel: (..., inputs / groups, outputs).
-      bias: of shape (outputs,), or None.
-      affine: what `fold` gives, of shape (inputs,).
-      groups: of a convolution (`feature_group_count`).
+      kernel: kernel of shape (..., inputs / groups, outputs).
+      bias: bias of shape (outputs,), or None.
+      affine: the result of `fold`, of shape (inputs,).
+      groups: number of groups of a convolution (`feature_group_count`), > 0.
 
     Returns:
-      kernel, and bias of shape (outputs,), in the dtype that each had.
+      kernel: in its own dtype.
+      bias: of shape (outputs,), in its own dtype, or in the kernel's if it was None.
 
     Raises:
       ValueError: if the kernel has another number of inputs.
+      TypeError: if the affine map is complex and the kernel is real.
 
     Example:
       >>> import jax.numpy as jnp
@@ -130,7 +140,7 @@ def fold_into_next(kernel: Array, bias: Array | None, affine: Affine, *, groups:
       ([[2.0], [3.0]], [2.0])
     """
     _check_fits("fold_into_next", kernel, affine, kernel.shape[-2] * groups)
-    # The outputs of a group stand together, and see the inputs of their group.
+    # The outputs of one group are contiguous, and depend on the inputs of that group alone.
     scale, shift = (jnp.repeat(v.reshape(groups, -1).T, kernel.shape[-1] // groups, axis=1) for v in affine)
     scale, shift = (jnp.expand_dims(v, tuple(range(kernel.ndim - 2))) for v in (scale, shift))
     wide = kernel.astype(scale.dtype)
@@ -144,7 +154,7 @@ def _check_fits(call, kernel, affine, features):
     if affine.scale.shape != (features,):
         raise ValueError(
             f"{call}(kernel=...): the kernel has shape {kernel.shape} and so {features} features there, but "
-            f"affine.scale has shape {affine.scale.shape}. Fold layers that stand side by side."
+            f"affine.scale has shape {affine.scale.shape}. Fold layers that are adjacent."
         )
     if jnp.iscomplexobj(affine.bias) and not jnp.iscomplexobj(kernel):
         raise TypeError(

@@ -1,9 +1,9 @@
-"""Which layers of a model stand side by side, and a linear layer with batch normalization folded into it.
+"""Adjacent layers of a model, and a linear layer with batch normalization folded into it.
 
-A model is traced in evaluation, and what its linear layers and norms take and give is named in the program
-(`jax.ad_checkpoint.checkpoint_name`, the identity). Two layers are side by side if everything that the first gives is
-taken by the second and by nothing else: then the second sees what the first gives, through reshapes that keep features
-on the last axis and through changes of floating dtype, and removing the norm changes nothing elsewhere.
+A model is traced in evaluation. The trace names the inputs and the outputs of its linear layers and norms, by
+`jax.ad_checkpoint.checkpoint_name`, which computes the identity. Two layers are adjacent if the outputs of the first
+are the inputs of the second and have no other use. Between them there may be reshapes that keep the features on the
+last axis, and changes of floating dtype. Folding adjacent layers changes no other value of the model.
 """
 
 import logging
@@ -23,14 +23,14 @@ Pair = tuple[str, str]
 LOG = logging.getLogger("bnjax")
 
 _TAG = "bnjax_fold"
-_START = "the start"  # what makes the arguments of the model, and constants
-# Calls of another program whose results are its own. Loops and branches are programs by themselves.
+_START = "the start"  # the maker of the model's arguments and of constants
+# Operations that call another program once, and return its results. Loops and branches are followed separately.
 _INLINED = {"jit", "pjit", "closed_call", "core_call", "remat2", "checkpoint", "custom_jvp_call", "custom_vjp_call"}
 
 
 @dataclass(frozen=True)
 class FoldReport:
-    """What `fold` did: the pairs that were folded, and for each norm that was left the reason. Printed it is a list."""
+    """The pairs that were folded, and for each other norm the reason why it was not. It prints as a list."""
 
     folded: list[Pair]
     unfolded: dict[str, str] = field(default_factory=dict)
@@ -42,41 +42,41 @@ class FoldReport:
 
 
 def log(report: FoldReport) -> None:
-    """Report what was found: a warning if something was left."""
+    """Log the report, as a warning if a norm was not folded."""
     LOG.log(logging.WARNING if report.unfolded else logging.INFO, "%s", report)
 
 
-class Seen(NamedTuple):
-    """A layer of a model: its class, itself, the axis of a norm, the ranks of its inputs, and whether it evaluates."""
+class TracedLayer(NamedTuple):
+    """A layer that a model calls."""
 
     kind: type
     module: Any
-    axis: Any = -1
-    ranks: frozenset[int] = frozenset()
-    evaluates: bool = True
+    axis: Any = -1  # feature axis of a norm
+    ranks: frozenset[int] = frozenset()  # of the inputs
+    evaluates: bool = True  # whether every call uses the running statistics
 
-    def again(self, earlier: "Seen | None") -> "Seen":
-        """After one more call."""
+    def merged(self, earlier: "TracedLayer | None") -> "TracedLayer":
+        """This call together with the earlier calls of the same layer."""
         if earlier is None:
             return self
         return self._replace(ranks=self.ranks | earlier.ranks, evaluates=self.evaluates and earlier.evaluates)
 
 
-def watched(path: str, kernel: Any, call: Callable[[Any], Any], x: Any) -> Any:
-    """`call(x)`, with the names of what the layer takes and gives, and of its kernel, None for a norm."""
+def named_call(path: str, kernel: Any, call: Callable[[Any], Any], x: Any) -> Any:
+    """`call(x)`, with names for the layer's input, its output, and its kernel (None for a norm)."""
     if kernel is not None:
         checkpoint_name(kernel, f"{_TAG}:of:{path}")
     return checkpoint_name(call(checkpoint_name(jnp.asarray(x), f"{_TAG}:in:{path}")), f"{_TAG}:out:{path}")
 
 
 class Neighbours:
-    """Which layers take what others give, from a model's program.
+    """Which outputs of layers are inputs of other layers, according to a model's jaxpr.
 
-    Values are numbered: one that stands for another, through a reshape, leads to it by `_before`.
+    The values of the program are numbered. `_before` leads from the result of a reshape to its operand.
     """
 
     def __init__(self, function: Callable[..., Any], args: Any, kwargs: Any):
-        """Trace `function(*args, **kwargs)`; leaves of the arguments that have a shape and a dtype are traced."""
+        """Trace `function(*args, **kwargs)`. Leaves without a shape and a dtype, such as a bool, stay static."""
         leaves, tree = jax.tree.flatten((args, kwargs))
         where = [i for i, leaf in enumerate(leaves) if hasattr(leaf, "shape") and hasattr(leaf, "dtype")]
 
@@ -85,16 +85,17 @@ class Neighbours:
             args, kwargs = jax.tree.unflatten(tree, [filled.get(i, leaf) for i, leaf in enumerate(leaves)])
             return [leaf for leaf in jax.tree.leaves(function(*args, **kwargs)) if isinstance(leaf, Array)]
 
-        # By the number of a value: its users, each with the value that stands for this one if the user is a reshape.
+        # By the number of a value: its users. A user that is a reshape comes with the number of its result.
         self._uses: list[list[tuple[str, int | None]]] = []
         self._makers: list[str] = []
         self._before: dict[int, int] = {}
-        self._takes: dict[str, list[int]] = {}
-        self._gives: dict[str, list[int]] = {}
+        # By the path of a layer: the numbers of its inputs, outputs and kernels, one per call.
+        self._inputs: dict[str, list[int]] = {}
+        self._outputs: dict[str, list[int]] = {}
         self._kernels: dict[str, list[int]] = {}
         jaxpr = jax.make_jaxpr(call)(*(leaves[i] for i in where)).jaxpr
         for v in self._read(jaxpr, [self._new(_START) for _ in jaxpr.invars]):
-            self._uses[v].append(("what the model returns", None))
+            self._uses[v].append(("the model's result", None))
 
     def _new(self, maker):
         self._uses.append([])
@@ -102,7 +103,7 @@ class Neighbours:
         return len(self._makers) - 1
 
     def _read(self, jaxpr, given):
-        """Number the values of a program, and return those of its results; `given` are those of its arguments."""
+        """Number the values of a program whose arguments have the numbers `given`; return those of its results."""
         numbers = dict(zip(jaxpr.invars, given, strict=True))
 
         def numbered(variables):
@@ -117,11 +118,11 @@ class Neighbours:
                 results = self._read(programs[0], inputs)
             else:
                 results = self._operation(equation, inputs)
-                for program in programs:  # of a loop or a branch, whose last arguments are those of the operation
+                for program in programs:  # a loop or a branch, whose last arguments are the operation's last operands
                     makers = [self._makers[self._origin(v)[0]] for v in inputs][-len(program.invars) :]
                     makers = [_START] * (len(program.invars) - len(makers)) + makers
                     for v in self._read(program, [self._new(maker) for maker in makers]):
-                        self._uses[v].append(("what a loop returns", None))
+                        self._uses[v].append(("the result of a loop", None))
             numbers |= dict(zip(equation.outvars, results, strict=True))
         return numbered(jaxpr.outvars)
 
@@ -132,7 +133,7 @@ class Neighbours:
         layer = repr(path) if tag == _TAG else None
         results = [self._new(layer or kind) for _ in equation.outvars]
         if layer is not None:
-            found = {"in": self._takes, "out": self._gives, "of": self._kernels}[role]
+            found = {"in": self._inputs, "out": self._outputs, "of": self._kernels}[role]
             found.setdefault(path, []).append(results[0] if role == "out" else inputs[0])
         elif _keeps_features(equation):
             self._before[results[0]] = inputs[0]
@@ -141,7 +142,7 @@ class Neighbours:
         return results
 
     def _origin(self, value):
-        """Where a value comes from through reshapes, and whether it is used on the way elsewhere."""
+        """The value before all reshapes, and whether it or a reshape of it has another use."""
         shared = False
         while True:
             shared |= len(self._uses[value]) > 1
@@ -151,10 +152,10 @@ class Neighbours:
 
     def calls(self, path: str) -> bool:
         """Whether the model calls a layer."""
-        return path in self._takes
+        return path in self._inputs
 
-    def owns(self, path: str) -> str | None:
-        """Why a layer's kernel is not its own alone, or None. A call uses it twice: in its name, and in the product."""
+    def kernel_conflict(self, path: str) -> str | None:
+        """Why a layer's kernel must not change, or None. A call uses the kernel twice: in its name and the product."""
         for kernel in (kernels := self._kernels[path]):
             if self._makers[self._origin(kernel)[0]] != _START:
                 return f"the kernel of {path!r} is computed, as by weight normalization, which would undo the folding"
@@ -163,17 +164,17 @@ class Neighbours:
         return None
 
     def previous(self, path: str) -> str:
-        """What makes the input of a layer: a layer's path in quotes, or an operation."""
-        return " and ".join(dict.fromkeys(self._makers[self._origin(v)[0]] for v in self._takes.get(path, [])))
+        """The maker of a layer's input: a layer's path in quotes, or an operation."""
+        return " and ".join(dict.fromkeys(self._makers[self._origin(v)[0]] for v in self._inputs.get(path, [])))
 
     def next(self, path: str) -> list[str]:
-        """The layers that take what a layer gives, and nothing else."""
-        made = set(self._gives.get(path, []))
-        return [other for other, values in self._takes.items() if {self._origin(v)[0] for v in values} <= made]
+        """The layers whose inputs are all outputs of this layer."""
+        made = set(self._outputs.get(path, []))
+        return [other for other, values in self._inputs.items() if {self._origin(v)[0] for v in values} <= made]
 
     def users(self, path: str) -> str:
-        """What uses what a layer gives: layers' paths in quotes, and operations other than reshapes."""
-        found, values = [], list(self._gives.get(path, []))
+        """The users of a layer's output: layers' paths in quotes, and operations other than reshapes."""
+        found, values = [], list(self._outputs.get(path, []))
         while values:
             for user, result in self._uses[values.pop()]:
                 if result is None:
@@ -183,16 +184,16 @@ class Neighbours:
         return " and ".join(dict.fromkeys(found))
 
     def between(self, first: str, second: str) -> str | None:
-        """Why two layers are not side by side, or None."""
-        gives = self._gives.get(first, [])
-        origins = [self._origin(v) for v in self._takes.get(second, [])]
-        if not origins or any(v not in gives for v, _ in origins):
+        """Why two layers are not adjacent, or None."""
+        outputs = self._outputs.get(first, [])
+        origins = [self._origin(v) for v in self._inputs.get(second, [])]
+        if not origins or any(v not in outputs for v, _ in origins):
             return (
-                f"what {second!r} is called with is not what {first!r} gives. Leave out pairs with an activation, a "
-                "reshaping of the features or another layer between"
+                f"the input of {second!r} is not the output of {first!r}. Leave out pairs with an activation, a "
+                "reshape of the features or another layer between them"
             )
-        if sorted(v for v, _ in origins) != sorted(gives) or any(shared for _, shared in origins):
-            return f"what {first!r} gives is used by {self.users(first)}, not by {second!r} alone"
+        if sorted(v for v, _ in origins) != sorted(outputs) or any(shared for _, shared in origins):
+            return f"the output of {first!r} is used by {self.users(first)}, not by {second!r} alone"
         return None
 
 
@@ -202,13 +203,13 @@ def _flat(values):
 
 
 def _program(value):
-    """The jaxpr that a parameter of an operation is, if it is one."""
+    """The jaxpr in a parameter of an operation, or None if the parameter is something else."""
     value = getattr(value, "jaxpr", value)
     return value if hasattr(value, "eqns") else None
 
 
 def _keeps_features(equation):
-    """Whether an operation gives what it gets, the features on the last axis, but for its other axes and its dtype."""
+    """Whether an operation changes only the axes before the last, or the floating dtype."""
     kind = equation.primitive.name
     if kind in ("name", "copy", "copy_p", "sharding_constraint"):
         return True
@@ -222,7 +223,7 @@ def _keeps_features(equation):
 
 
 def as_pairs(call: str, args: tuple[Any, ...], pairs: Any) -> tuple[list[Pair] | None, tuple[Any, ...]]:
-    """The pairs, and the arguments of the model. The pairs may lead the arguments, as names and nothing else."""
+    """The pairs, and the arguments of the model. The pairs may be the first argument, recognized as names alone."""
     if pairs is None and args and (args[0] is None or _names(args[0])):
         pairs, args = args[0], args[1:]
     if pairs is None:
@@ -238,7 +239,7 @@ def as_pairs(call: str, args: tuple[Any, ...], pairs: Any) -> tuple[list[Pair] |
 
 
 def _names(value):
-    """Whether a value is a container of names alone, or an empty one."""
+    """Whether a value is a container that holds nothing but names."""
     if isinstance(value, Mapping):
         value = list(value.items())
     return isinstance(value, list | tuple | set) and all(isinstance(v, str) or _names(v) for v in value)
@@ -246,16 +247,24 @@ def _names(value):
 
 def fold_pairs(
     pairs: list[Pair] | None,
-    seen: Mapping[str, Seen],
+    layers: Mapping[str, TracedLayer],
     neighbours: Neighbours | None,
     kinds: tuple[tuple[type, ...], tuple[type, ...]],
     fold_one: Callable[[str, str, str, bool], None],
 ) -> FoldReport:
-    """Fold the pairs, or those that are found; `fold_one(call, linear, norm, previous)` folds one, or raises."""
-    types = {name: layer.kind for name, layer in seen.items()}
+    """Fold the given pairs, or all adjacent ones.
+
+    Args:
+      pairs: (linear, norm) or (norm, linear), or None for all that are adjacent.
+      layers: the model's layers by path.
+      neighbours: the trace of the model; None trusts the pairs.
+      kinds: the classes of linear layers, and of norms.
+      fold_one: `fold_one(call, linear, norm, previous)` folds one pair, or raises; `call` begins its errors.
+    """
+    types = {name: layer.kind for name, layer in layers.items()}
     if pairs is None:
         assert neighbours is not None
-        return _fold_found(seen, neighbours, kinds, fold_one)
+        return _fold_found(layers, neighbours, kinds, fold_one)
     folded: dict[str, Pair] = {}
     used = set()
     for pair in pairs:
@@ -264,26 +273,26 @@ def fold_pairs(
         if norm in folded or (linear, previous) in used:
             twice = norm if norm in folded else linear
             raise ValueError(f"{call}: {twice!r} is in two pairs. It can be folded into one layer.")
-        _check(call, pair, linear, norm, seen[norm], neighbours)
+        _check(call, pair, linear, norm, layers[norm], neighbours)
         fold_one(call, linear, norm, previous)
         folded[norm] = pair
         used.add((linear, previous))
     return FoldReport(list(folded.values()))
 
 
-def _fold_found(seen, neighbours, kinds, fold_one):
-    """Every norm goes into the linear layer before it, or else into the one after it."""
+def _fold_found(layers, neighbours, kinds, fold_one):
+    """Fold every norm into the linear layer before it, or else into the one after it."""
     folded, unfolded = [], {}
-    linears = [name for name, layer in seen.items() if layer.kind in kinds[0]]
-    for norm, layer in seen.items():
+    linears = [name for name, layer in layers.items() if layer.kind in kinds[0]]
+    for norm, layer in layers.items():
         if layer.kind not in kinds[1]:
             continue
         if not neighbours.calls(norm):
             unfolded[norm] = "the model does not call it"
             continue
-        made, taken = neighbours.previous(norm), neighbours.next(norm)
-        before, after = ([n for n in linears if repr(n) == made], [n for n in linears if n in taken])
-        reasons = [] if before else [f"its input is made by {made}"]
+        maker, users = neighbours.previous(norm), neighbours.next(norm)
+        before, after = ([n for n in linears if repr(n) == maker], [n for n in linears if n in users])
+        reasons = [] if before else [f"its input is the output of {maker}"]
         for linear in before + after:
             previous = linear in before
             pair = (linear, norm) if previous else (norm, linear)
@@ -296,24 +305,24 @@ def _fold_found(seen, neighbours, kinds, fold_one):
             folded.append(pair)
             break
         else:
-            reasons += [] if after else [f"what it gives goes into {neighbours.users(norm)}"]
+            reasons += [] if after else [f"its output is used by {neighbours.users(norm)}"]
             unfolded[norm] = "; ".join(dict.fromkeys(reasons))
     return FoldReport(folded, unfolded)
 
 
 def _check(call, pair, linear, norm, layer, neighbours):
-    """The two stand side by side, as far as that was traced, and the norm is one affine map of the last axis."""
-    if neighbours is not None and (why := neighbours.between(*pair) or neighbours.owns(linear)):
+    """Check that the two layers are adjacent, if the model was traced, and the norm an affine map of the last axis."""
+    if neighbours is not None and (why := neighbours.between(*pair) or neighbours.kernel_conflict(linear)):
         raise ValueError(f"{call}: {why}.")
     if not layer.evaluates:
         raise ValueError(
-            f"{call}: {norm!r} normalizes by its batch in this trace. Pass what puts the model in evaluation, such as "
-            "train=False."
+            f"{call}: {norm!r} normalizes by its batch in this trace. Pass the argument that puts the model in "
+            "evaluation, such as train=False."
         )
     axes = set(layer.axis) if isinstance(layer.axis, Iterable) else {layer.axis}
     last = all({a % rank for a in axes} == {rank - 1} for rank in layer.ranks) if layer.ranks else axes == {-1}
     if not last:
-        unknown = "" if layer.ranks else ", or an example input, by which the model is traced"
+        unknown = "" if layer.ranks else ", or an example input, with which the model is traced"
         raise ValueError(
             f"{call}: {norm!r} has axis={layer.axis}. Folding needs the features on the last axis, -1{unknown}."
         )
@@ -322,9 +331,9 @@ def _check(call, pair, linear, norm, layer, neighbours):
 def _roles(
     call: str, names: Pair, types: Mapping[str, type], linear: tuple[type, ...], norm: tuple[type, ...]
 ) -> tuple[str, str, bool]:
-    """The linear layer of a pair, the batch normalization, and whether the linear one is the previous.
+    """The linear layer and the norm of a pair, and whether the linear layer precedes the norm.
 
-    By type, not by class: a subclass may compute what no folding knows.
+    Subclasses are rejected, because they may compute something else.
     """
     first, second = names
     for name in names:
@@ -344,9 +353,9 @@ def _roles(
 def fold_linear(
     call: str, linear: Any, kernel: Array, bias: Array | None, affine: Affine, previous: bool
 ) -> tuple[Array, Array]:
-    """Kernel and bias of one of Flax's linear layers with the batch normalization after it, or before it, folded in.
+    """Kernel and bias of a Flax linear layer, with the normalization after it (`previous`) or before it folded in.
 
-    Stacks of layers, with leading axes in all their variables, are folded one by one.
+    In a stack of layers, whose variables all have leading axes, each layer is folded separately.
     """
     transposed = hasattr(linear, "transpose_kernel")
     swapped = transposed and linear.transpose_kernel
@@ -371,7 +380,7 @@ def fold_linear(
 
 
 def _sees_zeros(linear, transposed):
-    """Whether zeros that are not its input's enter a convolution."""
+    """Whether a convolution pads or dilates its input with zeros."""
     if not hasattr(linear, "padding"):
         return False
     size = [linear.kernel_size] if isinstance(linear.kernel_size, int) else linear.kernel_size

@@ -1,1 +1,13 @@
-"""What is wrong with the batch normalization of a model: `measure` finds it, `plot` draws it."""
+"""Faults of running statistics.
+
+    measure    compares running statistics with the moments of a batch, and finds problems
+    limits     the limits beyond which a value is a problem
+    report     findings and measurements: a table, data for JSON, and a figure
+    plot       draws the figure
+
+Each imports only from those below it.
+"""
+
+from bnjax.diagnosis.report import Finding, LayerReport
+
+__all__ = ["Finding", "LayerReport"]

@@ -1,21 +1,20 @@
-"""A doctor for running statistics, for when evaluation disagrees with training.
+"""A diagnosis of running statistics, for when evaluation disagrees with training.
 
-For each feature, by its running mean and var and by those of one batch of effectively n values (Kish, 1965):
+The running mean and var of each feature are compared with the moments of one batch, of effective size n (Kish, 1965):
 
     shift = |mean - batch mean| / sqrt(batch var + epsilon)        var_ratio = (var + epsilon) / (batch var + epsilon)
     n = (sum of weights)^2 / sum of squared weights
 
-By chance alone the shift is about 1 / sqrt(n), and the logarithm of the ratio sqrt(2 / n): the limits widen with it,
-and a larger batch finds smaller faults. It works on the host, in float64. It cannot see how many examples are behind
-the places of a convolution, which count one by one though neighbours are alike; nor, among many features, a few whose
-variance alone is off, since a rarely active feature looks the same.
+Sampling alone makes the shift about 1 / sqrt(n) and the logarithm of the ratio about sqrt(2 / n). The limits contain
+these terms, so a larger batch reveals smaller faults. The computation runs on the host, in float64. Two things stay
+hidden from it. The pixels of a convolution count as independent values, although neighbouring pixels are correlated, so
+n is too large. A few features whose variance alone is off are not reported, because a rarely active feature looks the
+same.
 """
 
 import math
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from os import PathLike
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -23,160 +22,72 @@ import numpy as np
 from jax.core import Tracer
 
 from bnjax.core import checks, trees
-from bnjax.core.apply import BNParams, BNState
-from bnjax.diagnosis.plot import draw, short
-
-SEVERITIES = ("error", "warning", "note")
-# Limits are SHIFT + NOISE / sqrt(n) and RATIO e^(NOISE sqrt(2 / (n - 1))). Of networks trained on digits (connected
-# fully and residual, BN before and after the nonlinearity, batches of 32 to 128, momentum 0.9 and 0.99) those stay
-# within them whose learning rate and number of steps let statistics keep up.
-NOISE = 3.0
-SHIFT, RATIO = 0.5, 3.0  # for weights that move, and for places of a convolution, which are alike
-SHARE = 0.25  # of a layer's features: a few that are rarely active may have any variance in one batch
-SEVERE_SHIFT, SEVERE_RATIO = 1.0, 4.0  # if half of the features are off by that, it shows in every output
-INITIAL = 0.1  # what is left of the initial mean 0 and variance 1: statistics are off by about as much
-UPDATES = 0.5  # of those of the feature with most
-BATCH = 16  # below, a batch's mean is off by more than a quarter of a standard deviation, its variance by a third
-SCALE = 1e-4  # features of branches that start at 0 are below 1e-3 by chance
+from bnjax.core.records import BNParams, BNState
+from bnjax.diagnosis.limits import (
+    BATCH,
+    INITIAL,
+    SCALE,
+    SEVERE_INITIAL,
+    SEVERE_RATIO,
+    SEVERE_SHIFT,
+    SHARE,
+    UPDATES,
+    limits,
+)
+from bnjax.diagnosis.report import SEVERITIES, Diagnosis, Finding, LayerReport
 
 _COMPARE = "Is preprocessing that of training? If so, the statistics lag: bnjax.recalibrate, or a lower momentum."
 _DIVERGED = "Training diverged: restore an earlier checkpoint, then lower the learning rate or clip gradients."
 _ADVICE = {
-    "non-finite statistics": "bnjax absorbs only what is finite, this came from elsewhere: bnjax.recalibrate.",
-    "negative variance": "E[x^2] - E[x]^2 rounded below 0, or it is no variance: bnjax.recalibrate.",
+    "non-finite statistics": "bnjax absorbs finite statistics only, so other code wrote these: bnjax.recalibrate.",
+    "negative variance": "E[x^2] - E[x]^2 was rounded below 0, or this is no variance: bnjax.recalibrate.",
     "non-finite scale": _DIVERGED,
     "non-finite bias": _DIVERGED,
-    "non-finite batch": "This layer's input is not finite: see the first such layer, its data, overflow of float16.",
+    "non-finite batch": "The input is not finite: look at the first such layer, at its data, and for float16 overflow.",
     "never updated": "No batch had two valid values of these features: see masks, indices, domains.",
     "never updated, all": 'Keep the batch_stats that apply(..., mutable=["batch_stats"]) returns; is the layer frozen?',
     "mean shifted": _COMPARE,
     "variance differs": _COMPARE,
     "initial values": "Train longer, lower the momentum, or pass momentum=bnjax.debiased(...), which forgets 0 and 1.",
-    "few updates": "Masks or rare indices leave them out: momentum=bnjax.cumulative_average, or bnjax.recalibrate.",
-    "not counted": "Imported: a momentum that depends on the count forgets such statistics at once. Set count.",
+    "few updates": "Masks or rare indices exclude them: momentum=bnjax.cumulative_average, or bnjax.recalibrate.",
+    "not counted": "Imported without a count: a momentum that depends on it forgets these statistics. Set count.",
     "small batch": "Share statistics over devices (axis_name), renormalize (renorm_bn_apply), or freeze the layer.",
-    "dead features": "Constant inputs, as of a dead ReLU or an empty pixel, come out as bias. Harmless where few.",
-    "dead features, all": "The layer puts out its bias alone: is its input connected, did all units before it die?",
-    "zero scale": "Pruned, or driven to 0 by weight decay, which bnjax.training.decay_mask keeps from scale.",
+    "dead features": "A constant input (a dead ReLU, an empty pixel) gives the output bias. Harmless for few features.",
+    "dead features, all": "The output is always bias: is the input connected, did all units before it die?",
+    "zero scale": "Pruned, or driven to 0 by weight decay, which bnjax.training.decay_mask excludes scale from.",
     "zero scale, all": "Intended where a residual branch starts at 0. After training: the layer does nothing.",
 }
-_UNITS = {"mean shifted": " std", "variance differs": " times", "few updates": " updates"}
-
-
-class Finding(NamedTuple):
-    """One thing wrong with one layer: the `features` are how many, and of how many; `value` is that of the worst."""
-
-    severity: str
-    layer: str
-    problem: str
-    features: tuple[int, int]
-    value: float | None
-    advice: str
-
-
-class LayerReport(NamedTuple):
-    """What was measured of a layer: arrays of the shape of the statistics, `zero_scale` of that of scale.
-
-    The last four are None if no batch was given, and NaN for the features that it has no values of.
-    """
-
-    features: int
-    mean: np.ndarray
-    var: np.ndarray
-    count: tuple[int, int] | None  # least and most updates  # pyright: ignore[reportIncompatibleMethodOverride]
-    nonfinite: np.ndarray  # where statistics, of the batch too, are not finite, or a variance is negative
-    dead: np.ndarray  # where there is next to no variance
-    zero_scale: np.ndarray | None
-    shift: np.ndarray | None
-    var_ratio: np.ndarray | None
-    batch_size: np.ndarray | None  # n
-    effective_batch: float | None  # the least n
-
-
-@dataclass(frozen=True, repr=False)
-class Diagnosis:
-    """Findings, worst first, and what was measured of each layer. True if there are findings; printed it is a table."""
-
-    findings: list[Finding]
-    layers: dict[str, LayerReport]
-    epsilon: float
-
-    def __bool__(self) -> bool:
-        return bool(self.findings)
-
-    def __str__(self) -> str:
-        sizes = [report.effective_batch for report in self.layers.values() if report.effective_batch]
-        features = sum(report.features for report in self.layers.values())
-        batch = f"compared with a batch: {len(sizes)}" + (f" (of effectively {min(sizes):.4g})" if sizes else "")
-        text = f"findings: {len(self.findings)}; layers: {len(self.layers)}, {batch}; features: {features}"
-        if not self.findings:
-            return text
-        rows = [("severity", "layer", "problem", "features", "value")]
-        for severity, layer, problem, (number, of), value, _ in self.findings:
-            value = "" if value is None else f"{value:.3g}{_UNITS.get(problem, '')}"
-            rows.append((severity, short(layer, 48), problem, f"{number} of {of}", value))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        head, *lines = ("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
-        advice = (f"    {finding.advice}" for finding in self.findings)
-        return "\n".join([text, head, *(line for pair in zip(lines, advice, strict=True) for line in pair)])
-
-    __repr__ = __str__
-
-    def as_dict(self) -> dict[str, Any]:
-        """All of it as `json.dumps` takes it: what is not finite is None, a complex number is [real, imaginary]."""
-        return _plain({"findings": self.findings, "layers": self.layers, "epsilon": self.epsilon})
-
-    def plot(self, path: str | PathLike[str] | None = None) -> Any:
-        """A figure with a row for each layer: shift and variance ratio of its features beside what sampling explains.
-
-        Without the moments of a batch it shows the running mean in running standard deviations, and running variances.
-
-        Args:
-          path: where to save it, if anywhere, in the format that the name ends in.
-
-        Returns:
-          A `matplotlib.figure.Figure`, which belongs to no window.
-
-        Raises:
-          ImportError: without matplotlib.
-        """
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise ImportError("Diagnosis.plot(): matplotlib is missing. Run `pip install matplotlib`.") from error
-        figure = Figure((11, min(2.2 + 0.26 * len(self.layers), 200)), layout="constrained")
-        draw(figure, self, limits)
-        if path is not None:
-            figure.savefig(path, dpi=150)
-        return figure
 
 
 def diagnose(
     params: Any, batch_stats: Any, batch_moments: Any = None, *, epsilon: float = 1e-5, momentum: float | None = None
 ) -> Diagnosis:
-    """What may be wrong with running statistics, layer by layer, worst first, with advice.
+    """Find faults in the running statistics of a model, layer by layer, each with advice.
 
         shift = |mean - batch mean| / sqrt(batch var + epsilon)
         var_ratio = (var + epsilon) / (batch var + epsilon)
 
-    Errors make evaluation unreliable, warnings may hurt it, notes may be intended. Within a severity the finding
-    comes first whose value is the most times its limit (those without a limit lead), then that of more of its layer.
-    The limits are constants of this module.
+    An error makes evaluation unreliable, a warning may harm it, and a note may be intended. Findings are sorted by
+    severity, then by value / limit (a finding without a limit first), then by the share of features affected. The
+    limits are constants of `bnjax.diagnosis.limits`.
 
     Args:
-      params, batch_stats: a Linen model's collections, NNX states as `bnjax.nnx.functional` gives them, dictionaries
-        of `BNParams` and of `BNState`, or those of one layer.
-      batch_moments: what one batch in training leaves, `model.apply({"params": params, "batch_stats": batch_stats}, x,
-        train=True, mutable=["batch_stats", "batch_moments"])[1]["batch_moments"]`, or `bnjax.Moments` for each layer.
-        Take the batch from the data that evaluation fails on. Features without moments are examined by themselves.
-      epsilon: of the layers.
-      momentum: of the layers, a number. Where updates are counted it tells how much of the initial values is left.
+      params, batch_stats: a Linen model's collections, NNX states as `bnjax.nnx.functional` returns them, dictionaries
+        of `BNParams` and of `BNState`, or `BNParams` and `BNState` of one layer.
+      batch_moments: the collection that one batch in training returns, `model.apply({"params": params, "batch_stats":
+        batch_stats}, x, train=True, mutable=["batch_stats", "batch_moments"])[1]["batch_moments"]`, or `bnjax.Moments`
+        for each layer. The batch should come from the data on which evaluation fails. Features without moments are
+        examined without a comparison.
+      epsilon: epsilon of the layers, > 0.
+      momentum: momentum of the layers, a number in [0, 1]. With the count of updates it gives the weight that the
+        initial mean 0 and variance 1 still have.
 
     Returns:
-      Diagnosis: `findings`, `layers` by name, `str()` for a table, `as_dict()` for JSON, `plot()`.
+      Diagnosis: `findings`, `layers` by name, `str()` for a table, `as_dict()` for JSON, `plot()`. Arrays are float64,
+      or complex128 for a complex mean.
 
     Raises:
-      TypeError, ValueError: for traced arrays, a momentum that is not a number in [0, 1], no layer with a running mean
+      TypeError, ValueError: for traced arrays, a momentum that is not a number in [0, 1], trees without a running mean
         and variance, or moments of another shape.
 
     Example:
@@ -204,40 +115,36 @@ def diagnose(
     layers = trees.norms(params, batch_stats)
     if not layers:
         raise ValueError(
-            "diagnose(batch_stats=...): no layer there has both a mean and a var. Pass variables['batch_stats'], "
-            "what nnx.state(model, nnx.BatchStat) gives, or BNState."
+            "diagnose(batch_stats=...): no layer in it has both a mean and a var. Pass variables['batch_stats'], "
+            "nnx.state(model, nnx.BatchStat), or a BNState."
         )
     if batch_moments is not None and not jax.tree.leaves(batch_moments):
         raise ValueError(
-            "diagnose(batch_moments=...): there are no moments in it. Layers of Flax give none: convert the model by "
-            "bnjax.linen.convert or bnjax.nnx.convert, and run it in training with batch_moments mutable."
+            "diagnose(batch_moments=...): it holds no moments. Flax's own layers do not collect them: convert the "
+            "model by bnjax.linen.convert or bnjax.nnx.convert, and run it in training with batch_moments mutable."
         )
     given = {name.strip("/"): arrays for name, arrays in trees.leaves(batch_moments).items()}
     reports, paired, ranked = {}, [], []
-    with np.errstate(all="ignore"):  # what is not finite is looked for
+    with np.errstate(all="ignore"):  # values that are not finite become findings, not warnings
         for name, (own, state) in sorted(layers.items(), key=lambda item: _natural(item[0])):
             layer = name or "the model itself"
             moments = given.get(f"{name}/moments".strip("/"), given.get(name, {}))
             moments = {**moments, **given.get(f"{name}/support".strip("/"), {})}
             paired.append(moments)
             reports[layer] = _measured(layer, own, state, moments, epsilon)
-            for severity, problem, where, value, excess in _problems(reports[layer], own, state, epsilon, momentum):
-                if number := int(where.sum()):
-                    whole = f"{problem}, all" if number == where.size else problem
-                    advice = _ADVICE.get(whole, _ADVICE[problem])
-                    finding = Finding(severity, layer, problem, (number, where.size), value, advice)
-                    ranked.append(((SEVERITIES.index(severity), -excess, -number / where.size), finding))
+            table = _checks(reports[layer], own, state, epsilon, momentum)
+            ranked += [(check.rank(), check.finding(layer)) for check in table if check.affected.any()]
     if any("weight" in v for v in given.values()) and not any("weight" in v for v in paired):
         raise ValueError(
-            f"diagnose(batch_moments=...): moments of {sorted(given)}, but statistics of {sorted(layers)}. "
-            'Pass the collection alone, left["batch_moments"], of the same model.'
+            f"diagnose(batch_moments=...): got moments of {sorted(given)}, but statistics of {sorted(layers)}. "
+            'Pass the collection alone, updates["batch_moments"], of the same model.'
         )
-    ranked.sort(key=lambda pair: pair[0])
+    ranked.sort(key=lambda pair: pair[0])  # stable: equal ranks stay in the order of layers and checks
     return Diagnosis([finding for _, finding in ranked], reports, epsilon)
 
 
 def _measured(layer: str, params: BNParams, state: BNState, moments: Mapping[str, Any], epsilon: float) -> LayerReport:
-    """A layer by itself and, if it has moments, beside them."""
+    """The report on a layer, compared with the batch's moments if there are any."""
     mean, var = _wide(state.mean), np.real(_wide(state.var))
     nonfinite = ~np.isfinite(mean) | ~np.isfinite(var) | (var < 0)
     dead = var < epsilon
@@ -247,15 +154,17 @@ def _measured(layer: str, params: BNParams, state: BNState, moments: Mapping[str
         if batch_mean.shape != mean.shape:
             raise ValueError(
                 f"diagnose(batch_moments=...): the batch's mean of {layer} has shape {batch_mean.shape}, the running "
-                f"mean {mean.shape}. Pass what the same model left, with all axes of its statistics."
+                f"mean {mean.shape}. Pass the moments that the same model collected, with all axes of its statistics."
             )
         seen = weight > 0
         size = np.where(seen, weight / _wide(moments.get("mean_weight", np.ones_like(weight))), np.nan)
         shift = np.where(seen, abs(mean - batch_mean) / np.sqrt(batch_var + epsilon), np.nan)
         ratio = np.where(seen, (var + epsilon) / (batch_var + epsilon), np.nan)
         nonfinite |= seen & ~(np.isfinite(batch_mean) & np.isfinite(batch_var))
-        gone = seen & (batch_var < epsilon) & ~dead
-        dead |= gone & (gone.sum() >= SHARE * gone.size)
+        silent = (
+            seen & (batch_var < epsilon) & ~dead
+        )  # in this batch; rarely active features are, so a few do not count
+        dead |= silent & (silent.sum() >= SHARE * silent.size)
     return LayerReport(
         var.size,
         mean,
@@ -271,56 +180,114 @@ def _measured(layer: str, params: BNParams, state: BNState, moments: Mapping[str
     )
 
 
-def _problems(
+class _Check(NamedTuple):
+    """A row of the table of checks of one layer: a problem, and the features that have it.
+
+    `value` is what a finding reports of the worst feature, and `times_limit` is how far a feature is beyond its limit,
+    infinite where no value is tolerated. Both are arrays of the shape of `affected`, or one number for all features.
+    """
+
+    problem: str
+    severity: str
+    affected: np.ndarray
+    value: Any = None
+    times_limit: Any = math.inf
+
+    def finding(self, layer: str) -> Finding:
+        """The finding on this layer, with the value of the worst feature. At least one feature is affected."""
+        number, of = int(self.affected.sum()), self.affected.size
+        value = (
+            None if self.value is None else float(np.broadcast_to(self.value, self.affected.shape).flat[self._worst])
+        )
+        advice = _ADVICE.get(f"{self.problem}, all" if number == of else self.problem, _ADVICE[self.problem])
+        return Finding(self.severity, layer, self.problem, (number, of), value, advice)
+
+    def rank(self) -> tuple[int, float, float]:
+        """The sort key: severity, then value / limit of the worst feature, then the share of features affected."""
+        times_limit = np.broadcast_to(self.times_limit, self.affected.shape).flat[self._worst]
+        return SEVERITIES.index(self.severity), -float(times_limit), -float(self.affected.mean())
+
+    @property
+    def _worst(self) -> int:
+        return int(np.where(self.affected, self.times_limit, -math.inf).argmax())
+
+
+def _checks(
     report: LayerReport, params: BNParams, state: BNState, epsilon: float, momentum: float | None
-) -> Iterator[tuple[str, str, np.ndarray, float | None, float]]:
-    """Severity, problem, the features where it is, the worst's value, and how many times its limit that is."""
+) -> list[_Check]:
+    """The table of checks of a layer, those without an affected feature included."""
     mean, var = report.mean, report.var
     finite, initial = np.isfinite(mean) & np.isfinite(var), (mean == 0) & (var == 1)
-    settled = ~initial & ~report.nonfinite  # a cause is not reported by its symptoms again
-    yield "error", "non-finite statistics", ~finite, None, math.inf
-    yield "error", "negative variance", finite & (var < 0), float(var.min(initial=0, where=finite)), math.inf
-    yield "error" if initial.all() else "warning", "never updated", initial, None, math.inf
-    for name, value in params._asdict().items():
-        if value is not None:
-            yield "error", f"non-finite {name}", ~np.isfinite(_wide(value)), None, math.inf
-    yield "warning" if 2 * report.dead.sum() > var.size else "note", "dead features", report.dead, None, 1
+    negative = finite & (var < 0)
+    settled = ~initial & ~report.nonfinite  # a feature with a known cause is not reported for its symptoms as well
+    many_dead = 2 * report.dead.sum() > var.size
+    checks = [
+        _Check("non-finite statistics", "error", ~finite),
+        _Check("negative variance", "error", negative, var.min(initial=0, where=finite)),
+        _Check("never updated", "error" if initial.all() else "warning", initial),
+        *(
+            _Check(f"non-finite {name}", "error", ~np.isfinite(_wide(value)))
+            for name, value in params._asdict().items()
+            if value is not None
+        ),
+        _Check("dead features", "warning" if many_dead else "note", report.dead, times_limit=1),
+    ]
     if report.zero_scale is not None:
-        yield "note", "zero scale", report.zero_scale, None, 1
+        checks.append(_Check("zero scale", "note", report.zero_scale, times_limit=1))
     if state.count is not None:
-        count = _wide(state.count)
-        least, most = float(count.min(initial=np.inf, where=settled & (count > 0))), count.max(initial=0)
-        yield "note", "not counted", settled & (count == 0), None, 1
-        yield "warning", "few updates", settled & (count > 0) & (count < UPDATES * most), least, UPDATES * most / least
-        if momentum is not None:
-            left = np.where(settled & (count > 0), momentum**count, 0)
-            worst = float(left.max(initial=0))
-            yield "error" if worst > 0.5 else "warning", "initial values", left > INITIAL, worst, worst / INITIAL
-    if report.shift is None or report.var_ratio is None or report.batch_size is None:
-        return
-    ratio, size = report.var_ratio, report.effective_batch or 0
-    yield "error", "non-finite batch", finite & (var >= 0) & report.nonfinite, None, math.inf
-    yield "warning", "small batch", report.batch_size < BATCH, size, BATCH / size
-    # A batch may miss the few examples that a feature is active for, and have next to no variance then. In units of the
-    # larger variance its mean is within a few 1 / sqrt(n) all the same.
-    common = report.shift / np.sqrt(np.maximum(ratio, 1))
-    seen = settled & (report.batch_size > 0)
-    alive = seen & (var + epsilon >= 2 * epsilon * ratio)  # the batch's variance is epsilon or more
-    shift_limit, ratio_limit = limits(report.batch_size)
-    for problem, where, values, distance, limit, severe, share in (
-        ("mean shifted", seen, report.shift, common, shift_limit, SEVERE_SHIFT, 0),
-        ("variance differs", alive, ratio, abs(np.log(ratio)), np.log(ratio_limit), math.log(SEVERE_RATIO), SHARE),
-    ):
-        off = where & (distance > limit)
-        if off.any() and off.sum() >= share * off.size:
-            times = np.where(off, distance / limit, 0)
-            severity = "error" if np.median(distance[where]) > severe else "warning"
-            yield severity, problem, off, float(values.flat[times.argmax()]), float(times.max())
+        checks += _count_checks(_wide(state.count), settled, momentum)
+    if report.batch_size is not None:
+        checks.append(_Check("non-finite batch", "error", finite & ~negative & report.nonfinite))
+        checks += _batch_checks(report, settled, epsilon)
+    return checks
 
 
-def limits(size: Any) -> tuple[Any, Any]:
-    """How much of the shift and of the ratio of variances sampling explains."""
-    return SHIFT + NOISE / np.sqrt(size), RATIO * np.exp(NOISE * np.sqrt(2 / np.maximum(size - 1, 0)))
+def _count_checks(count: np.ndarray, settled: np.ndarray, momentum: float | None) -> list[_Check]:
+    """Checks of how many updates each feature absorbed."""
+    counted, least = settled & (count > 0), UPDATES * count.max(initial=0)
+    checks = [
+        _Check("not counted", "note", settled & (count == 0), times_limit=1),
+        _Check("few updates", "warning", counted & (count < least), count, least / count),
+    ]
+    if momentum is not None:
+        left = np.where(counted, momentum**count, 0)  # the weight of the initial 0 and 1 in the running statistics
+        severity = "error" if left.max(initial=0) > SEVERE_INITIAL else "warning"
+        checks.append(_Check("initial values", severity, left > INITIAL, left, left / INITIAL))
+    return checks
+
+
+def _batch_checks(report: LayerReport, settled: np.ndarray, epsilon: float) -> list[_Check]:
+    """Checks of the running statistics against the moments of a batch."""
+    shift, ratio, size = report.shift, report.var_ratio, report.batch_size
+    assert shift is not None
+    assert ratio is not None
+    assert size is not None
+    shift_limit, ratio_limit = limits(size)
+    compared = settled & (size > 0)
+    # A batch may lack the few examples for which a feature is active, so that its variance is next to 0 and the shift
+    # in its units is huge. In units of the larger variance the mean is still within a few 1 / sqrt(n).
+    distance = shift / np.sqrt(np.maximum(ratio, 1))
+    shifted = compared & (distance > shift_limit)
+    # For the same reason variances are compared only where that of the batch is epsilon or more.
+    alive = compared & (report.var + epsilon >= 2 * epsilon * ratio)
+    log_ratio, log_limit = abs(np.log(ratio)), np.log(ratio_limit)
+    differs = alive & (log_ratio > log_limit)
+    differs &= differs.sum() >= SHARE * differs.size
+
+    def severity(distance, compared, severe):
+        return "error" if compared.any() and np.median(distance[compared]) > severe else "warning"
+
+    return [
+        _Check("small batch", "warning", size < BATCH, size, BATCH / size),
+        _Check("mean shifted", severity(distance, compared, SEVERE_SHIFT), shifted, shift, distance / shift_limit),
+        _Check(
+            "variance differs",
+            severity(log_ratio, alive, math.log(SEVERE_RATIO)),
+            differs,
+            ratio,
+            log_ratio / log_limit,
+        ),
+    ]
 
 
 def _wide(values: Any) -> np.ndarray:
@@ -329,17 +296,5 @@ def _wide(values: Any) -> np.ndarray:
 
 
 def _natural(name: str) -> list[Any]:
-    """A key by which layer 2 comes before layer 10."""
+    """A sort key that puts layer 2 before layer 10."""
     return [int(part) if i % 2 else part for i, part in enumerate(re.split(r"([0-9]+)", name))]
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, np.ndarray):
-        return _plain((np.stack([value.real, value.imag], -1) if np.iscomplexobj(value) else value).tolist())
-    if hasattr(value, "_asdict"):
-        value = value._asdict()
-    if isinstance(value, dict):
-        return {key: _plain(v) for key, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

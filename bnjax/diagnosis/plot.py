@@ -1,19 +1,22 @@
-"""A diagnosis as a picture, a row for each layer: how far its statistics are off, and what is within limits."""
+"""The figure of a diagnosis: a row for each layer shows its statistics beside their limits."""
 
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-# Okabe and Ito's colours, told apart by all; the shapes say it again.
+# The colours of Okabe and Ito (2008), which colour-blind readers can distinguish; the markers differ as well.
 _STYLES = {"error": ("#D55E00", "s"), "warning": ("#E69F00", "D"), "note": ("#0072B2", "^")}
 _STYLES["no finding"] = ("0.45", "o")
 
 
 def draw(figure: Any, diagnosis: Any, limits: Callable[[Any], tuple[Any, Any]]) -> None:
-    """Two panels, a row for each layer: the range of its features, the middle half of them, and the median.
+    """Draw two panels with a row for each layer: the range, the middle half, and the median of its features.
 
-    `limits` gives what sampling explains of both for an effective size of the batch.
+    Args:
+      figure: an empty `matplotlib.figure.Figure`.
+      diagnosis: a `Diagnosis`.
+      limits: function from an effective batch size to the limits of the shift and of the ratio of variances.
     """
     reports, findings = diagnosis.layers.values(), diagnosis.findings
     worst = [next((f.severity for f in findings if f.layer == name), "no finding") for name in diagnosis.layers]
@@ -26,7 +29,7 @@ def draw(figure: Any, diagnosis: Any, limits: Callable[[Any], tuple[Any, Any]]) 
         rows = [abs(r.mean) / np.sqrt(abs(r.var) + diagnosis.epsilon) for r in reports], [r.var for r in reports]
         labels = "|running mean|, in running standard deviations", "running variance, in squared units of the input"
         right.axvline(diagnosis.epsilon, color="0.3", linewidth=1, linestyle="--", label="epsilon")
-    least, ends = (0.01, 1e-6), ([0.01, 10.0], [0.1, 10.0])  # what is less is drawn there
+    least, ends = (0.01, 1e-6), ([0.01, 10.0], [0.1, 10.0])  # values below `least` are drawn at it: the axis is a log
     for y, (report, severity) in enumerate(zip(reports, worst, strict=True)):
         colour, marker = _STYLES[severity]
         for panel, axes in enumerate((left, right)):
@@ -68,7 +71,7 @@ def draw(figure: Any, diagnosis: Any, limits: Callable[[Any], tuple[Any, Any]]) 
 
 
 def short(name: str, width: int) -> str:
-    """The name in `width` characters: long parts lose their middle, since they differ in how they end."""
+    """The name in `width` characters. Long parts lose their middle, because names differ at the start and the end."""
     whole, longest = name, len(name)
     while len(whole) > width and longest > 5:
         longest -= 1

@@ -1,7 +1,12 @@
-"""What the Linen and the NNX layer share: Flax's conventions for axes, masks and dtypes, around the pure function."""
+"""The call of a BatchNorm layer by Flax's conventions for axes, masks and dtypes, for Linen and NNX alike.
+
+A layer holds variables; the pure functions compute. What differs between the frameworks is where variables are kept and
+how dtypes promote: an adapter, `Storage`, does that.
+"""
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +14,132 @@ import numpy as np
 from jax import Array
 
 from bnjax.core import checks
-from bnjax.core.apply import BNParams, BNState, Collected, bn_collect
-from bnjax.core.array_moments import Moments
-from bnjax.core.moments import Support, wider
+from bnjax.core.apply import apply
+from bnjax.core.moments import wider
+from bnjax.core.options import checked
+from bnjax.core.records import BNParams, BNState, Collected, Moments, Support
+from bnjax.variants.conditional import chosen_params
+
+
+@dataclass
+class Variables:
+    """What a layer holds, as one call reads it; all arrays in any dtype.
+
+    `count` is None where no option is a function of it. `collect` asks for the moments of the batch, and `earlier` are
+    moments that those are merged into.
+    """
+
+    params: BNParams
+    mean: Array
+    var: Array
+    count: Array | None
+    collect: bool = False
+    earlier: Collected | None = None
+
+
+class Storage(Protocol):
+    """The variables of one layer of Linen or NNX, for one call."""
+
+    def read(self, x: Array, features: list[int], train: bool) -> Variables:
+        """The variables of a layer with features of these sizes, created where the framework creates them."""
+        ...
+
+    def promoted(self, x: Array, variables: Variables) -> tuple[Array, BNParams, Any]:
+        """`x` and the parameters as the framework promotes them, and the dtype of the output."""
+        ...
+
+    def write(self, variables: Variables, state: BNState, collected: Collected | None, train: bool) -> None:
+        """Store what came out of the call."""
+        ...
+
+
+def call_layer(
+    layer: Any,
+    storage: Storage,
+    x: Any,
+    use_running_average: bool,
+    *,
+    axis_name: Any,
+    mask: Any,
+    label: Any = None,
+    apply: Callable[..., Any] = apply,
+) -> Array:
+    """The output of a BatchNorm layer, Flax's or ours, whose storage is read and written.
+
+    Args:
+      layer: an object with the options of a BatchNorm layer as attributes.
+      storage: where its variables are.
+      x: floating, complex or integer.
+      use_running_average: whether the running statistics normalize.
+      axis_name: mapped axis, or several, whose devices share statistics here.
+      mask: broadcastable to `x`, of any rank up to x's.
+      label: the class of each example, for conditional parameters.
+      apply: `bnjax.core.apply.apply`, or a variant's function in its place.
+    """
+    call = layer.__class__.__name__  # not by type(): a layer may come with other options in front of it
+    x = array(x, call)
+    train = not use_running_average and not getattr(layer, "frozen", False)
+    axes = feature_axes(x, layer.axis, call)
+    variables = storage.read(x, [x.shape[a] for a in axes], train)
+    x, params, dtype = storage.promoted(x, variables)
+    if getattr(layer, "frozen_params", False):
+        params = jax.lax.stop_gradient(params)
+    if label is not None:
+        params = chosen_params(call, params, jnp.asarray(label), x, axes)
+    real = jnp.isrealobj(x) and jnp.isrealobj(variables.mean)
+    x, mean = _computed(x, variables.mean, params)
+    count = jnp.zeros(mean.shape, jnp.int32) if variables.count is None else variables.count
+    options = checked(
+        call,
+        train,
+        axis=axes,
+        epsilon=layer.epsilon,
+        axis_name=axis_name,
+        axis_index_groups=None if axis_name is None else layer.axis_index_groups,  # without an axis Flax ignores them
+        unbiased_var=getattr(layer, "unbiased_var", False),
+        collect=variables.collect,
+        dtype=jnp.dtype(dtype),
+    )
+    y, state, collected = apply(
+        params,
+        BNState(mean, variables.var, count),
+        x,
+        options,
+        momentum=layer.momentum,
+        mask=None if mask is None else _of_rank(jnp.asarray(mask), x, call),
+        earlier=variables.earlier,
+    )
+    if real:  # complex scale and bias do not make the mean complex
+        state = state._replace(mean=state.mean.real)
+    storage.write(variables, state, collected, train)
+    return y
+
+
+def _computed(x, mean, params):
+    """`x` and the mean in dtypes that the pure function takes: complex if any of the variables is."""
+    # Half precision cannot hold integers.
+    x = x.astype(x.dtype if jnp.issubdtype(x.dtype, jnp.inexact) else jnp.float32)
+    with promoting():
+        wide = jnp.result_type(x.dtype, *(v for v in (mean, *params) if v is not None))
+        if jnp.issubdtype(wide, jnp.complexfloating):
+            mean = mean.astype(jnp.promote_types(mean.dtype, jnp.complex64))
+    # The pure function widens half precision itself, after it has read it.
+    return x if wide == wider(x.dtype) else x.astype(wide), mean
+
+
+def _of_rank(mask, x, call):
+    """The mask with x's rank; like a NumPy operand it may lack leading axes."""
+    if not checks.broadcasts(mask.shape, x.shape):
+        raise ValueError(
+            f"{call}(mask=...): mask has shape {mask.shape}, which does not broadcast to that of x, {x.shape}. "
+            "Reshape it so that its last axes are x's."
+        )
+    return mask.reshape((1,) * (x.ndim - mask.ndim) + mask.shape)
+
+
+def counts(layer: Any) -> bool:
+    """Whether an option of the layer is a function of the number of updates."""
+    return any(callable(getattr(layer, name, None)) for name in ("momentum", "r_max", "d_max"))
 
 
 def feature_axes(x: Array, axis: Any, call: str = "BatchNorm") -> tuple[int, ...]:
@@ -21,7 +149,7 @@ def feature_axes(x: Array, axis: Any, call: str = "BatchNorm") -> tuple[int, ...
 
 
 def array(x: Any, call: str) -> Array:
-    """`x` as an array. A tuple would be stacked, whatever is meant by it: the image and the label of a batch, say."""
+    """`x` as an array. A tuple, an image and its label say, is an error: JAX would stack its members."""
     if isinstance(x, tuple | list | dict):
         raise TypeError(
             f"{call}(x=...): expected an array, got a {type(x).__name__}. Pass the array in it, or jnp.asarray of a "
@@ -35,82 +163,7 @@ def promoting() -> Any:
     return jax.numpy_dtype_promotion("standard")
 
 
-def batch_norm(
-    params: BNParams,
-    mean: Array,
-    var: Array,
-    count: Array | None,
-    x: Array,
-    train: bool,
-    *,
-    dtype: Any,
-    mask: Any,
-    axis_name: Any,
-    axis_index_groups: Any,
-    call: str,
-    apply: Callable[..., Any] = bn_collect,
-    **options: Any,
-) -> tuple[Array, BNState, Collected | None]:
-    """`bn_collect`, or a variant of it, by Flax's conventions.
-
-    Args:
-      params: scale and bias of any dtype.
-      mean, var: running statistics of any dtype.
-      count: None where nobody counts.
-      x: floating, complex or integer.
-      train: whether the batch's statistics serve.
-      dtype: of the output.
-      mask: broadcastable to `x`, of any rank up to x's.
-      axis_name, axis_index_groups: groups without an axis are nothing, as in Flax.
-      call: the name of the layer's class, for errors.
-      apply: `bn_collect`, or what a variant has in its place.
-      **options: of `apply`.
-
-    Returns:
-      y, the state, and what was collected.
-    """
-    inexact = x.dtype if jnp.issubdtype(x.dtype, jnp.inexact) else jnp.float32  # half precision cannot hold integers
-    x = x.astype(inexact)
-    with promoting():
-        wide = jnp.result_type(inexact, *(v for v in (mean, *params) if v is not None))
-        complex_mean = jnp.promote_types(mean.dtype, jnp.complex64)
-    real = jnp.isrealobj(x) and jnp.isrealobj(mean)  # complex scale and bias do not make the mean complex
-    if jnp.issubdtype(wide, jnp.complexfloating):
-        mean = mean.astype(complex_mean)
-    if mask is not None:
-        mask = jnp.asarray(mask)
-        if not checks.broadcasts(mask.shape, x.shape):
-            raise ValueError(
-                f"{call}(mask=...): mask has shape {mask.shape}, which does not broadcast to that of x, {x.shape}. "
-                "Reshape it so that its last axes are x's."
-            )
-        mask = mask.reshape((1,) * (x.ndim - mask.ndim) + mask.shape)
-    y, state, collected = apply(
-        params,
-        BNState(mean, var, jnp.zeros(mean.shape, jnp.int32) if count is None else count),
-        x if wide == wider(x.dtype) else x.astype(wide),
-        train,
-        mask=mask,
-        axis_name=axis_name,
-        axis_index_groups=None if axis_name is None else axis_index_groups,
-        dtype=jnp.dtype(dtype),
-        call=call,
-        **options,
-    )
-    assert state is not None
-    if real:
-        state = state._replace(mean=state.mean.real)
-    return y, state, collected
-
-
 def nothing(mean: Array, var: Array) -> Collected:
-    """What a layer has seen before it has seen anything."""
+    """The moments of no element at all, which merge with any others without an effect."""
     zeros = jnp.zeros_like(var.real)
     return Collected(Moments(zeros, jnp.zeros_like(mean), zeros), Support(zeros, zeros))
-
-
-def _broadcasts(shape, target):
-    try:
-        return np.broadcast_shapes(shape, target) == target
-    except ValueError:
-        return False

@@ -1,4 +1,4 @@
-"""What both `convert` functions share: which changes of a layer there are, checked and in hashable form."""
+"""The changes that `convert` makes to layers, checked and in hashable form, for Linen and NNX."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -8,7 +8,8 @@ from bnjax.core import checks
 Where = Callable[[str], object]
 
 OPTIONS = ("axis_name", "axis_index_groups", "momentum", "epsilon", "unbiased_var", "frozen", "frozen_params")
-# A variant with an index or a label is called with it, which a model that has none does not.
+# The classes to convert to, each with its own options. IndexedBatchNorm and ConditionalBatchNorm are missing, because
+# their calls take an index or a label, which an existing model does not pass.
 VARIANTS: Mapping[str, tuple[str, ...]] = {
     "BatchNorm": (),
     "GhostBatchNorm": ("ghost_size",),
@@ -17,23 +18,23 @@ VARIANTS: Mapping[str, tuple[str, ...]] = {
 
 
 class Conversion(NamedTuple):
-    """What `convert` does to the layers of a model; two that do the same are equal."""
+    """The changes that `convert` makes to the layers of a model. Equal changes compare and hash equal."""
 
     to: type | None
     where: Where | None
     changes: tuple[tuple[str, Any], ...]
 
     def converts(self, path: str) -> bool:
-        """Whether the layer of this path is one to convert."""
+        """Whether the layer of this path is converted."""
         return self.where is None or bool(self.where(path))
 
 
 def conversion(library: str, to: Any, where: Any, changes: Mapping[str, Any], layers: Mapping[str, type]) -> Conversion:
-    """The conversion that the arguments of `convert` describe; `layers` are the library's classes by name."""
+    """Check the arguments of `convert`; `layers` are the library's classes by name."""
     if to is not None and to not in [layers[name] for name in VARIANTS]:
         raise TypeError(
-            f"convert(to={getattr(to, '__name__', to)!r}): expected one of {list(VARIANTS)} of bnjax.{library}. A "
-            "layer with an index or a label is called with it, which the model does not."
+            f"convert(to={getattr(to, '__name__', to)!r}): expected one of {list(VARIANTS)} of bnjax.{library}. Layers "
+            "with an index or a label need it as an argument, which the model does not pass."
         )
     if where is not None and not callable(where):
         raise TypeError(
@@ -52,7 +53,7 @@ def conversion(library: str, to: Any, where: Any, changes: Mapping[str, Any], la
 
 
 def _checked(name: str, value: Any) -> Any:
-    """The value of a change, in one hashable spelling."""
+    """The value of a change, checked, in a hashable form that is equal for equal values."""
     if name == "axis_index_groups":
         return checks.index_groups("convert", value)
     if name == "axis_name":

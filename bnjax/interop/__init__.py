@@ -1,40 +1,52 @@
-"""Weights and statistics of PyTorch's and Keras's layers of batch normalization, and of whole models, in and out.
+"""Conversion of weights and running statistics from and to PyTorch and Keras, of single layers and of whole models.
 
-Mappings and lists of arrays go in and come out; neither library is imported. `TORCH`, `KERAS` and `FLAX` are the
-keyword arguments that make `bn_apply` compute what each library does by default, so that a converted layer goes on
-training where it stopped:
+The functions take and return mappings and lists of arrays; neither library is imported. `TORCH`, `KERAS` and `FLAX` are
+keyword arguments with which `bn_apply` computes what each library computes by default, so that a converted layer
+continues its training unchanged:
 
     params, state = from_torch(model.state_dict(), "bn1")
     y, state = bn_apply(params, state, x, train=True, **TORCH)
 
-`from_torch` and `from_keras` are for one layer, `from_torch_model` and `from_keras_model` for a whole Linen or NNX
-model, with its convolutions, dense layers and embeddings:
+`from_torch` and `from_keras` convert one layer, `from_torch_model` and `from_keras_model` a whole model into a Linen or
+NNX model, with its convolutions, dense layers and embeddings:
 
     variables, report = from_torch_model(model.state_dict(), variables, model=flax_model, inputs=x)
     print(report)
 
-PyTorch's `momentum=None` is `bnjax.cumulative_average`. PyTorch counts the updates of a layer, here each feature has
-its own count; they differ once a feature has met a batch with too little in it. Keras does not count. A momentum that
-depends on the count (`cumulative_average`, `debiased`) takes statistics of count 0 for those of a new layer: its first
-update forgets them.
+PyTorch's `momentum=None` is `bnjax.cumulative_average`. PyTorch counts the updates of a layer, bnjax those of each
+feature; the counts differ after a batch with fewer than two valid values of a feature. Keras does not count. A momentum
+that depends on the count (`cumulative_average`, `debiased`) regards statistics of count 0 as initial values, which the
+first update replaces.
 """
 
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from bnjax.interop.layers import from_keras as from_keras
-from bnjax.interop.layers import from_torch as from_torch
-from bnjax.interop.layers import to_keras as to_keras
-from bnjax.interop.layers import to_torch as to_torch
-from bnjax.interop.match import Moved as Moved
-from bnjax.interop.match import Report as Report
-from bnjax.interop.models import Unmatched as Unmatched
-from bnjax.interop.models import from_keras_model as from_keras_model
-from bnjax.interop.models import from_torch_model as from_torch_model
-from bnjax.interop.models import to_keras_model as to_keras_model
-from bnjax.interop.models import to_torch_model as to_torch_model
+from bnjax.interop.layers import from_keras, from_torch, to_keras, to_torch
+from bnjax.interop.match import Moved, Report
+from bnjax.interop.models import Unmatched, from_keras_model, from_torch_model, to_keras_model, to_torch_model
+
+__all__ = [
+    "FLAX",
+    "KERAS",
+    "TORCH",
+    "Moved",
+    "Report",
+    "Unmatched",
+    "from_keras",
+    "from_keras_model",
+    "from_torch",
+    "from_torch_model",
+    "to_keras",
+    "to_keras_model",
+    "to_torch",
+    "to_torch_model",
+]
 
 TORCH: Mapping[str, Any] = MappingProxyType({"axis": 1, "momentum": 0.9, "epsilon": 1e-5, "unbiased_var": True})
+"""Options with which `bn_apply` computes what PyTorch's layers compute by default."""
 KERAS: Mapping[str, Any] = MappingProxyType({"axis": -1, "momentum": 0.99, "epsilon": 1e-3, "unbiased_var": False})
+"""Options with which `bn_apply` computes what Keras's layer computes by default."""
 FLAX: Mapping[str, Any] = MappingProxyType({"axis": -1, "momentum": 0.99, "epsilon": 1e-5, "unbiased_var": False})
+"""Options with which `bn_apply` computes what Flax's layers compute by default."""

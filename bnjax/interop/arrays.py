@@ -1,4 +1,4 @@
-"""What comes from other libraries as arrays: mappings of tensors, and what is checked of them."""
+"""Arrays from other libraries: how they are read, and checks of them."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,7 +8,7 @@ import numpy as np
 
 
 def tensors(call: str, state_dict: Any) -> Mapping[str, Any]:
-    """The tensors of a PyTorch module by name, given those or the module itself."""
+    """The tensors of a PyTorch module by name, from the module or its state_dict."""
     if callable(getattr(state_dict, "state_dict", None)):
         state_dict = state_dict.state_dict()
     if not isinstance(state_dict, Mapping):
@@ -19,14 +19,14 @@ def tensors(call: str, state_dict: Any) -> Mapping[str, Any]:
     for name, value in state_dict.items():
         if isinstance(value, Mapping):
             raise ValueError(
-                f"{call}(state_dict=...): {name!r} is not a tensor but a mapping of {len(value)}. If it holds the "
-                f"tensors, pass state_dict[{name!r}]."
+                f"{call}(state_dict=...): {name!r} is a mapping of {len(value)} entries, not a tensor. If it holds "
+                f"the tensors, pass state_dict[{name!r}]."
             )
     return state_dict
 
 
 def keras_arrays(call: str, weights: Any) -> dict[str, np.ndarray]:
-    """The arrays of a Keras model by path."""
+    """The arrays of a Keras model by path, from the model, a mapping, or pairs."""
     if hasattr(weights, "weights"):
         first = sorted({layer.name for layer in _sublayers(weights) if _channels_first(layer)})
         if first:
@@ -58,26 +58,26 @@ def _channels_first(layer):
 
 
 def plain(value: Any) -> np.ndarray:
-    """A writable NumPy array; bfloat16, which `torch.from_numpy` does not know, as the same numbers in float32."""
+    """A writable NumPy array. bfloat16 is widened to float32, because `torch.from_numpy` does not accept it."""
     return np.array(value, np.float32 if value.dtype == jnp.bfloat16 else value.dtype, order="C")
 
 
 def updates(count: Any) -> np.ndarray:
-    """`num_batches_tracked` for the counts of the features: the largest, 0 where nobody counted."""
+    """`num_batches_tracked` from the counts of the features: the largest count, or 0 without counts."""
     return np.array(np.max([] if count is None else count, initial=0), np.int64)
 
 
 def as_array(value):
-    """A NumPy array of an array or a tensor."""
+    """An array or a PyTorch tensor as a NumPy array."""
     if hasattr(value, "detach"):
         value = value.detach().cpu()
-        if str(value.dtype) == "torch.bfloat16":  # which NumPy does not have
+        if str(value.dtype) == "torch.bfloat16":  # PyTorch cannot convert it, since NumPy itself has no bfloat16
             return np.asarray(value.float()).astype(jnp.bfloat16)
     return np.asarray(value)
 
 
 def checked(call, values):
-    """The values as arrays: floating, of one shape of one axis, and no negative variance."""
+    """The values as arrays. They must be floating, of the same shape (features,), without a negative variance."""
     arrays = {name: as_array(value) for name, value in values.items()}
     shapes = {name: array.shape for name, array in arrays.items()}
     if len(set(shapes.values())) > 1 or any(len(shape) != 1 for shape in shapes.values()):
@@ -85,9 +85,7 @@ def checked(call, values):
     for name, array in arrays.items():
         check_floating(call, name, array)
         if name in ("running_var", "moving_variance") and (array < 0).any():
-            raise ValueError(
-                f"{call}: {name} has the negative variance {array.min()}. Something else was stored there."
-            )
+            raise ValueError(f"{call}: {name} has the negative variance {array.min()}. Check that it holds variances.")
     return arrays
 
 

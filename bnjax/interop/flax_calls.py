@@ -1,4 +1,4 @@
-"""The layers of a Linen or NNX model in the order of their calls, for `interop_models.py`. It needs Flax."""
+"""The layers of a Linen or NNX model in the order of their calls, for `models.py`. This module needs Flax."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -16,13 +16,13 @@ _TRANSPOSED = (nn.ConvTranspose, nnx.ConvTranspose)
 def calls(
     model: Any, variables: Mapping[str, Any], shapes: Mapping[str, Mapping[str, Any]], args: Any, kwargs: Any
 ) -> dict[str, Called]:
-    """What a model calls, by path, in the order of the first calls. It is traced, not run.
+    """The layers that a model calls, by path, in the order of their first calls. The model is traced, not run.
 
     Args:
-      model: of Linen or NNX.
-      variables: of a Linen model.
-      shapes: of the arrays of each layer, by path and name.
-      args, kwargs: of the model's call.
+      model: a Linen or NNX module.
+      variables: variables of a Linen module; they are ignored for NNX.
+      shapes: shapes of the layers' arrays, by path and name.
+      args, kwargs: arguments of the model's call.
     """
     called: dict[str, tuple[str, Any]] = {}
     leaves, structure = jax.tree.flatten((args, kwargs))
@@ -75,7 +75,7 @@ def calls(
 
 
 def _kind(module, shapes, x):
-    """dense, embed, conv2, transposed2 or norm-1 (see `mark`), or "other", of which only the shapes are known."""
+    """The kind of a layer: dense, embed, conv2, transposed2 or norm-1 as in `mark`, or "other"."""
     kernel = shapes.get("kernel")
     if not hasattr(x, "shape"):
         return "other"
@@ -95,14 +95,14 @@ def _linen(record):
     def interceptor(function, args, kwargs, context):
         if context.method_name == "setup":
             return function(*args, **kwargs)
-        marked = context.method_name == "__call__"  # not `attend` of an embedding
+        marked = context.method_name == "__call__"  # `attend` of an embedding has features as input, not indices
         return record("/".join(context.module.path), context.module, function, args, kwargs, marked)
 
     return interceptor
 
 
 def _recording(cls, path, record):
-    """The class, with calls that are recorded."""
+    """A subclass whose calls are recorded."""
 
     def call(self, *args, **kwargs):
         return record(path, self, lambda *args, **kwargs: cls.__call__(self, *args, **kwargs), args, kwargs)

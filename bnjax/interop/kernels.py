@@ -1,4 +1,4 @@
-"""How PyTorch and Keras keep the arrays of a layer, and how they become those of the Flax layer and back."""
+"""The layouts of a layer's arrays in PyTorch and Keras, and their conversion to and from Flax's layouts."""
 
 from math import prod
 from typing import Any, NamedTuple
@@ -11,8 +11,10 @@ CONVOLUTION, MATRIX, NORM, TENSOR = "convolutions", "dense layers and embeddings
 
 
 class Library(NamedTuple):
+    """A library that weights come from."""
+
     name: str
-    argument: str  # that holds its arrays
+    argument: str  # of the functions in `models.py` that holds its arrays
     channels_first: bool
 
 
@@ -20,24 +22,22 @@ TORCH, KERAS = Library("PyTorch", "state_dict", True), Library("Keras", "weights
 
 
 class Layer(NamedTuple):
-    """The names of a layer's arrays in its model, and the arrays, by kernel, bias, scale, mean, var and count.
-
-    Its sort is one of the four above. `called` is of the Flax model's layers.
-    """
+    """A layer of either model. Its arrays are named kernel, bias, scale, mean, var and count, as in Flax."""
 
     name: str
-    sort: str
-    keys: dict[str, str]
+    sort: str  # one of the four above
+    keys: dict[str, str]  # by the array's name here, its name in the model
     arrays: dict[str, Any]
-    called: Called = Called("")
+    called: Called = Called("")  # how the Flax model calls it
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of the arrays, without the count."""
         return {name: tuple(array.shape) for name, array in self.arrays.items() if name != "count"}
 
 
 class Move(NamedTuple):
-    """An array's way from another library to here: reshaped to `split`, transposed by `order`, flipped along the axes
-    `flipped`, reshaped to `ours`."""
+    """The conversion of an array from another library to Flax: it is reshaped to `split`, transposed by `order`,
+    flipped along the axes `flipped`, and reshaped to `ours`."""
 
     theirs: tuple[int, ...]
     split: tuple[int, ...]
@@ -46,9 +46,11 @@ class Move(NamedTuple):
     ours: tuple[int, ...]
 
     def forward(self, array: np.ndarray) -> np.ndarray:
+        """The array in Flax's layout."""
         return np.flip(array.reshape(self.split).transpose(self.order), self.flipped).reshape(self.ours)
 
     def backward(self, array: np.ndarray) -> np.ndarray:
+        """The array in the other library's layout: the inverse of `forward`."""
         array = np.flip(array.reshape([self.split[i] for i in self.order]), self.flipped)
         return array.transpose(np.argsort(self.order)).reshape(self.theirs)
 
@@ -66,7 +68,7 @@ class Move(NamedTuple):
 
 
 def needed(ours: Layer, library: Library) -> list[dict[str, tuple[int, ...]]]:
-    """The shapes of the other library's layer that has the weights for one of ours; for Keras one of two."""
+    """The shapes that the other library's layer must have for one of ours. A depthwise layer of Keras has a second."""
     shapes = ours.shapes()
     if "kernel" not in shapes:
         return [shapes]
@@ -78,10 +80,14 @@ def needed(ours: Layer, library: Library) -> list[dict[str, tuple[int, ...]]]:
 
 
 def moves(call: str, theirs: Layer, ours: Layer, library: Library, flatten: dict[str, Any]) -> dict[str, Move]:
-    """The way of each array of a layer, but its count.
+    """The conversion of each array of a layer, without the count.
 
     Args:
-      flatten: by the paths of layers the image (H, W, C) whose places are their input's features, () for none.
+      call: the function called, for errors.
+      theirs, ours: the layer in the other library and in Flax.
+      library: the other library.
+      flatten: by a layer's path, the image (height, width, channels) that was flattened into its input, or () if none
+        was.
     """
     shapes = ours.shapes()
     features = prod(shapes["kernel"][:-1] if "kernel" in shapes else next(iter(shapes.values())))
@@ -104,7 +110,7 @@ def moves(call: str, theirs: Layer, ours: Layer, library: Library, flatten: dict
 
 
 def _order(ours, library):
-    """The axes of the other library's kernel in the order of ours."""
+    """The axes of the other library's kernel, in the order of the Flax kernel's axes."""
     axes = tuple(range(len(ours.arrays["kernel"].shape)))
     if library is KERAS:
         return (*axes[:-2], axes[-1], axes[-2]) if _unswapped(ours) else axes
@@ -114,12 +120,15 @@ def _order(ours, library):
 
 
 def _unswapped(ours):
-    """A transposed convolution whose kernel is as that of a convolution; both libraries keep that of its transpose."""
+    """Whether a transposed convolution stores its kernel like a convolution (transpose_kernel=False).
+
+    PyTorch and Keras store the kernel of the convolution that it transposes: flipped, with inputs and outputs swapped.
+    """
     return ours.called.kind.startswith("transposed") and not ours.called.swapped
 
 
 def _move(shape, order, layouts, flipped=()):
-    """For an array of this shape, and its axes with their layouts: axis i of it is order[i] in the other library."""
+    """The move of an array of this shape whose axis i has the layout layouts[i], and is axis order[i] there."""
     order = tuple(order)
     places = np.argsort(order)
     sizes = [layouts[i].sizes for i in places]
@@ -130,14 +139,14 @@ def _move(shape, order, layouts, flipped=()):
 
 
 def _layout(call, ours, side, library, flatten, features) -> Layout:
-    """Of the features that enter a layer, or leave it."""
+    """The layout of the features that enter a layer (`side` "in") or leave it ("out")."""
     path, called = ours.name, ours.called
     image = tuple(flatten.get(path, ())) or (features,)
     if path in flatten and (side == "in" or len(image) == 1):
         if prod(image) != features:
             raise ValueError(
                 f"{call}(flatten={{{path!r}: {image}}}): the layer has {features} features, the image {prod(image)} "
-                "elements. Pass (height, width, channels) of what is flattened, or () if it is not an image."
+                "elements. Pass (height, width, channels) of the image that is flattened, or () if none is."
             )
         first = library.channels_first
         return Layout((image[-1], *image[:-1]), (*range(1, len(image)), 0)) if first else same(features)
@@ -147,9 +156,9 @@ def _layout(call, ours, side, library, flatten, features) -> Layout:
     found = None if atoms is None else layout(atoms, library.channels_first)
     if found is None or (ours.sort == CONVOLUTION and found.order != tuple(range(len(found.order)))):
         raise ValueError(
-            f"{call}(inputs=...): ambiguous: the features {'into' if side == 'in' else 'out of'} {path!r} are places "
-            f"of an image, or were joined with others, and their order in {library.name} cannot be told from the "
-            f"model. Pass flatten={{{path!r}: (height, width, channels)}} of the image that is flattened into it, or "
-            f"flatten={{{path!r}: ()}} if the order is the same there."
+            f"{call}(inputs=...): ambiguous: the {'input' if side == 'in' else 'output'} features of {path!r} are "
+            f"pixels of an image, or were joined with others, so the model does not determine their order in "
+            f"{library.name}. Pass flatten={{{path!r}: (height, width, channels)}} of the image that is flattened into "
+            f"the layer, or flatten={{{path!r}: ()}} if both libraries have the same order."
         )
     return found

@@ -1,4 +1,4 @@
-"""One layer of batch normalization from and to PyTorch and Keras."""
+"""Conversion of a single layer of batch normalization from and to PyTorch and Keras."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,27 +6,31 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from bnjax.core.apply import BNParams, BNState
 from bnjax.core.moments import wider
+from bnjax.core.records import BNParams, BNState
 from bnjax.interop.arrays import checked, plain, tensors, updates
 
 
 def from_torch(state_dict: Any, prefix: str = "") -> tuple[BNParams, BNState | None]:
     """The parameters and running statistics of a PyTorch BatchNorm1d, 2d, 3d or SyncBatchNorm.
 
+    `scale` is PyTorch's weight, `mean` and `var` are running_mean and running_var. Pass `**TORCH` to `bn_apply`, whose
+    momentum is 1 - PyTorch's momentum.
+
     Args:
-      state_dict: of the layer, or of a model that holds it: tensors or arrays, in any floating dtype, by name. A
-        PyTorch module gives its own.
+      state_dict: state_dict of the layer, or of a model that holds it: floating tensors or arrays by name, of shape
+        (features,). A PyTorch module is accepted as well.
       prefix: the layer's name in the model, such as "layer1.0.bn2".
 
     Returns:
-      BNParams, with None for what the layer does not have (`affine=False`), and BNState, or None for a layer with
-      `track_running_stats=False`. Parameters keep their dtype (float64 where jax has it), statistics are float32 or
-      wider. The count of each feature is `num_batches_tracked`, 0 where that is missing.
+      params: BNParams in the dtypes of the tensors (float64 needs jax_enable_x64); scale and bias are None for a layer
+        with `affine=False`.
+      state: BNState in float32 or wider, or None for a layer with `track_running_stats=False`. The count of each
+        feature is `num_batches_tracked`, or 0 without that tensor.
 
     Raises:
-      ValueError: for what is not a mapping of tensors; and naming the layer, if nothing or only a part of it is there,
-        shapes differ, or a variance is negative.
+      ValueError: for a state_dict that is not a mapping of tensors, a layer that is missing or incomplete, shapes that
+        differ, or a negative variance.
 
     Example:
       >>> import numpy as np
@@ -44,7 +48,9 @@ def from_torch(state_dict: Any, prefix: str = "") -> tuple[BNParams, BNState | N
     found = {name: state_dict[lead + name] for name in names if lead + name in state_dict}
     if not found:
         near = sorted({key.rpartition(".")[0] for key in state_dict if key.endswith("running_mean")})
-        raise ValueError(f"{call}: no {lead}weight and no {lead}running_mean there. Layers with running_mean: {near}.")
+        raise ValueError(
+            f"{call}: the state_dict has no {lead}weight and no {lead}running_mean. Layers with running_mean: {near}."
+        )
     count = found.pop("num_batches_tracked", None)
     arrays = checked(call, found)
     params = BNParams(*(None if name not in arrays else jnp.asarray(arrays[name]) for name in ("weight", "bias")))
@@ -54,17 +60,17 @@ def from_torch(state_dict: Any, prefix: str = "") -> tuple[BNParams, BNState | N
 
 
 def to_torch(params: BNParams, state: BNState | None, prefix: str = "") -> dict[str, np.ndarray]:
-    """What `load_state_dict` of the PyTorch layer takes, once each array went through `torch.from_numpy`.
+    """The state_dict of a PyTorch layer: apply `torch.from_numpy` to each array, then `load_state_dict`.
 
     Args:
-      params: if one of scale and bias is None, it comes out as the 1 or 0 that it stands for, since PyTorch has both
-        or neither.
-      state: None for a layer with `track_running_stats=False`.
+      params: scale and bias of shape (features,), or None. If only one of them is None, it becomes an array of ones or
+        zeros, since a PyTorch layer has both or neither.
+      state: running statistics, or None for a layer with `track_running_stats=False`.
       prefix: the layer's name in the model.
 
     Returns:
-      A dictionary of writable arrays; bfloat16, which `from_numpy` does not know, comes as the same numbers in float32.
-      `num_batches_tracked` is the largest count, 0 where nobody counted.
+      A dictionary of writable arrays in the dtypes of params and state; bfloat16 becomes float32, because
+      `torch.from_numpy` does not accept it. `num_batches_tracked` is the largest count, or 0 without counts.
 
     Raises:
       ValueError: for features on more than one axis.
@@ -95,16 +101,21 @@ def from_keras(
 ) -> tuple[BNParams, BNState]:
     """The parameters and running statistics of a Keras BatchNormalization.
 
+    Pass `**KERAS` to `bn_apply`, which has Keras's momentum and epsilon.
+
     Args:
-      weights: `layer.get_weights()`: gamma, beta, moving mean and moving variance, those that the layer has.
-      scale, center: as the layer was given.
-      count: of updates, which Keras does not count; for a momentum that depends on it.
+      weights: `layer.get_weights()`: gamma, beta, moving mean and moving variance of shape (features,). Gamma is
+        missing if `scale` is False, beta if `center` is False.
+      scale, center: the arguments of the Keras layer.
+      count: number of updates, >= 0, for a momentum that depends on it; Keras does not count them.
 
     Returns:
-      BNParams and BNState.
+      params: BNParams in the dtypes of the weights, with None for a missing gamma or beta.
+      state: BNState in float32 or wider.
 
     Raises:
-      ValueError: for another number of arrays than `scale` and `center` say, shapes that differ, a negative variance.
+      ValueError: if `scale` and `center` require another number of arrays, if shapes differ, or if a variance is
+        negative.
 
     Example:
       >>> import numpy as np
@@ -117,7 +128,7 @@ def from_keras(
     if len(weights) != len(names):
         raise ValueError(
             f"from_keras(scale={scale}, center={center}): expected {names}, got {len(weights)} arrays. "
-            "Pass scale and center as the layer was given them."
+            "Pass the scale and center of the Keras layer."
         )
     arrays = checked("from_keras(...)", dict(zip(names, weights, strict=True)))
     params = BNParams(*(None if name not in arrays else jnp.asarray(arrays[name]) for name in ("gamma", "beta")))
@@ -126,10 +137,18 @@ def from_keras(
 
 
 def to_keras(params: BNParams, state: BNState) -> list[np.ndarray]:
-    """What `layer.set_weights` of the Keras layer takes, built with `scale` and `center` for what is not None.
+    """The weights of a Keras BatchNormalization, for `layer.set_weights`.
+
+    Args:
+      params: scale and bias of shape (features,). The Keras layer needs scale=False if scale is None, and center=False
+        if bias is None.
+      state: running statistics.
+
+    Returns:
+      Arrays in the dtypes of params and state: gamma, beta, moving mean and moving variance.
 
     Raises:
-      ValueError: without a state, which a Keras layer always has.
+      ValueError: if state is None, because a Keras layer always has running statistics.
 
     Example:
       >>> import bnjax
@@ -138,14 +157,14 @@ def to_keras(params: BNParams, state: BNState) -> list[np.ndarray]:
       [[0.0, 0.0], [0.0, 0.0], [1.0, 1.0]]
     """
     if state is None:
-        raise ValueError("to_keras(state=None): a Keras layer has running statistics. Pass those of bn_init.")
+        raise ValueError("to_keras(state=None): a Keras layer has running statistics. Pass the state of bn_init.")
     return [np.array(v) for v in (*params, state.mean, state.var) if v is not None]
 
 
 def _state(call, arrays, count):
     missing = {"running_mean", "running_var"} - set(arrays)
     if missing:
-        raise ValueError(f"{call}: {sorted(missing)} missing. A layer has both running statistics or neither.")
+        raise ValueError(f"{call}: {sorted(missing)} is missing. A layer has both running statistics or neither.")
     mean, var = (jnp.asarray(arrays[name]) for name in ("running_mean", "running_var"))
     mean, var = (v.astype(wider(v.dtype)) for v in (mean, var))
     return BNState(mean, var, jnp.full(mean.shape, count, jnp.int32))

@@ -1,32 +1,31 @@
-"""Which axes of an image a layer's features come from, read off the jaxpr of a model.
+"""The axes of an image that a layer's features come from, according to the jaxpr of a model.
 
-PyTorch keeps the channels of an image before its pixels, Flax and Keras after them. Wherever pixels and channels share
-one axis, between a convolution and a dense layer and the other way round, the two number its features differently.
+PyTorch stores the channels of an image before its pixels, Flax and Keras after them. If a reshape puts pixels and
+channels on one axis, between a convolution and a dense layer or in reverse, the libraries number its features in
+different orders.
 
-Every axis of every array is a list of atoms: pieces that no reshape has taken apart so far. Convolutions tell which
-atoms are pixels and which channels; reshapes join and split atoms; elementwise operations identify those of their
-operands. The model marks the calls of its layers by `checkpoint_name`, as `mark` names them. What cannot be followed is
-UNCLEAR, and is an error where a layer's features depend on it.
+Every axis of every array is a list of atoms, the pieces that reshapes have not split so far. A convolution determines
+which atoms are pixels and which are channels; reshapes join and split atoms; an elementwise operation equates the atoms
+of its operands. `mark` names the calls of the model's layers in the jaxpr. An atom that the program does not determine
+is UNCLEAR, which is an error if a layer's features depend on it.
 """
 
 from math import prod
 from typing import Any, NamedTuple
 
-from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
-
-CHANNEL, INPUT, UNCLEAR = "channel", "input", "unclear"  # a role; that of pixels is the number of their axis, from 0
+CHANNEL, INPUT, UNCLEAR = "channel", "input", "unclear"  # roles; the role of pixels is the number of their axis, from 0
 _MOVING = {"rev", "sort", "gather", "scatter", "scatter-add", "dynamic_update_slice", "cumsum", "scan", "while", "cond"}
 
 
 class Layout(NamedTuple):
-    """`theirs.reshape(sizes).transpose(order)` has the elements of a feature axis in the order of ours."""
+    """`theirs.reshape(sizes).transpose(order)` puts the elements of a feature axis into Flax's order."""
 
     sizes: tuple[int, ...]
     order: tuple[int, ...]
 
 
 class Atom:
-    """A piece of an axis. One that was split, or found to be the same as another, consists of its parts."""
+    """A piece of an axis. An atom that was split, or equated with another one, consists of its parts."""
 
     def __init__(self, size: int, role: Any = None, whole: "Atom | None" = None):
         self.size, self.role, self.whole, self.parts = size, role, whole, []
@@ -36,46 +35,47 @@ Axes = list[list[Atom]]
 
 
 class Called(NamedTuple):
-    """A layer that a model calls: its kind, as in `mark`, but "transposed2" for a transposed convolution, or "other".
-    `into` and `out` are the atoms of its feature axes, where they are known."""
+    """A layer that a model calls."""
 
-    kind: str
-    traced: bool = False  # or only its arrays are known
+    kind: str  # as in `mark`, or "transposed2" for a transposed convolution, or "other"
+    traced: bool = False  # False if only its arrays are known
     swapped: bool = False  # transpose_kernel
     groups: int = 1
-    into: list[Atom] | None = None
-    out: list[Atom] | None = None
+    into: list[Atom] | None = None  # atoms of the input's feature axis, if known
+    out: list[Atom] | None = None  # atoms of the output's feature axis, if known
 
 
-class _Seen(NamedTuple):
-    features: dict[tuple[str, str], list[Atom]]
-    through: dict[str, Axes]  # what entered the normalizations that have not returned yet
+class _Marked(NamedTuple):
+    """Values that the marks of layers name."""
+
+    features: dict[tuple[str, str], list[Atom]]  # atoms of the feature axis, by ("in" or "out", layer)
+    entered: dict[str, Axes]  # inputs of the normalizations whose outputs have not appeared yet
 
 
 def mark(side: str, kind: str, layer: str) -> str:
-    """The name of what enters ("in") or leaves ("out") a layer, whose kind is "dense", "embed", "conv2" for a
-    convolution over two axes, or "norm-1" for a normalization of the features on axis -1."""
+    """The name of a layer's input (`side` "in") or output ("out") in the jaxpr. Its kind is "dense", "embed", "conv2"
+    for a convolution over two axes, or "norm-1" for a normalization of the features on axis -1."""
     return f"bnjax {side} {kind} {layer}"
 
 
-def features(closed: ClosedJaxpr, inputs: int) -> dict[tuple[str, str], list[Atom]]:
-    """The atoms of the feature axis of what enters and leaves each marked layer, by ("in" or "out", layer).
+def features(closed: Any, inputs: int) -> dict[tuple[str, str], list[Atom]]:
+    """The atoms of the feature axis of each marked layer's input and output, by ("in" or "out", layer).
 
     Args:
-      closed: of the model.
-      inputs: how many of its last arguments are inputs, and not variables.
+      closed: the jaxpr of the model.
+      inputs: the number of arguments, at the end, that are inputs and not variables.
     """
-    seen = _Seen({}, {})
+    marked = _Marked({}, {})
     arguments = [_fresh(v.aval.shape) for v in closed.jaxpr.invars]
     for argument in arguments[len(arguments) - inputs :]:
         for axis in argument[1:]:
             _give(axis, INPUT)
-    _run(closed.jaxpr, arguments, seen)
-    return {key: expand(atoms) for key, atoms in seen.features.items()}
+    _run(closed.jaxpr, arguments, marked)
+    return {key: expand(atoms) for key, atoms in marked.features.items()}
 
 
 def layout(atoms: list[Atom], channels_first: bool) -> Layout | None:
-    """Where another library keeps the features that these atoms make up, or None where that cannot be known."""
+    """The layout of the features that these atoms form in another library, or None if it is not determined."""
     roles = [atom.role for atom in atoms]
     placed = [role for role in roles if role == CHANNEL or isinstance(role, int)]
     partly = 0 < len(placed) < len(roles)
@@ -90,18 +90,18 @@ def layout(atoms: list[Atom], channels_first: bool) -> Layout | None:
 
 
 def same(size: int) -> Layout:
-    """That of features which both number alike."""
+    """The layout of features that both libraries number alike."""
     return Layout((size,), (0,))
 
 
 def expand(atoms: list[Atom]) -> list[Atom]:
-    """The smallest atoms, without those of one element."""
+    """The smallest atoms, without atoms of size 1."""
     leaves = [leaf for atom in atoms for leaf in (expand(atom.parts) if atom.parts else [atom])]
     return [leaf for leaf in leaves if leaf.size > 1]
 
 
 def _give(atoms, role):
-    """A role for atoms; INPUT gives way to any other, and two others contradict each other."""
+    """Give atoms a role. It replaces INPUT; any other two roles contradict each other, which makes the atom UNCLEAR."""
     for atom in expand(atoms):
         roles = {atom.role, role} - {None}
         roles = roles - {INPUT} or roles
@@ -109,7 +109,7 @@ def _give(atoms, role):
 
 
 def _join(first, second):
-    """Two axes that an elementwise operation lays on each other have the same atoms."""
+    """Equate the atoms of two axes that an elementwise operation combines."""
     first, second = expand(first), expand(second)
     if [atom.size for atom in first] == [atom.size for atom in second]:
         for a, b in zip(first, second, strict=True):
@@ -125,20 +125,20 @@ def _join(first, second):
         _give(first + second, UNCLEAR)
 
 
-def _run(jaxpr, arguments, seen):
-    """The axes of what a jaxpr gives, for those of its arguments."""
+def _run(jaxpr, arguments, marked):
+    """The axes of the results of a jaxpr, given the axes of its arguments."""
     axes: dict[Any, Axes] = dict(zip(jaxpr.invars, arguments, strict=True))
 
     def read(v):
         fresh = _fresh(getattr(v.aval, "shape", ()))
-        return fresh if isinstance(v, Literal) else axes.setdefault(v, fresh)
+        return fresh if hasattr(v, "val") else axes.setdefault(v, fresh)
 
     for eqn in jaxpr.eqns:
         operands, inner = [read(v) for v in eqn.invars], _inner(eqn)
         if inner is not None:
-            results = _run(inner, operands, seen)
+            results = _run(inner, operands, marked)
         else:
-            results = [_result(eqn, operands, getattr(v.aval, "shape", ()), seen) for v in eqn.outvars]
+            results = [_result(eqn, operands, getattr(v.aval, "shape", ()), marked) for v in eqn.outvars]
         axes |= zip(eqn.outvars, results, strict=True)
     return [read(v) for v in jaxpr.outvars]
 
@@ -146,8 +146,8 @@ def _run(jaxpr, arguments, seen):
 def _inner(eqn):
     """The jaxpr that an equation calls with its own operands."""
     for value in eqn.params.values():
-        jaxpr = value.jaxpr if isinstance(value, ClosedJaxpr) else value
-        if isinstance(jaxpr, Jaxpr) and _shapes(jaxpr.invars + jaxpr.outvars) == _shapes(eqn.invars + eqn.outvars):
+        jaxpr = getattr(value, "jaxpr", value)
+        if hasattr(jaxpr, "eqns") and _shapes(jaxpr.invars + jaxpr.outvars) == _shapes(eqn.invars + eqn.outvars):
             return jaxpr
     return None
 
@@ -156,12 +156,12 @@ def _shapes(variables):
     return [getattr(v.aval, "shape", ()) for v in variables]
 
 
-def _result(eqn, operands, shape, seen) -> Axes:
-    """The axes of one result."""
+def _result(eqn, operands, shape, marked) -> Axes:
+    """The axes of one result of an equation."""
     name, params = eqn.primitive.name, eqn.params
     if name == "name" and params["name"].startswith("bnjax "):
         _, side, kind, layer = params["name"].split(" ", 3)
-        return _marked(side, kind, layer, operands[0], seen)
+        return _read_mark(side, kind, layer, operands[0], marked)
     if name == "reshape":
         return _reshaped(operands[0], shape)
     if name == "transpose":
@@ -189,8 +189,8 @@ def _result(eqn, operands, shape, seen) -> Axes:
         return alike[0]
     like = [operand for operand in operands if len(operand) == len(shape)]
     if not like:
-        pictured = any(isinstance(a.role, int) for operand in operands for axis in operand for a in expand(axis))
-        return _fresh(shape, UNCLEAR if pictured else None)
+        has_pixels = any(isinstance(a.role, int) for operand in operands for axis in operand for a in expand(axis))
+        return _fresh(shape, UNCLEAR if has_pixels else None)
     return [_resized(sides, size, name in _MOVING) for *sides, size in zip(*like, shape, strict=True)]
 
 
@@ -199,7 +199,7 @@ def _fresh(shape, role=None) -> Axes:
 
 
 def _resized(sides, size, moved):
-    """An axis of a result whose elements were moved, dropped, or joined, by that axis of the operands."""
+    """An axis of a result whose elements were moved, dropped or joined, given the same axis of the operands."""
     if not moved and prod(atom.size for atom in expand(sides[0])) == size:
         return sides[0]
     result = [Atom(size)]
@@ -209,9 +209,9 @@ def _resized(sides, size, moved):
 
 
 def _reshaped(axes, shape) -> Axes:
-    """Atoms dealt out to axes of other sizes, split where an axis ends inside of one."""
+    """The atoms distributed over the axes of a new shape. An atom is split if an axis ends inside it."""
     atoms = expand([atom for axis in axes for atom in axis])
-    dealt: Axes = []
+    result: Axes = []
     for size in shape:
         axis = []
         while size > 1 and atoms:
@@ -224,13 +224,14 @@ def _reshaped(axes, shape) -> Axes:
                 return _fresh(shape, UNCLEAR)
             axis.append(atom)
             size //= atom.size
-        dealt.append(axis)
-    return [_merged(axis) for axis in dealt]
+        result.append(axis)
+    return [_merged(axis) for axis in result]
 
 
 def _merged(axis):
-    """Pixels on one axis are tokens, and whether channels come before them is no longer PyTorch's convention. Pixels
-    with a part of the channels, as in a pixel shuffle, are nothing that a layout describes."""
+    """An axis after a reshape. An axis of pixels alone becomes one atom without a role: pixels are then tokens, and
+    PyTorch's convention of channels before pixels no longer applies. On an axis of pixels and a part of the channels,
+    as in a pixel shuffle, the channels become UNCLEAR, because a layout cannot describe it."""
     pixels = [atom for atom in axis if isinstance(atom.role, int)]
     if len(axis) > 1 and len(pixels) == len(axis):
         return [Atom(prod(atom.size for atom in axis))]
@@ -244,14 +245,15 @@ def _merged(axis):
     return axis
 
 
-def _marked(side, kind, layer, axes, seen) -> Axes:
-    """What enters or leaves a layer. The features that it makes are the same atoms in each call."""
+def _read_mark(side, kind, layer, axes, marked) -> Axes:
+    """The axes of a layer's marked input or output. The output features are the same atoms in each call of a layer."""
     axes = [*axes]
     if kind.startswith("norm"):
         if side == "out":
-            return seen.through.pop(layer)
-        seen.through[layer] = axes
-        _join(axes[int(kind.removeprefix("norm"))], seen.features.setdefault((side, layer), axes[int(kind[4:])]))
+            return marked.entered.pop(layer)
+        marked.entered[layer] = axes
+        axis = int(kind.removeprefix("norm"))
+        _join(axes[axis], marked.features.setdefault((side, layer), axes[axis]))
         return axes
     if kind == "embed" and side == "in":
         return axes
@@ -259,7 +261,7 @@ def _marked(side, kind, layer, axes, seen) -> Axes:
     pixels = list(enumerate(range(len(axes) - 1 - spatial, len(axes) - 1)))
     if side == "out":
         size = prod(atom.size for atom in expand(axes[-1]))
-        axes[-1] = seen.features.setdefault((side, layer), [Atom(size, CHANNEL if spatial else None)])
+        axes[-1] = marked.features.setdefault((side, layer), [Atom(size, CHANNEL if spatial else None)])
         for role, axis in pixels:
             axes[axis] = [Atom(prod(atom.size for atom in expand(axes[axis])), role)]
         return axes
@@ -267,5 +269,5 @@ def _marked(side, kind, layer, axes, seen) -> Axes:
         _give(axes[axis], role)
     if spatial:
         _give(axes[-1], CHANNEL)
-    _join(axes[-1], seen.features.setdefault((side, layer), axes[-1]))
+    _join(axes[-1], marked.features.setdefault((side, layer), axes[-1]))
     return axes

@@ -1,4 +1,4 @@
-"""Which layer of PyTorch's or Keras's model is which of the Flax model: by order, kind and shapes."""
+"""Matching of the layers of a PyTorch or Keras model with those of a Flax model, by order, kind and shapes."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -25,26 +25,27 @@ KERAS_NAMES = {
 
 
 class Pair(NamedTuple):
+    """A layer of the other library, the Flax layer that it matches, and the reason, as in `Moved.by`."""
+
     theirs: Layer
     ours: Layer
     by: str
 
 
 class Moved(NamedTuple):
-    """A tensor that was moved: its name and shape there, its path and shape here, what was done to it on the way from
-    there to here, and what its layer was found by: "names" that were given, its "shape" alone, or the "order"."""
+    """A tensor that was converted."""
 
-    theirs: str
+    theirs: str  # its name in the other library's model
     their_shape: tuple[int, ...]
-    ours: str
+    ours: str  # its path in the Flax variables
     our_shape: tuple[int, ...]
-    done: str
-    by: str
+    done: str  # its conversion, from the other library to Flax
+    by: str  # what matched its layer: "names" that were given, its "shape" alone, or the "order"
 
 
 @dataclass(frozen=True)
 class Report:
-    """Every tensor that was moved. Printed, it is a table."""
+    """Every tensor that was converted. It prints as a table."""
 
     tensors: tuple[Moved, ...]
 
@@ -56,7 +57,7 @@ class Report:
 
 
 def torch_layers(arrays: Mapping[str, np.ndarray]) -> list[Layer]:
-    """The layers of a state_dict, in its order."""
+    """The layers of a state_dict, in the order of its entries."""
     layers = []
     for prefix, group in _groups(arrays, ".").items():
         named = {TORCH_NAMES.get(name, name): key for name, key in group.items()}
@@ -68,7 +69,7 @@ def torch_layers(arrays: Mapping[str, np.ndarray]) -> list[Layer]:
 
 
 def keras_layers(arrays: Mapping[str, np.ndarray]) -> list[Layer]:
-    """The layers of weights by path, in their order. A separable convolution is two."""
+    """The layers of Keras weights, in their order. A separable convolution counts as two convolutions."""
     layers = []
     for prefix, group in _groups(arrays, "/").items():
         group = {re.sub(r":\d+$", "", name): key for name, key in group.items()}
@@ -95,7 +96,10 @@ def own_layers(leaves: Mapping[str, Mapping[str, Any]], called: Mapping[str, Cal
 
 
 def uncalled(shapes: Mapping[str, tuple[int, ...]]) -> Called:
-    """A layer of which only the arrays are known. Of a kernel with more than two axes they do not tell the kind."""
+    """The kind of a layer, from the shapes of its arrays alone.
+
+    A kernel of more than two axes may belong to a convolution or to a transposed one; its kind is "convolution".
+    """
     names = set(shapes)
     if "kernel" in names and names <= {"kernel", "bias"}:
         return Called("dense" if len(shapes["kernel"]) == 2 else "convolution")
@@ -109,14 +113,20 @@ def uncalled(shapes: Mapping[str, tuple[int, ...]]) -> Called:
 def match(
     call: str, theirs: Sequence[Layer], ours: Sequence[Layer], library: Library, names: Mapping[str, str], called: bool
 ) -> list[Pair]:
-    """Pairs of layers: first those of `names`, then the others by their order, as far as their shapes agree with it.
+    """Pair the layers named in `names`, and the others by their order, provided that their shapes agree.
 
-    `called` says that ours are in the order of their calls. Then all may follow one order, or each sort of layer its
-    own. If only paths are known, each sort has to follow the numbers in its paths, or differ in shape.
+    Args:
+      call: the function called, for errors.
+      theirs, ours: the layers of the other library's model, and of the Flax model.
+      library: the other library.
+      names: by the name of one of theirs, the name of one of ours.
+      called: whether ours are in the order of their calls. If so, all layers are matched in one order, or else each
+        sort of layer in an order of its own. If not, the layers of each sort must be ordered by the numbers in their
+        paths, or differ in shape.
     """
     pairs = _pinned(call, theirs, ours, library, names)
-    taken = {id(layer) for pair in pairs for layer in pair[:2]}
-    theirs_left, ours_left = ([layer for layer in side if id(layer) not in taken] for side in (theirs, ours))
+    named = {id(layer) for pair in pairs for layer in pair[:2]}
+    theirs_left, ours_left = ([layer for layer in side if id(layer) not in named] for side in (theirs, ours))
     if not called:
         ours_left = sorted(ours_left, key=lambda layer: _numbered(layer.name))
     found = list(zip(theirs_left, ours_left, strict=False))
@@ -135,8 +145,8 @@ def match(
 
 
 def fits(library: Library, theirs: Layer, ours: Layer, named: bool = False) -> bool:
-    """Whether theirs has the weights for ours. Of an array of an unknown layer with more than one axis only `named`
-    tells that the two have it in the same order."""
+    """Whether the weights of theirs fit ours. The array of an unknown layer with several axes may have its axes in
+    another order there, so it fits only if its layer was `named` by the caller."""
     if theirs.sort != ours.sort or theirs.shapes() not in needed(ours, library):
         return False
     return ours.sort != TENSOR or named or sum(size > 1 for size in ours.shapes()["array"]) < 2
@@ -155,61 +165,62 @@ def _pinned(call, theirs, ours, library, names):
             layers.append(side[name])
         their, our = layers
         if not fits(library, their, our, named=True):
-            raise ValueError(f"{call}(names={{{pair[0]!r}: {pair[1]!r}}}): {_differ(library, their, our)}.")
+            raise ValueError(f"{call}(names={{{pair[0]!r}: {pair[1]!r}}}): {_mismatch(library, their, our)}.")
         pairs.append(Pair(their, our, "names"))
     twice = sorted({p.ours.name for p in pairs if [q.ours for q in pairs].count(p.ours) > 1})
     if twice:
-        raise ValueError(f"{call}(names=...): {twice} are named twice. Each layer takes the weights of one.")
+        raise ValueError(f"{call}(names=...): {twice} are named twice. Name one layer of {library.name} for each.")
     return pairs
 
 
 def _by_order(call, library, sort, theirs, ours, called):
-    """One sort of layer."""
+    """Pair the layers of one sort by their order."""
     if not called and not all(_comparable(a.name, b.name) for a, b in pairwise(ours)):
         fitting = {t.name: [o for o in ours if fits(library, t, o)] for t in theirs}
         if len({o.name for found in fitting.values() for o in found}) == len(ours) == sum(map(len, fitting.values())):
             return [(t, fitting[t.name][0]) for t in theirs]
         raise ValueError(
-            f"{call}(model=None): ambiguous: in which order the model calls its {sort} cannot be told from their "
-            f"paths, {[layer.name for layer in ours]}. Pass model= and inputs= to it."
+            f"{call}(model=None): ambiguous: the paths {[layer.name for layer in ours]} do not determine the order in "
+            f"which the model calls its {sort}. Pass model= and inputs= to it."
         )
     found = list(zip(theirs, ours, strict=False))
     wrong = next((i for i, pair in enumerate(found) if not fits(library, *pair)), len(found))
     if len(theirs) == len(ours) == wrong:
         return found
-    alone = [
+    unmatched = [
         [a.name for a in side if not any(fits(library, *((a, b) if side is theirs else (b, a))) for b in other)]
         for side, other in ((theirs, ours), (ours, theirs))
     ]
     if wrong < len(found):
-        at = _differ(library, *found[wrong])
+        mismatch = _mismatch(library, *found[wrong])
     else:
         left = [layer.name for layer in theirs[wrong:] or ours[wrong:]]
-        at = f"left over {'there' if len(theirs) > wrong else 'here'}: {left}"
+        mismatch = f"left over in the {library.name if len(theirs) > wrong else 'Flax'} model: {left}"
     raise ValueError(
-        f"{call}({library.argument}=...): {library.name}'s model has {len(theirs)} {sort}, the model {len(ours)}. In "
-        f"order, number {wrong + 1}: {at}. Fitting nowhere: {alone[0]} there, {alone[1]} here. Leave out of "
-        f"{library.argument} what the model does not have, or say by names which belong together."
+        f"{call}({library.argument}=...): the {library.name} model has {len(theirs)} {sort}, the Flax model "
+        f"{len(ours)}. The first mismatch in order is number {wrong + 1}: {mismatch}. Layers that match no other: "
+        f"{unmatched[0]} of {library.name}, {unmatched[1]} of Flax. Leave out of "
+        f"{library.argument} the layers that the Flax model lacks, or pass names for the layers that belong together."
     )
 
 
 def _check_order(call, pinned, found, theirs, ours):
-    """In every sort of layer both sides are in one order, or order decides nothing."""
+    """Check that pairs given by `names` do not cross the order, because order then could not match the others."""
     places = [{id(layer): i for i, layer in enumerate(side)} for side in (theirs, ours)]
     for sort in {pair.ours.sort for pair in pinned}:
         pairs = [pair[:2] for pair in pinned if pair.ours.sort == sort] + [p for p in found if p[0].sort == sort]
         order = [places[1][id(our)] for _, our in sorted(pairs, key=lambda pair: places[0][id(pair[0])])]
         if order != sorted(order):
             raise ValueError(
-                f"{call}(names=...): ambiguous: the {sort} named are in another order here than there, so that order "
-                f"does not tell which belong together of the others. Name these too: {[t.name for t, _ in found]}."
+                f"{call}(names=...): ambiguous: the {sort} named are in different orders in the two models, so their "
+                f"order does not match the others. Name these too: {[t.name for t, _ in found]}."
             )
 
 
-def _differ(library, theirs, ours):
+def _mismatch(library, theirs, ours):
     return (
         f"{library.name}'s {theirs.name!r} has {theirs.shapes()}, and {ours.name!r}, of shapes {ours.shapes()}, needs "
-        f"{needed(ours, library)[0]} of it"
+        f"{needed(ours, library)[0]} there"
     )
 
 
@@ -222,7 +233,7 @@ def _groups(arrays, separator):
 
 
 def _layers(name, keys, arrays):
-    """One layer, or, if its arrays are not those of a layer known here, each of them alone."""
+    """One layer if its arrays are those of a known kind, else a layer of sort TENSOR for each array."""
     names, own = set(keys) - {"count"}, {part: arrays[key] for part, key in keys.items()}
     if "kernel" in names and names <= {"kernel", "bias"}:
         return [Layer(name, MATRIX if own["kernel"].ndim == 2 else CONVOLUTION, keys, own)]
@@ -236,12 +247,12 @@ def _tensors(keys, arrays):
 
 
 def _numbered(path):
-    """A path in parts, each with the number at its end."""
+    """The parts of a path, each with the number at its end, for sorting."""
     found = [re.fullmatch(r"(.*?)(\d*)", part) for part in path.split("/")]
     return [(part[1], int(part[2] or -1)) for part in found if part]
 
 
 def _comparable(first, second):
-    """Whether two paths differ, where they first do, in a number alone."""
+    """Whether the first difference between two paths is a number alone."""
     pairs = zip(_numbered(first), _numbered(second), strict=False)
     return next((a[0] == b[0] for a, b in pairs if a != b), False)

@@ -1,4 +1,4 @@
-"""Weights and statistics of whole models of PyTorch and Keras, into the variables of Flax models and back."""
+"""Conversion of whole models of PyTorch and Keras to the variables of Flax models, and back."""
 
 import re
 from collections.abc import Mapping
@@ -15,10 +15,10 @@ from bnjax.interop.match import Moved, Pair, Report, keras_layers, match, own_la
 
 
 class Unmatched(NamedTuple):
-    """Names of layers: those of the state_dict that went nowhere, and those of the model that got nothing."""
+    """Names of the layers with running statistics that `names` does not contain."""
 
-    state_dict: list[str]
-    variables: list[str]
+    state_dict: list[str]  # layers of the state_dict, which were not converted
+    variables: list[str]  # layers of the variables, which were not replaced
 
 
 @overload
@@ -43,45 +43,47 @@ def from_torch_model(
     flatten: Mapping[str, tuple[int, ...]] | None = None,
     **kwargs: Any,
 ) -> tuple[dict[str, Any], Unmatched | Report]:
-    """A Linen or NNX model's variables with the weights and statistics of a PyTorch model.
+    """Convert a PyTorch model to the variables of a Linen or NNX model.
 
-    Every tensor of the state_dict goes to one array of the variables, and none is left over on either side, or it is
-    an error. Layers are convolutions (grouped and depthwise too), transposed convolutions, dense layers, embeddings,
-    and normalizations with and without running statistics. They are matched in order, that of the state_dict, which is
-    the order of definition, and that of the calls of the Flax model, and kinds and shapes have to agree. Where several
-    layers have one shape, order alone decides, and the report says so: read it there, and pin by `names` what is wrong.
-    Kernels are transposed as each layer needs. Where the features of a dense layer, or of a normalization, are an image
-    that was flattened, or become one, they are put into the order that they have here: PyTorch flattens (channels,
-    height, width), Flax (height, width, channels).
+    Every tensor of the state_dict is converted to one array of the variables; a tensor or an array without a
+    counterpart is an error. Layers are convolutions (grouped and depthwise ones included), transposed convolutions,
+    dense layers, embeddings, and normalizations with and without running statistics. The layers of the state_dict, in
+    the order of their definition, are matched with the layers of the Flax model, in the order of their calls; kinds and
+    shapes must agree. If several layers have the same shape, order alone decides. The report says by what each layer
+    was matched, so check it, and correct a wrong match by `names`.
 
-    It moves weights, not options: epsilon, padding and strides are the Flax model's. PyTorch's `padding=1` is ((1, 1),
-    (1, 1)), and with strides not "SAME"; its `ConvTranspose(k, padding=p)` is padding k - 1 - p here.
+    Kernels are transposed as each layer requires. PyTorch flattens an image as (channels, height, width), Flax as
+    (height, width, channels). If the features of a dense layer or of a normalization are a flattened image, or become
+    an image, they are reordered accordingly.
+
+    Options are not converted: epsilon, padding and strides are the Flax model's. PyTorch's `padding=1` is ((1, 1),
+    (1, 1)) in Flax, which with strides differs from "SAME"; its `ConvTranspose(k, padding=p)` is padding k - 1 - p.
 
     Args:
-      state_dict: of the PyTorch model, or the model itself.
-      variables: `params` and `batch_stats`: what `init` of a Linen model gives, or the variables of
-        `bnjax.nnx.functional(model)`, which `nnx.update(model, *variables.values())` puts back into the NNX model.
-      names: by the layer's name in the state_dict ("layer1.0.bn2") its path in the variables ("Block_0/BatchNorm_1",
-        "layers/1"). With a `model`, these are pinned and the others matched. Parameters of no layer, such as the
-        position embedding of a transformer, have to be named, with the whole path, and are taken as they are. Without a
-        `model`, only the batch normalization named here is moved.
-      model: the Linen or NNX model. Without it the order of the layers is that of the numbers in their paths, and it is
-        an error where that does not tell it, and for convolutions; that an input is an image flattened is not seen.
-      inputs: for the model's call: one, or a tuple of them. The model is traced with them, not run.
-      flatten: by the path of a dense layer, or a normalization, the image (height, width, channels) that is flattened
-        into it, or () for none, where the model does not tell: where its own input is flattened, or a flattened image
-        joined with something.
-      **kwargs: of the model's call, such as train=False.
+      state_dict: state_dict of the PyTorch model, or the model itself.
+      variables: `params` and `batch_stats`, from `init` of a Linen model, or from `bnjax.nnx.functional(model)` of an
+        NNX model, into which `nnx.update(model, *variables.values())` puts the result.
+      names: by a layer's name in the state_dict ("layer1.0.bn2"), its path in the variables ("Block_0/BatchNorm_1",
+        "layers/1"). With a `model`, these layers are matched by name and all others by order. A parameter of no known
+        layer, such as the position embedding of a transformer, must be named with its whole path, and is converted
+        without a change. Without a `model`, only the batch normalization layers named here are converted.
+      model: the Linen or NNX model. Without it, layers are ordered by the numbers in their paths. Convolutions, and
+        paths that do not determine the order, are then an error, and flattened images are not recognized.
+      inputs: an input of the model's call, or a tuple of inputs. The model is traced with them, not run.
+      flatten: by the path of a dense layer or a normalization, the shape (height, width, channels) of the image that is
+        flattened into it, or () if none is. It is needed if the model flattens its own input, or joins a flattened
+        image with other features.
+      **kwargs: keyword arguments of the model's call, such as train=False.
 
     Returns:
-      variables: new ones; arrays keep the dtypes that the model's have. A count is set where the model has one. With
-        `names` alone the statistics of a layer with `track_running_stats=False` stay the model's.
-      report: what became of each tensor; it prints as a table. With `names` alone instead the layers with running
-        statistics on either side that `names` does not have.
+      variables: the new variables, in the dtypes of the old ones. A count is set if the model has one. With `names`
+        alone, a layer with `track_running_stats=False` leaves the model's running statistics unchanged.
+      report: a `Report` of every tensor, which prints as a table. With `names` alone, `Unmatched`: the layers with
+        running statistics that `names` does not contain.
 
     Raises:
-      ValueError: naming layers of both sides, if one is left over, ambiguous, not there, named twice, or has other
-        shapes or parameters; and for what is no state_dict, no floating number, or a negative variance.
+      ValueError: if a layer has no counterpart, its match is ambiguous, it is named twice, or its shapes or parameters
+        differ; and for a state_dict that is not a mapping, an array that is not floating, or a negative variance.
 
     Example:
       >>> import flax.linen as nn, jax, jax.numpy as jnp, numpy as np
@@ -108,7 +110,7 @@ def from_torch_model(
         return _named_norms(state_dict, variables, names)
     arrays = {key: as_array(value) for key, value in state_dict.items()}
     pairs = _pairs(call, TORCH, torch_layers(arrays), variables, names, model, inputs, flatten, kwargs)
-    return _into(call, variables, pairs), _report(arrays, pairs)
+    return _variables(call, variables, pairs), _report(arrays, pairs)
 
 
 @overload
@@ -127,16 +129,16 @@ def to_torch_model(
     flatten: Mapping[str, tuple[int, ...]] | None = None,
     **kwargs: Any,
 ) -> dict[str, np.ndarray] | tuple[dict[str, np.ndarray], Report]:
-    """The weights and statistics of a Linen or NNX model, for `load_state_dict` of a PyTorch model.
+    """Convert the variables of a Linen or NNX model to a state_dict, for `load_state_dict` of a PyTorch model.
 
     Args:
       variables, names, model, inputs, flatten, **kwargs: as in `from_torch_model`.
-      state_dict: of the PyTorch model that takes them, or the model itself: its names, shapes and order are read. With
-        `names` and without it only the batch normalization named is given, for `load_state_dict(..., strict=False)`.
+      state_dict: state_dict of the PyTorch model, or the model itself, for its names, shapes and order. Without it,
+        only the batch normalization layers in `names` are converted, for `load_state_dict(..., strict=False)`.
 
     Returns:
-      state_dict: what `to_torch` gives for each layer: writable arrays for `torch.from_numpy`.
-      report: as that of `from_torch_model`. With `names` alone the state_dict comes without it.
+      state_dict: writable arrays for `torch.from_numpy`, in the dtypes of the variables; bfloat16 becomes float32.
+      report: as in `from_torch_model`. With `names` alone, the function returns the state_dict without a report.
 
     Raises:
       ValueError: as `from_torch_model`.
@@ -154,16 +156,16 @@ def to_torch_model(
     if state_dict is None:
         if names is None:
             raise ValueError(
-                f"{call}(names=None, state_dict=None): pass state_dict, that of the PyTorch model, for the whole "
-                "model, or names for its batch normalization."
+                f"{call}(names=None, state_dict=None): pass state_dict=, of the PyTorch model, to convert the whole "
+                "model, or names= to convert batch normalization layers alone."
             )
         _no_model(call, model, inputs, flatten, kwargs)
         ours = _named(call, variables, names)
         return {key: v for theirs, name in names.items() for key, v in to_torch(*ours[name], prefix=theirs).items()}
     arrays = {key: as_array(value) for key, value in tensors(call, state_dict).items()}
     pairs = _pairs(call, TORCH, torch_layers(arrays), variables, names, model, inputs, flatten, kwargs)
-    given = _out_of(pairs)
-    return {key: given[key] for key in arrays}, _report(arrays, pairs)
+    converted = _weights(pairs)
+    return {key: converted[key] for key in arrays}, _report(arrays, pairs)
 
 
 def from_keras_model(
@@ -176,19 +178,20 @@ def from_keras_model(
     flatten: Mapping[str, tuple[int, ...]] | None = None,
     **kwargs: Any,
 ) -> tuple[dict[str, Any], Report]:
-    """A Linen or NNX model's variables with the weights and statistics of a Keras model.
+    """Convert a Keras model to the variables of a Linen or NNX model.
 
-    As `from_torch_model`, in the order of Keras's `model.weights`. Layers are Dense, Embedding, Conv, DepthwiseConv,
-    SeparableConv (two convolutions here), ConvTranspose, and normalizations. Images have their channels last in both.
+    Layers are matched as in `from_torch_model`, in the order of Keras's `model.weights`. They are Dense, Embedding,
+    Conv, DepthwiseConv, SeparableConv (two convolutions in Flax), ConvTranspose, and normalizations. Images have their
+    channels last in both libraries.
 
     Args:
-      weights: the Keras model, or its arrays by path ("block/dense/kernel"): a mapping, or a sequence of pairs.
-      names: by the path of the Keras layer ("block/dense") that of the Flax layer, for those to be pinned.
+      weights: the Keras model, or its arrays by path ("block/dense/kernel"), as a mapping or a sequence of pairs.
+      names: by the path of a Keras layer ("block/dense"), the path of the Flax layer, for layers to match by name.
       variables, model, inputs, flatten, **kwargs: as in `from_torch_model`.
 
     Returns:
-      variables: new ones; arrays keep the dtypes that the model's have. Counts, which Keras does not have, are 0.
-      report: what became of each array; it prints as a table.
+      variables: the new variables, in the dtypes of the old ones. Counts are 0, because Keras does not count updates.
+      report: a `Report` of every array, which prints as a table.
 
     Raises:
       ValueError: as `from_torch_model`, and for a Keras model with channels first.
@@ -205,7 +208,7 @@ def from_keras_model(
     call = "from_keras_model"
     arrays = keras_arrays(call, weights)
     pairs = _pairs(call, KERAS, keras_layers(arrays), variables, names, model, inputs, flatten, kwargs)
-    return _into(call, variables, pairs), _report(arrays, pairs)
+    return _variables(call, variables, pairs), _report(arrays, pairs)
 
 
 def to_keras_model(
@@ -218,15 +221,16 @@ def to_keras_model(
     flatten: Mapping[str, tuple[int, ...]] | None = None,
     **kwargs: Any,
 ) -> tuple[list[np.ndarray], Report]:
-    """The weights and statistics of a Linen or NNX model, for `set_weights` of a Keras model.
+    """Convert the variables of a Linen or NNX model to weights, for `set_weights` of a Keras model.
 
     Args:
-      weights: of the Keras model that takes them, as in `from_keras_model`: paths, shapes and order are read.
+      weights: the Keras model or its arrays, as in `from_keras_model`, for their paths, shapes and order.
       variables, names, model, inputs, flatten, **kwargs: as in `from_keras_model`.
 
     Returns:
-      weights: arrays in the order of the model's.
-      report: as that of `from_keras_model`.
+      weights: arrays in the order of the Keras model's weights, in the dtypes of the variables; bfloat16 becomes
+        float32.
+      report: as in `from_keras_model`.
 
     Raises:
       ValueError: as `from_keras_model`.
@@ -243,19 +247,19 @@ def to_keras_model(
     call = "to_keras_model"
     arrays = keras_arrays(call, weights)
     pairs = _pairs(call, KERAS, keras_layers(arrays), variables, names, model, inputs, flatten, kwargs)
-    given = _out_of(pairs)
-    return [given[key] for key in arrays], _report(arrays, pairs)
+    converted = _weights(pairs)
+    return [converted[key] for key in arrays], _report(arrays, pairs)
 
 
 Pairs = list[tuple[Pair, dict[str, Move]]]
 
 
 def _pairs(call, library, theirs, variables, names, model, inputs, flatten, kwargs) -> Pairs:
-    """Layers that belong together, with the ways of their arrays."""
+    """The matched layers, with the moves of their arrays."""
     if not isinstance(variables, Mapping) or "params" not in variables:
         raise ValueError(
-            f"{call}(variables=...): expected a mapping with params, got {type(variables).__name__}. Pass what init of "
-            "a Linen model gives, or bnjax.nnx.functional(model)[1] of an NNX model."
+            f"{call}(variables=...): expected a mapping with params, got {type(variables).__name__}. Pass the result "
+            "of a Linen model's init, or bnjax.nnx.functional(model)[1] of an NNX model."
         )
     leaves: dict[str, dict[str, Any]] = {}
     for collection in ("params", "batch_stats"):
@@ -267,17 +271,17 @@ def _pairs(call, library, theirs, variables, names, model, inputs, flatten, kwar
         called = {path: uncalled(own) for path, own in shapes.items()}
         if unknown := [path for path, own in called.items() if own.kind == "convolution"]:
             raise ValueError(
-                f"{call}(model=None): ambiguous: kernels of more than two axes, {unknown}, may be of convolutions or "
-                "of transposed ones, and may be followed by a flatten. Pass model= and inputs= to it."
+                f"{call}(model=None): ambiguous: kernels of more than two axes, {unknown}, may belong to convolutions "
+                "or to transposed convolutions, and a flatten may follow them. Pass model= and inputs= to it."
             )
     else:
-        from bnjax.interop.flax_calls import calls  # which needs Flax, as the model does
+        from bnjax.interop.flax_calls import calls  # imported here, since it needs Flax and the rest does not
 
         called = calls(model, variables, shapes, inputs if isinstance(inputs, tuple) else (inputs,), kwargs)
         if missing := sorted(set(leaves) - set(called)):
             raise ValueError(
-                f"{call}(inputs=...): with these inputs the model never calls {missing}. Pass such that it calls all "
-                "of its layers."
+                f"{call}(inputs=...): with these inputs the model never calls {missing}. Pass inputs with which it "
+                "calls all of its layers."
             )
     if unknown := sorted(set(flatten or {}) - set(leaves)):
         raise ValueError(f"{call}(flatten=...): the model has no {unknown}, but {sorted(leaves)}.")
@@ -285,15 +289,15 @@ def _pairs(call, library, theirs, variables, names, model, inputs, flatten, kwar
     return [(pair, moves(call, pair.theirs, pair.ours, library, flatten or {})) for pair in pairs]
 
 
-def _into(call, variables, pairs: Pairs) -> dict[str, Any]:
+def _variables(call, variables, pairs: Pairs) -> dict[str, Any]:
     """The variables with the other library's arrays."""
     new: dict[str, dict[str, Any]] = {}
-    for (theirs, ours, _), ways in pairs:
+    for (theirs, ours, _), array_moves in pairs:
         if ours.sort == NORM:
-            named = {re.split("[./:]", theirs.keys[name])[-1]: theirs.arrays[name] for name in ways}
+            named = {re.split("[./:]", theirs.keys[name])[-1]: theirs.arrays[name] for name in array_moves}
             checked(f"{call}: {theirs.name!r}", named)
         values = {}
-        for name, move in ways.items():
+        for name, move in array_moves.items():
             check_floating(call, theirs.keys[name], theirs.arrays[name])
             values[name] = jnp.array(move.forward(theirs.arrays[name]), ours.arrays[name].dtype)
         if "count" in ours.arrays:
@@ -306,22 +310,22 @@ def _into(call, variables, pairs: Pairs) -> dict[str, Any]:
     return {**variables, **converted}
 
 
-def _out_of(pairs: Pairs) -> dict[str, np.ndarray]:
-    """The arrays for the other library, by their names there."""
-    given = {}
-    for (theirs, ours, _), ways in pairs:
-        for name, move in ways.items():
-            given[theirs.keys[name]] = plain(move.backward(np.asarray(ours.arrays[name])))
+def _weights(pairs: Pairs) -> dict[str, np.ndarray]:
+    """The arrays for the other library, by their names in its model."""
+    weights = {}
+    for (theirs, ours, _), array_moves in pairs:
+        for name, move in array_moves.items():
+            weights[theirs.keys[name]] = plain(move.backward(np.asarray(ours.arrays[name])))
         if "count" in theirs.arrays:
-            given[theirs.keys["count"]] = updates(ours.arrays.get("count"))
-    return given
+            weights[theirs.keys["count"]] = updates(ours.arrays.get("count"))
+    return weights
 
 
 def _report(arrays, pairs: Pairs) -> Report:
-    """In the order of their arrays."""
+    """The report, in the order of the other library's arrays."""
     rows = {}
-    for (theirs, ours, by), ways in pairs:
-        for name, move in ways.items():
+    for (theirs, ours, by), array_moves in pairs:
+        for name, move in array_moves.items():
             rows[theirs.keys[name]] = Moved(theirs.keys[name], move.theirs, ours.keys[name], move.ours, str(move), by)
         if key := theirs.keys.get("count"):
             own = ours.arrays.get("count")
@@ -331,22 +335,22 @@ def _report(arrays, pairs: Pairs) -> Report:
 
 
 def _no_model(call, model, inputs, flatten, kwargs):
-    """Nothing was given that is of no use without a model."""
-    tuples = {"model": model is not None, "inputs": not isinstance(inputs, tuple) or inputs, "flatten": flatten}
-    if given := [name for name, value in {**tuples, **dict.fromkeys(kwargs, True)}.items() if value]:
+    """Reject arguments that have no effect without a model."""
+    passed = {"model": model is not None, "inputs": not isinstance(inputs, tuple) or inputs, "flatten": flatten}
+    if unused := [name for name, value in {**passed, **dict.fromkeys(kwargs, True)}.items() if value]:
         raise ValueError(
-            f"{call}(model=None): {given} are for the call of a model. Pass model= too, or leave them out."
+            f"{call}(model=None): {unused} are for the call of a model. Pass model= too, or leave them out."
         )
 
 
 def _named_norms(state_dict, variables, names):
-    """Those of `names` alone, and what it does not have."""
+    """Convert only the layers in `names`, and list the others."""
     new = {}
     ours = _named("from_torch_model", variables, names)
     for theirs, name in names.items():
         call = f"from_torch_model(names={{{theirs!r}: {name!r}}})"
         if name in new:
-            raise ValueError(f"{call}: {name!r} is named twice. Each layer takes the weights of one.")
+            raise ValueError(f"{call}: {name!r} is named twice. Name one PyTorch layer for each.")
         (params, state), (own_params, own_state) = from_torch(state_dict, theirs), ours[name]
         given = params._asdict() | ({} if state is None else state._asdict())
         own = own_params._asdict() | ({} if state is None else own_state._asdict())
@@ -356,7 +360,7 @@ def _named_norms(state_dict, variables, names):
         if shapes != own_shapes:
             raise ValueError(
                 f"{call}: PyTorch's layer has {shapes}, the model's {own_shapes}. Give the model's layer as many "
-                "features, and use_scale and use_bias as the other's affine."
+                "features, and set its use_scale and use_bias as PyTorch's affine."
             )
         new[name] = {key: given[key].astype(own[key].dtype) for key in own_shapes}
     converted = {key: trees.replaced(tree, new) for key, tree in variables.items() if key in ("params", "batch_stats")}
@@ -366,7 +370,7 @@ def _named_norms(state_dict, variables, names):
 
 
 def _named(call, variables, names):
-    """The model's layers, among which are all that `names` has."""
+    """The model's batch normalization layers, which must include all of `names`."""
     ours = trees.norms(variables.get("params", {}), variables["batch_stats"])
     for theirs, name in names.items():
         if name not in ours:

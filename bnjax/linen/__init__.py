@@ -1,7 +1,7 @@
 """Flax Linen layers of batch normalization, and functions for whole Linen models.
 
-`BatchNorm` takes the place of `flax.linen.BatchNorm` by a changed import. `convert` is for models that cannot be
-edited: their own BatchNorm layers compute through bnjax. `fold_model` removes the layers for serving.
+`BatchNorm` replaces `flax.linen.BatchNorm` by a changed import. `convert` is for models that cannot be edited: it makes
+their own BatchNorm layers compute through bnjax. `fold_model` removes the layers for serving.
 """
 
 from typing import TYPE_CHECKING

@@ -1,11 +1,11 @@
-"""The BatchNorm layers of a Linen model that somebody else wrote, computed by bnjax.
+"""Conversion of an existing Linen model: its BatchNorm layers compute through bnjax.
 
-A Linen module makes its layers while it runs, so that there is nothing to replace beforehand. Flax's interceptors see
-every call of a method; `convert` gives a model a class of its own, whose methods put the interceptor around themselves.
+A Linen module creates its layers while it runs, so there are no layers to replace beforehand. Flax's interceptors see
+every call of a method. `convert` gives a model a subclass of its class, whose methods run under such an interceptor.
 
-Interceptors are no part of the key by which `jax.jit` knows a function: a function that was compiled without one stays
-so under it. Therefore a converted model is another object, of another class, and what is converted is a user context of
-JAX, which is in that key.
+Interceptors are not part of the cache key of `jax.jit`: a function that was compiled without an interceptor would stay
+so under one. Therefore a converted model is another object of another class, and the active conversion is a user
+context of JAX, which is part of that key.
 """
 
 import functools
@@ -29,17 +29,23 @@ _KINDS = {
         if isinstance(layer, type) and issubclass(layer, BatchNorm)
     },
 }
-"""The layer that computes, by the function called: so a subclass that calls super().__call__ keeps what it adds."""
+"""The layer that computes a call, by the function called. A key by class would skip the code that a subclass adds
+around `super().__call__`."""
 _FLAX_CALL = inspect.unwrap(nn.BatchNorm.__call__)
 
 
 def exact_batch_norm(next_function: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
     """Interceptor for `flax.linen.intercept_methods` under which every `flax.linen.BatchNorm` computes through bnjax.
 
-    Variables, arguments and results are those of `BatchNorm`. `convert` does the same to a model, and is what to use
-    wherever something is compiled: `jax.jit` does not know that an interceptor is there. A function that it compiled
-    outside of the context keeps Flax's formula inside of it, one that it compiled inside keeps this one outside, and so
-    do blocks under `flax.linen.jit`.
+    Variables, arguments and results are the same as without it. For compiled code use `convert`, because the cache key
+    of `jax.jit` does not contain interceptors: a function compiled outside of the context keeps Flax's formula inside
+    it, a function compiled inside keeps bnjax's formula outside, and so do blocks under `flax.linen.jit`.
+
+    Args:
+      next_function, args, kwargs, context: as Flax passes them to an interceptor.
+
+    Returns:
+      The result of the intercepted call.
 
     Example:
       >>> import flax.linen as nn, jax, jax.numpy as jnp
@@ -57,31 +63,32 @@ def exact_batch_norm(next_function: Any, args: Any, kwargs: Any, context: nn.mod
 
 
 def convert(model: nn.Module, *, to: type | None = None, where: Where | None = None, **changes: Any) -> Any:
-    """The same Linen model, whose `flax.linen.BatchNorm` layers compute through bnjax, wherever they are made.
+    """The same Linen model, with every `flax.linen.BatchNorm` in it computed by bnjax.
 
-    `init`, `apply`, `bind`, `tabulate`, names, variables and checkpoints are those of the model, but for a variable
-    `count` where the momentum or a limit is a function. Layers of bnjax in the model are changed as well; a subclass of
-    `flax.linen.BatchNorm` is converted where it calls `super().__call__`.
+    `init`, `apply`, `bind`, `tabulate`, names, variables and checkpoints stay the same, except for a variable `count`
+    if the momentum or a limit is a function. Options of bnjax's own layers in the model are changed as well. A subclass
+    of `flax.linen.BatchNorm` is converted where it calls `super().__call__`.
 
-    The converted model may be compiled beside the original, whichever comes first: it is another object, of another
-    class, and blocks of it under `flax.linen.jit` are compiled anew. Two conversions by equal arguments are equal, but
-    for functions written twice, such as a lambda.
+    The original and the converted model may be compiled in either order: the converted one is another object of another
+    class, and its blocks under `flax.linen.jit` are compiled separately. Two conversions with equal arguments are
+    equal; functions are equal only if they are the same object, so two equal lambdas give two conversions.
 
     Args:
-      model: a Linen module that is not bound. Inside another module's method it may be a submodule just made.
-      to: the layer to convert to, `BatchNorm`, `GhostBatchNorm` or `RenormBatchNorm`; by default each layer's own kind.
-      where: which layers to convert: a function of the layer's path in the variables, such as "block/BatchNorm_0".
-        By default all of them.
-      **changes: `axis_name` (None takes away what the model's author wrote), `axis_index_groups`, `momentum`,
-        `epsilon`, `unbiased_var`, `frozen`, `frozen_params`, as `BatchNorm` has them, and those of the variant:
-        `ghost_size`; `r_max`, `d_max`. What is not named stays as the model has it.
+      model: an unbound Linen module, or, inside another module's method, a submodule that was just created.
+      to: the class to convert to, `BatchNorm`, `GhostBatchNorm` or `RenormBatchNorm`; by default each layer keeps its
+        kind.
+      where: function from a layer's path in the variables, such as "block/BatchNorm_0", to whether it is converted; by
+        default every layer is.
+      **changes: options of `BatchNorm`: `axis_name` (None removes the model's own), `axis_index_groups`, `momentum`,
+        `epsilon`, `unbiased_var`, `frozen`, `frozen_params`; of `GhostBatchNorm`: `ghost_size`; of `RenormBatchNorm`:
+        `r_max`, `d_max`. Other options stay as in the model.
 
     Returns:
-      A module of a subclass of model's class, with its name.
+      A module of a subclass of the model's class, with the same class name.
 
     Raises:
-      TypeError, ValueError: for something other than a Linen module, a bound one, a change that the layers do not have,
-        or a value that they do not take.
+      TypeError, ValueError: for an object that is not a Linen module, a bound module, an option that the layers do not
+        have, or a value that the option does not accept.
 
     Example:
       >>> import flax.linen as nn, jax, jax.numpy as jnp
@@ -111,12 +118,12 @@ def convert(model: nn.Module, *, to: type | None = None, where: Where | None = N
             raise ValueError(
                 f"convert(model={type(model).__name__}): the module is bound to variables. Convert it, then call bind."
             )
-        model = model.clone()  # one with a parent was made just now, in a method of that
+        model = model.clone()  # A module with a parent is not cloned: its parent's method, now running, created it.
     return wrapped(model, *(c for c in contexts(model) if not isinstance(c, _Converting)), changed)
 
 
 def contexts(module: nn.Module) -> tuple[Any, ...]:
-    """Those in which a module's methods run, the outermost first."""
+    """The contexts in which a module's methods run, the outermost first."""
     return module._contexts if isinstance(module, _Wrapped) else ()
 
 
@@ -126,14 +133,14 @@ def class_of(module: nn.Module) -> type:
 
 
 def wrapped(module: nn.Module, *entered: Any) -> Any:
-    """The module itself, of a class whose methods run in the contexts `c.active()`, and in no others."""
+    """Change the module's class to one whose methods run in the contexts `c.active()`, and return the module."""
     object.__setattr__(module, "__class__", _class(class_of(module), entered))
     return module
 
 
 @functools.cache
 def _class(cls: type, entered: tuple[Any, ...]) -> type:
-    """A subclass of a Linen module. Flax names layers by the name of their class, which is kept."""
+    """A subclass of a Linen module. It keeps the class's name, from which Flax makes the names of layers."""
     body = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
     methods = {name: inspect.getattr_static(cls, name) for name in dir(cls)}
     methods = {name: _run_under(entered, f) for name, f in methods.items() if hasattr(f, "method_handler_wrapped")}
@@ -141,7 +148,7 @@ def _class(cls: type, entered: tuple[Any, ...]) -> type:
 
 
 def _run_under(entered: tuple[Any, ...], method: Any) -> Any:
-    """A method of a module, run in the contexts. The wrapper keeps Flax's mark, so that it is wrapped once."""
+    """A method of a module, run in the contexts. `wraps` copies Flax's mark, without which Flax would wrap it again."""
 
     @functools.wraps(method)
     def run(*args, **kwargs):
@@ -154,13 +161,13 @@ def _run_under(entered: tuple[Any, ...], method: Any) -> Any:
 
 
 class _Wrapped:
-    """A base class before that of a Linen module."""
+    """The first base class of a converted or folded Linen module."""
 
     _contexts: tuple[Any, ...] = ()
 
     def _register_submodules(self, name, val):
-        # A bound model's submodules can be called without it: `model.bind(variables).encoder(x)`. Every submodule in an
-        # attribute comes through this private method.
+        # Submodules of a bound model can be called directly, `model.bind(variables).encoder(x)`, and would then run
+        # outside of the contexts. Flax passes every submodule in an attribute to this private method.
         super()._register_submodules(name, val)  # pyright: ignore[reportAttributeAccessIssue]
         for module in jax.tree.leaves(self.__dict__[name], is_leaf=lambda leaf: isinstance(leaf, nn.Module)):
             if isinstance(module, nn.Module) and module.parent is self and not isinstance(module, _Wrapped):
@@ -177,7 +184,7 @@ def _rebuilt(cls, entered, fields):
 
 
 class _Converting(NamedTuple):
-    """The context in which layers are converted so; the innermost counts."""
+    """The context in which layers are converted; the innermost one decides."""
 
     conversion: Conversion
 
@@ -202,7 +209,7 @@ def _intercept(next_function, args, kwargs, context):
 
 
 def _kind(context):
-    """The layer that computes the call, None if it is not one to convert."""
+    """The layer that computes the call, or None if the call is not converted."""
     changed, kind = _active.value, _KINDS.get(getattr(context.orig_method, "func", None))
     if changed is None or kind is None or not changed.converts("/".join(context.module.path)):
         return None
@@ -210,13 +217,13 @@ def _kind(context):
 
 
 def converted(context: nn.module.InterceptorContext) -> Any:
-    """The module that is called, with the options that a conversion gives it."""
+    """The module that is called, with the options that a conversion changes."""
     kind = _kind(context)
     return context.module if kind is None else _Changed(context.module, kind, dict(_active.value.changes))
 
 
 class _Changed:
-    """A layer with other options: those of the changes, else its own, else the defaults of the kind that computes."""
+    """A layer with changed options. An option is taken from the changes, else the layer, else the class `kind`."""
 
     def __init__(self, module, kind, changes):
         self._sources = module, kind

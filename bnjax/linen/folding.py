@@ -1,4 +1,4 @@
-"""Batch normalization folded away in a Linen model."""
+"""Batch normalization of a Linen model, folded into its linear layers."""
 
 from collections.abc import Mapping
 from contextlib import ExitStack, contextmanager
@@ -13,7 +13,16 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from bnjax.core import trees
 from bnjax.core.apply import aligned
 from bnjax.deploy.affine import fold as affine_fold
-from bnjax.deploy.neighbours import FoldReport, Neighbours, Seen, as_pairs, fold_linear, fold_pairs, log, watched
+from bnjax.deploy.neighbours import (
+    FoldReport,
+    Neighbours,
+    TracedLayer,
+    as_pairs,
+    fold_linear,
+    fold_pairs,
+    log,
+    named_call,
+)
 from bnjax.linen.conversion import class_of, contexts, converted, wrapped
 from bnjax.linen.norm import BatchNorm, GhostBatchNorm, RenormBatchNorm
 
@@ -24,43 +33,46 @@ _NORM = (nn.BatchNorm, BatchNorm, GhostBatchNorm, RenormBatchNorm)
 def fold_model(
     model: nn.Module, variables: Mapping[str, Any], *args: Any, pairs: Any = None, **kwargs: Any
 ) -> tuple[dict[str, Any], "Folded"]:
-    """Fold batch normalization into the layers beside it: for evaluation, the same model without it.
+    """Fold batch normalization into adjacent linear layers, for evaluation without it.
 
-    The model is traced in evaluation, and every linear layer and norm that stand side by side are folded: nothing but
-    reshapes that keep the features on the last axis may be between the two, and nothing else may use what the first
-    gives. A norm goes into the linear layer before it, or else into the one after it. `interceptor.report` says which
-    were folded, and for each norm that was not, why; where there are such, the logger `bnjax` warns of them.
+        scale' = scale / sqrt(var + epsilon)    bias' = bias - mean * scale'    (Ioffe & Szegedy, 2015, algorithm 2)
 
-    A Linen module cannot drop a layer. So this gives variables, and a model, `interceptor.model`, which is applied to
-    them and in which a layer folded gives back what it gets, and a linear layer without a bias adds the one that it has
-    now. For one that holds this model, the interceptor does it for both:
+    The model is traced in evaluation, and every norm that is adjacent to a linear layer is folded: into the linear
+    layer before it, or else into the one after it. Adjacent means that nothing but reshapes that keep the features on
+    the last axis lies between the two, and that the output of the first has no other use. `interceptor.report` lists
+    the pairs that were folded, and the reason for each norm that was not; such norms are logged as a warning by the
+    logger `bnjax`.
+
+    A Linen module cannot drop a layer. The result is therefore a model, `interceptor.model`, in which a folded norm
+    returns its input and a linear layer without a bias adds its new one. A model that holds this model as a submodule
+    needs the interceptor itself:
 
         y = interceptor.model.apply(variables, x, train=False)
 
         with nn.intercept_methods(interceptor):
             y = model.apply(variables, x, train=False)
 
-    The variables are those of the model written without the norms and with use_bias=True.
+    The variables have the tree of the same model written without the norms and with use_bias=True.
 
     Args:
       model: a Linen module.
-      variables: `params` and `batch_stats`, and whatever else it has.
-      *args, **kwargs: of `model.apply` in evaluation, arrays or `jax.ShapeDtypeStruct`s. The model is traced with them,
-        not run.
-      pairs: those to fold in place of all that are found: (linear, norm) or (norm, linear), paths such as
-        ("Conv_0", "BatchNorm_0") or ("Block_0/BatchNorm_0", "Block_0/Dense_0"), in the order in which the model calls
-        them. They may come before *args too. Linear layers are `nn.Dense`, `nn.Conv` (grouped and depthwise too) and
-        `nn.ConvTranspose`. After the norm they are exact only where no zeros are padded into their input: with padding
-        VALID, CIRCULAR or REFLECT, or a kernel of one place.
+      variables: `params`, `batch_stats`, and the model's other collections.
+      *args, **kwargs: arguments of `model.apply` in evaluation, arrays or `jax.ShapeDtypeStruct`s. The model is traced
+        with them, not run.
+      pairs: the pairs to fold, by default all that are adjacent. A pair is (linear, norm) or (norm, linear), in the
+        order of the calls, as paths such as ("Conv_0", "BatchNorm_0") or ("Block_0/BatchNorm_0", "Block_0/Dense_0").
+        `pairs` may also be passed before *args. Linear layers are `nn.Dense`, `nn.Conv` (grouped and depthwise ones
+        included) and `nn.ConvTranspose`. A linear layer after the norm must not pad zeros, since the norm would map
+        them to other values: its padding must be VALID, CIRCULAR or REFLECT, or its kernel of size 1.
 
     Returns:
-      variables: new ones, without those of the layers folded.
-      interceptor: for `flax.linen.intercept_methods` around every `apply`, also under `jit` and `jax.export`, with
-        `model` and `report`.
+      variables: the new variables, without those of the folded norms; arrays keep their dtypes.
+      interceptor: the interceptor for `flax.linen.intercept_methods` around every `apply`, also under `jit` and
+        `jax.export`; it has the attributes `model` and `report`.
 
     Raises:
-      ValueError, TypeError: for a path that the model does not call, a pair that is not of these kinds, does not fit or
-        does not stand side by side, a layer that is in two pairs, or a trace in training.
+      ValueError, TypeError: for a path that the model does not call, a pair of other kinds or shapes or that is not
+        adjacent, a layer in two pairs, or a trace in training.
 
     Example:
       >>> import flax.linen as nn, jax, jax.numpy as jnp
@@ -75,19 +87,19 @@ def fold_model(
     chosen, args = as_pairs("fold_model", args, pairs)
     if not args and not kwargs:
         raise ValueError("fold_model(...): no arguments of the model. Pass an example input, with which it is traced.")
-    seen, norm_facts, neighbours = _traced(model, variables, args, kwargs)
+    layers, norm_facts, neighbours = _traced(model, variables, args, kwargs)
     params: dict[Any, Any]
     params, stats = (flatten_dict(unfreeze(variables.get(name, {}))) for name in ("params", "batch_stats"))
     norms = trees.norms(variables.get("params", {}), variables.get("batch_stats", {}))
-    folded: dict[str, Any] = {}  # the dtype that each norm gives
-    biased = set()
+    folded: dict[str, Any] = {}  # by the path of a norm, the dtype of its output
+    biased = set()  # linear layers that had no bias
 
     def fold_one(call, linear, norm, previous):
         epsilon, dtype = norm_facts[norm]
         affine = affine_fold(*norms[norm], epsilon=epsilon)
         kernel, bias = ((*linear.split("/"), name) if linear else (name,) for name in ("kernel", "bias"))
         old_kernel, old_bias = (nn.meta.unbox(params.get(path)) for path in (kernel, bias))
-        both = fold_linear(call, seen[linear].module, old_kernel, old_bias, affine, previous)
+        both = fold_linear(call, layers[linear].module, old_kernel, old_bias, affine, previous)
         if bias not in params:
             biased.add(linear)
         for path, new in zip((kernel, bias), both, strict=True):
@@ -95,11 +107,11 @@ def fold_model(
             params[path] = box.replace_boxed(new) if isinstance(box, nn.meta.AxisMetadata) else new
         folded[norm] = dtype
 
-    report = fold_pairs(chosen, seen, neighbours, (_LINEAR, _NORM), fold_one)
+    report = fold_pairs(chosen, layers, neighbours, (_LINEAR, _NORM), fold_one)
     log(report)
-    gone = {tuple(name.split("/")) for name in folded}
+    removed = {tuple(name.split("/")) for name in folded}
     remaining = {
-        name: unflatten_dict({path: value for path, value in flat.items() if path[:-1] not in gone})
+        name: unflatten_dict({path: value for path, value in flat.items() if path[:-1] not in removed})
         for name, flat in {"params": params, "batch_stats": stats}.items()
     }
     variables = {name: tree for name, tree in {**variables, **remaining}.items() if tree}
@@ -107,11 +119,11 @@ def fold_model(
 
 
 class Folded:
-    """The interceptor that `fold_model` gives, with the `model` that runs under it and the `report`."""
+    """The interceptor that `fold_model` returns, with the `model` that runs under it and the `report`."""
 
     def __init__(self, model: nn.Module, folded: Mapping[str, Any], biased: set[str], report: FoldReport):
         self._folded, self._biased, self.report = folded, biased, report
-        # Outside of a conversion, which would compute the norms.
+        # This context comes before that of a conversion, whose interceptor would compute the folded norms.
         self.model: Any = wrapped(model.clone(), self, *contexts(model))
 
     def __call__(self, next_function: Any, args: Any, kwargs: Any, context: Any) -> Any:
@@ -131,7 +143,7 @@ class Folded:
 
     @contextmanager
     def active(self):
-        """Everything within is folded, blocks under `flax.linen.jit` included."""
+        """A context in which the model runs folded, blocks under `flax.linen.jit` included."""
         with ExitStack() as stack:
             if self not in _active.value:
                 stack.enter_context(_active((*_active.value, self)))
@@ -139,13 +151,14 @@ class Folded:
             yield
 
 
-_UNFOLDED = "interceptor: {}. Apply the variables that fold gave, not others."
-_active = jax.make_user_context(())  # in jit's key: a block that was compiled in another way is compiled anew
+_UNFOLDED = "interceptor: {}. Apply the variables that fold_model returned, not others."
+# A user context is part of jit's cache key. Without it a block compiled unfolded would stay so under the interceptor.
+_active = jax.make_user_context(())
 
 
 def _traced(model, variables, args, kwargs):
-    """The layers that a model calls, by path; each norm's epsilon and the dtype it gives; who takes what from whom."""
-    seen: dict[str, Seen] = {}
+    """The layers that a model calls, by path; each norm's epsilon and output dtype; and the trace."""
+    layers: dict[str, TracedLayer] = {}
     facts: dict[str, tuple[float, Any]] = {}
 
     def record(next_function, args, kwargs, context):
@@ -154,24 +167,25 @@ def _traced(model, variables, args, kwargs):
             return next_function(*args, **kwargs)
         folded_already = kind in _NORM and not module.has_variable("batch_stats", "mean")
         if kind not in _LINEAR + _NORM or folded_already:
-            seen[path] = Seen(nn.Module if folded_already else kind, None)
+            layers[path] = TracedLayer(nn.Module if folded_already else kind, None)
             return next_function(*args, **kwargs)
         x, kernel, options = _argument(args, kwargs), None, converted(context)
         if kind in _NORM:
-            said = kwargs.get("use_running_average", args[1] if len(args) > 1 else None)
-            evaluates = bool(options.use_running_average if said is None else said) or getattr(options, "frozen", False)
-            now = Seen(kind, None, options.axis, frozenset({jnp.ndim(x)}), evaluates)
+            average = kwargs.get("use_running_average", args[1] if len(args) > 1 else None)
+            average = options.use_running_average if average is None else average
+            evaluates = bool(average) or getattr(options, "frozen", False)
+            layer = TracedLayer(kind, None, options.axis, frozenset({jnp.ndim(x)}), evaluates)
         else:
             kernel = nn.meta.unbox(module.get_variable("params", "kernel"))
-            now = Seen(kind, module.clone(parent=None))  # unbound, since a bound one holds what is traced
-        seen[path] = now.again(seen.get(path))
+            layer = TracedLayer(kind, module.clone(parent=None))  # a bound module would hold tracers after the trace
+        layers[path] = layer.merged(layers.get(path))
 
         def call(x):
             if args:
                 return next_function(x, *args[1:], **kwargs)
             return next_function(**{**kwargs, next(iter(kwargs)): x})
 
-        y = watched(path, kernel, call, x)
+        y = named_call(path, kernel, call, x)
         if kind in _NORM:
             facts[path] = options.epsilon, y.dtype
         return y
@@ -181,7 +195,7 @@ def _traced(model, variables, args, kwargs):
 
     with nn.intercept_methods(record), _active((*_active.value, object())):
         neighbours = Neighbours(call, (variables, args, kwargs), {})
-    return seen, facts, neighbours
+    return layers, facts, neighbours
 
 
 def _argument(args, kwargs):

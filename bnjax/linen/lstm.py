@@ -15,15 +15,16 @@ from bnjax.variants.lstm import SCALE, BNLSTMCarry, bn_lstm_carry, norm_layers, 
 class BNLSTMCell(nn.RNNCellBase, kw_only=True):
     """LSTM with recurrent batch normalization (Cooijmans et al., 2017): `bnjax.bn_lstm_apply` as a cell.
 
-    Its statistics are variables to be carried from step to step: that is what `BNLSTM` does. `flax.linen.RNN` cannot
-    carry variables that its own initialization makes.
+    The running statistics must be carried from timestep to timestep, which `BNLSTM` does. `flax.linen.RNN` cannot,
+    because its initialization creates the variables inside the scan that would carry them.
 
     Args:
       features: number of units.
-      num_steps: timesteps that have statistics of their own; those past the last use the last one's.
-      use_running_average: True normalizes by the running statistics, False by the batch's.
+      num_steps: number of timesteps with statistics of their own; later timesteps use the last one's.
+      use_running_average: True normalizes by the running statistics, False by the batch statistics.
       momentum, epsilon, axis_name, axis_index_groups, param_dtype: as in `BatchNorm`.
-      kernel_init, recurrent_kernel_init, bias_init: of the kernels, whose columns are in the order f, i, o, g.
+      kernel_init, recurrent_kernel_init, bias_init: initializers of the input kernel, the recurrent kernel and the
+        bias, whose last axis is in the order f, i, o, g.
     """
 
     features: int
@@ -40,7 +41,7 @@ class BNLSTMCell(nn.RNNCellBase, kw_only=True):
 
     @nn.compact
     def __call__(self, carry: BNLSTMCarry, inputs: Array) -> tuple[BNLSTMCarry, Array]:
-        """The next carry, and its output of shape (batch, features), for inputs of shape (batch, inputs)."""
+        """The next carry, and the output of shape (batch, features), for inputs of shape (batch, inputs)."""
         norms = {
             name: IndexedBatchNorm(
                 num_indices=self.num_steps,
@@ -78,9 +79,9 @@ class BNLSTMCell(nn.RNNCellBase, kw_only=True):
 
 
 class BNLSTM(nn.Module):
-    """A BN-LSTM over sequences: a scan of the cell that carries the running statistics from step to step.
+    """A BN-LSTM over sequences: a scan of the cell that carries the running statistics from timestep to timestep.
 
-    It does not collect moments, so that `bnjax.training.train_step` cannot accumulate over it.
+    It does not collect moments, so `bnjax.training.train_step` cannot accumulate gradients of a model that holds it.
 
     Args:
       cell: a `BNLSTMCell`.
@@ -107,20 +108,24 @@ class BNLSTM(nn.Module):
 
         Args:
           inputs: of shape (batch, time, inputs).
-          length: timesteps of each sequence, of shape (batch,). One that has ended keeps its carry, repeats its output,
-            and does not enter the statistics.
-          initial_carry: that of `cell.initialize_carry`, or a last carry to go on from, `length` included.
+          length: number of timesteps of each sequence, of shape (batch,). A sequence that has ended keeps its carry,
+            repeats its output, and does not enter the statistics.
+          initial_carry: result of `cell.initialize_carry`, or the last carry of an earlier call, `length` included.
+
+        Raises:
+          ValueError: if both `length` and `initial_carry` are given.
         """
         if initial_carry is not None and length is not None:
             raise ValueError(
-                "BNLSTM(length=..., initial_carry=...): the carry has the length. Pass it to one of the two."
+                "BNLSTM(length=..., initial_carry=...): the carry holds the length already. Pass length to "
+                "cell.initialize_carry, and only initial_carry here."
             )
         carry = initial_carry
         if carry is None:
             features, dtype = self.cell.features, self.cell.param_dtype
             carry = bn_lstm_carry(len(inputs), features, length=length, dtype=dtype, like=inputs)
         if self.is_initializing():
-            self.cell(carry, inputs[:, 0])  # a scan carries only variables that exist
+            self.cell(carry, inputs[:, 0])  # a scan carries only existing variables, so they are created before it
         moving = self.is_mutable_collection("batch_stats")
         over_time = nn.scan(
             lambda cell, carry, x: cell(carry, x),

@@ -1,23 +1,23 @@
-"""Batch normalization and its variants as Flax Linen layers, which `linen.py` names. They hold variables alone."""
+"""Batch normalization and its variants as Flax Linen layers, which hold variables alone."""
 
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from flax.core.scope import DenyList
 from flax.linen.dtypes import canonicalize_dtype
 from jax import Array
 
 from bnjax.core import checks
-from bnjax.core.apply import BNParams, Collected, bn_collect
+from bnjax.core.apply import apply as apply_plain
+from bnjax.core.records import BNParams, BNState, Collected
 from bnjax.core.schedules import Momentum
-from bnjax.flax_shared import conventions
-from bnjax.variants.conditional import chosen_params
-from bnjax.variants.ghost import ghost_bn_collect
-from bnjax.variants.indexed import indexed_bn_collect
-from bnjax.variants.renorm import RENORM_D_MAX, RENORM_R_MAX, Limit, renorm_bn_collect
+from bnjax.flax_shared.conventions import Variables, call_layer, counts, nothing, promoting
+from bnjax.variants.ghost import apply_ghost
+from bnjax.variants.indexed import apply_indexed
+from bnjax.variants.renorm import RENORM_D_MAX, RENORM_R_MAX, Limit, apply_renorm
 
 
 class BatchNorm(nn.BatchNorm):
@@ -26,18 +26,18 @@ class BatchNorm(nn.BatchNorm):
         y = scale * (x - mean) / sqrt(var + epsilon) + bias
         running = momentum * running + (1 - momentum) * batch          for mean and var, in training
 
-    Arguments, defaults, variables, dtypes and initialization are Flax's, and checkpoints serve both, either way.
-    Where it departs from Flax, on purpose:
+    Arguments, defaults, variables, dtypes and initialization are Flax's, and each layer reads the other's
+    checkpoints. It departs from Flax on purpose in these points:
 
-    * The variance is exact: taken around the running mean or the batch's, never as E[x^2] - E[x]^2. Reductions are
-      float32 or wider. `use_fast_variance` is accepted and makes no difference, nor does
-      `force_float32_reductions=False`, but for the dtype in which statistics are stored.
-    * Running statistics stay as they are for a feature with fewer than two valid values, or whose batch statistics are
-      not finite. Without a valid value `x` is normalized by the running statistics, where Flax gives NaN.
-    * Devices and masks are merged by weight: unequal and empty shards are exact. Flax takes the mean of means.
-    * A mask that is not boolean holds weights, 0 or more. Flax takes what is not 0 for True.
-    * The mean of complex `x` is stored as complex, and running statistics normalize as they are stored, also where Flax
-      first casts them to a `dtype` or `param_dtype` that cannot hold them.
+    * The variance is exact: it is taken around the running mean or the batch's mean, never as E[x^2] - E[x]^2, in
+      float32 or wider. `use_fast_variance` therefore has no effect, and `force_float32_reductions=False` affects only
+      the dtype in which statistics are stored.
+    * A feature with fewer than two valid values, or whose batch statistics are not finite, keeps its running
+      statistics. A feature without a valid value is normalized by the running statistics; Flax returns NaN.
+    * Devices are merged by weight, so that unequal and empty shards are exact. Flax takes the mean of means.
+    * A mask that is not boolean holds weights >= 0. Flax treats every number but 0 as True.
+    * The mean of complex `x` is stored as complex. Running statistics normalize in the dtype in which they are stored;
+      Flax first casts them to `dtype` or `param_dtype`, which may be too narrow.
     * Bad arguments are errors while tracing: a momentum outside [0, 1], an epsilon that is not positive in float32, an
       axis out of range.
 
@@ -47,16 +47,18 @@ class BatchNorm(nn.BatchNorm):
         statistics that come to `apply` without one start at 0.
       axis: the feature axis, or several.
       axis_name: mapped axis, or several, whose devices or examples share statistics.
-      unbiased_var: the running variance is that of n - 1, as in PyTorch; the output is normalized by the biased one.
-      frozen: normalize by the running statistics in training as well, and leave them as they are.
-      frozen_params: scale and bias have no gradient.
+      unbiased_var: whether the running variance is divided by n - 1, as in PyTorch; the output is normalized by the
+        biased variance.
+      frozen: whether to normalize by the running statistics in training too, and to leave them unchanged.
+      frozen_params: whether scale and bias have no gradient.
       **others: as in `flax.linen.BatchNorm`.
 
-    In training, if `mutable` names the collection `batch_moments`, `moments` there become the batch's `bnjax.Moments`,
-    and `support` the number of valid values and the mean weight behind a value, sum(w^2) / sum(w). If the collection
-    comes in with moments, those of the batch are merged into them, and the running statistics absorb the moments of
-    all: what gradient accumulation needs (`bnjax.training.train_step`). `mutable=True` does not name it, and gives
-    Flax's collections; a lifted transform such as `nn.scan` does if it lists it.
+    In training, if `mutable` names the collection `batch_moments`, the layer writes the batch's moments there:
+    `moments` is a `bnjax.Moments`, and `support` holds the number of valid values and the mean weight
+    sum(w^2) / sum(w). If the collection already has moments, the batch's moments are merged into them, and the running
+    statistics absorb the merged moments. Gradient accumulation needs this (`bnjax.training.train_step`).
+    `mutable=True` does not name the collection, so that the result has Flax's collections alone; a lifted transform
+    such as `nn.scan` has to list it.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -84,11 +86,12 @@ class BatchNorm(nn.BatchNorm):
           x: floating, complex or integer, any shape.
           use_running_average: True normalizes by the running statistics, False by the batch's, which the running
             statistics absorb unless the module is initializing. Given here or to the constructor.
-          mask: broadcastable to `x`, boolean or weights >= 0. Places of weight 0 do not enter the statistics,
-            whatever stands there.
+          mask: broadcastable to `x`, boolean or weights >= 0. Masked elements (weight 0), even NaN, do not affect any
+            other element, nor the statistics.
 
         Returns:
-          Of x's shape, and of `dtype`, or without one of the dtype to which x, scale and bias promote.
+          The normalized array, of x's shape. Its dtype is `dtype`; if that is None, the dtype to which
+            x, scale and bias promote.
         """
         return batch_norm(self, x, use_running_average, mask=mask)
 
@@ -97,7 +100,7 @@ class GhostBatchNorm(BatchNorm, kw_only=True):
     """Ghost batch normalization: `bnjax.ghost_bn_apply` as a layer.
 
     Args:
-      ghost_size: examples in a group, > 0.
+      ghost_size: number of examples in a group, > 0.
       **others: as in `BatchNorm`.
     """
 
@@ -106,7 +109,7 @@ class GhostBatchNorm(BatchNorm, kw_only=True):
     @nn.compact
     def __call__(self, x: Any, use_running_average: bool | None = None, *, mask: Any = None) -> Array:
         """As `BatchNorm`."""
-        apply = partial(ghost_bn_collect, ghost_size=self.ghost_size)
+        apply = partial(apply_ghost, ghost_size=self.ghost_size)
         return batch_norm(self, x, use_running_average, mask=mask, apply=apply)
 
 
@@ -114,8 +117,8 @@ class RenormBatchNorm(BatchNorm, kw_only=True):
     """Batch renormalization: `bnjax.renorm_bn_apply` as a layer.
 
     Args:
-      r_max, d_max: bounds of the correction, numbers or functions of the number of updates, which then is a variable
-        `count`; by default the paper's schedule.
+      r_max, d_max: bounds of the correction, numbers or functions of the number of updates; by default the paper's
+        schedule. A function adds the variable `count`.
       **others: as in `BatchNorm`.
     """
 
@@ -125,7 +128,7 @@ class RenormBatchNorm(BatchNorm, kw_only=True):
     @nn.compact
     def __call__(self, x: Any, use_running_average: bool | None = None, *, mask: Any = None) -> Array:
         """As `BatchNorm`."""
-        apply = partial(renorm_bn_collect, r_max=self.r_max, d_max=self.d_max)
+        apply = partial(apply_renorm, r_max=self.r_max, d_max=self.d_max)
         return batch_norm(self, x, use_running_average, mask=mask, apply=apply)
 
 
@@ -133,8 +136,8 @@ class IndexedBatchNorm(BatchNorm, kw_only=True):
     """Statistics for each timestep, domain or kind of data: `bnjax.indexed_bn_apply` as a layer.
 
     Args:
-      num_indices: their number; the statistics lead with an axis of that size.
-      indexed_params: whether each has a scale and a bias of its own.
+      num_indices: number of indices; the statistics have a leading axis of that size.
+      indexed_params: whether each index has its own scale and bias.
       **others: as in `BatchNorm`.
     """
 
@@ -152,7 +155,7 @@ class IndexedBatchNorm(BatchNorm, kw_only=True):
             x,
             use_running_average,
             mask=mask,
-            apply=partial(indexed_bn_collect, index=index),
+            apply=partial(apply_indexed, index=index),
             stacked_stats=(self.num_indices,),
             stacked_params=(self.num_indices,) if self.indexed_params else (),
         )
@@ -162,7 +165,7 @@ class ConditionalBatchNorm(BatchNorm, kw_only=True):
     """A scale and a bias for each class, embedded from its label: `bnjax.conditional_params` as a layer.
 
     Args:
-      num_classes: their number; scale and bias lead with an axis of that size.
+      num_classes: number of classes; scale and bias have a leading axis of that size.
       **others: as in `BatchNorm`.
     """
 
@@ -184,88 +187,75 @@ def batch_norm(
     use_running_average: bool | None = None,
     *,
     mask: Any = None,
-    apply: Any = bn_collect,
+    apply: Any = apply_plain,
     label: Any = None,
     stacked_stats: tuple[int, ...] = (),
     stacked_params: tuple[int, ...] = (),
 ) -> Array:
     """The call of `layer`, a BatchNorm of Flax or of bnjax, in its scope.
 
-    `apply` is `bn_collect` or a variant of it; statistics and parameters may lead with an axis of indices or classes.
+    `apply` is the pure function or a variant's. Statistics and parameters may lead with an axis of indices or classes.
     """
-    call = layer.__class__.__name__  # not by type(): a layer may come with other options in front of it
-    use_running_average = nn.merge_param("use_running_average", layer.use_running_average, use_running_average)
-    train = not use_running_average and not getattr(layer, "frozen", False)
-    x = conventions.array(x, call)
-    axes = conventions.feature_axes(x, layer.axis, call)
-    features = [x.shape[a] for a in axes]
-    shape = [*stacked_stats, *features]
-    stored = jnp.float32 if layer.force_float32_reductions else layer.param_dtype
-    mean = layer.variable("batch_stats", "mean", jnp.zeros, shape, stored)
-    var = layer.variable("batch_stats", "var", jnp.ones, shape, stored)
-    count = None
-    schedules = (getattr(layer, name, None) for name in ("momentum", "r_max", "d_max"))
-    if any(map(callable, schedules)) and (train or layer.is_initializing()):
-        count = layer.variable("batch_stats", "count", jnp.zeros, shape, jnp.int32)
-    shape = [*stacked_params, *features]
-    scale = layer.param("scale", layer.scale_init, shape, layer.param_dtype) if layer.use_scale else None
-    bias = layer.param("bias", layer.bias_init, shape, layer.param_dtype) if layer.use_bias else None
-    params = BNParams(scale, bias)
-    if getattr(layer, "frozen_params", False):
-        params = jax.lax.stop_gradient(params)
-    if label is not None:
-        params = chosen_params(call, params, jnp.asarray(label), x, axes)
-
-    means, variances = mean.value, var.value
-    if train:  # Flax stores what the average of old and new promotes to
-        new = x.dtype if layer.dtype is None else layer.dtype
-        with conventions.promoting():
-            new = jnp.promote_types(new if jnp.issubdtype(new, jnp.inexact) else jnp.float32, stored)
-            means = means.astype(jnp.promote_types(means.dtype, new))
-            variances = variances.astype(jnp.promote_types(variances.dtype, jnp.finfo(new).dtype))
-    # By name only: with mutable=True a program that feeds back all it gets would accumulate moments unawares.
-    collect = (
-        not layer.is_initializing()
-        and not isinstance(layer.scope.mutable, bool | DenyList)
-        and layer.is_mutable_collection("batch_moments")
-    )
-    earlier = _earlier(layer) if collect else None
-    with conventions.promoting():
-        dtype = canonicalize_dtype(x, scale, bias, dtype=layer.dtype)
-    y, state, collected = conventions.batch_norm(
-        params,
-        means,
-        variances,
-        None if count is None else count.value,
+    return call_layer(
+        layer,
+        _Storage(layer, stacked_stats, stacked_params),
         x,
-        train,
-        dtype=dtype,
-        axis=axes,
-        momentum=layer.momentum,
-        epsilon=layer.epsilon,
-        mask=mask,
+        nn.merge_param("use_running_average", layer.use_running_average, use_running_average),
         axis_name=None if layer.is_initializing() else layer.axis_name,
-        axis_index_groups=layer.axis_index_groups,
-        unbiased_var=getattr(layer, "unbiased_var", False),
-        collect=collect,
-        earlier=earlier,
-        call=call,
+        mask=mask,
+        label=label,
         apply=apply,
     )
-    if train and not layer.is_initializing():
-        mean.value, var.value = state.mean, state.var
-        if count is not None:
-            count.value = state.count
-    if collect:
-        if collected is None:  # in evaluation nothing is added
-            collected = earlier or conventions.nothing(means, variances)
-        for name, value in collected._asdict().items():
-            layer.put_variable("batch_moments", name, value)
-    return y
 
 
-def _earlier(layer):
-    """The moments that came in, if any did."""
-    if not layer.has_variable("batch_moments", "moments"):
-        return None
-    return Collected(*(layer.get_variable("batch_moments", name) for name in Collected._fields))
+@dataclass
+class _Storage:
+    """Flax Linen's collections, in the scope of a layer."""
+
+    layer: Any
+    stacked_stats: tuple[int, ...]
+    stacked_params: tuple[int, ...]
+
+    def read(self, x: Array, features: list[int], train: bool) -> Variables:
+        layer, shape = self.layer, [*self.stacked_stats, *features]
+        stored = jnp.float32 if layer.force_float32_reductions else layer.param_dtype
+        self.mean = layer.variable("batch_stats", "mean", jnp.zeros, shape, stored)
+        self.var = layer.variable("batch_stats", "var", jnp.ones, shape, stored)
+        counting = counts(layer) and (train or layer.is_initializing())
+        self.count = layer.variable("batch_stats", "count", jnp.zeros, shape, jnp.int32) if counting else None
+        shape = [*self.stacked_params, *features]
+        scale = layer.param("scale", layer.scale_init, shape, layer.param_dtype) if layer.use_scale else None
+        bias = layer.param("bias", layer.bias_init, shape, layer.param_dtype) if layer.use_bias else None
+        mean, var = self.mean.value, self.var.value
+        if train:  # Flax stores what the average of old and new promotes to
+            new = x.dtype if layer.dtype is None else layer.dtype
+            with promoting():
+                new = jnp.promote_types(new if jnp.issubdtype(new, jnp.inexact) else jnp.float32, stored)
+                mean = mean.astype(jnp.promote_types(mean.dtype, new))
+                var = var.astype(jnp.promote_types(var.dtype, jnp.finfo(new).dtype))
+        # By name only: with mutable=True, a program that passes back all collections would accumulate moments unawares.
+        collect = (
+            not layer.is_initializing()
+            and not isinstance(layer.scope.mutable, bool | DenyList)
+            and layer.is_mutable_collection("batch_moments")
+        )
+        earlier = None
+        if collect and layer.has_variable("batch_moments", "moments"):
+            earlier = Collected(*(layer.get_variable("batch_moments", name) for name in Collected._fields))
+        count = None if self.count is None else self.count.value
+        return Variables(BNParams(scale, bias), mean, var, count, collect, earlier)
+
+    def promoted(self, x: Array, variables: Variables) -> tuple[Array, BNParams, Any]:
+        with promoting():
+            return x, variables.params, canonicalize_dtype(x, *variables.params, dtype=self.layer.dtype)
+
+    def write(self, variables: Variables, state: BNState, collected: Collected | None, train: bool) -> None:
+        if train and not self.layer.is_initializing():
+            self.mean.value, self.var.value = state.mean, state.var
+            if self.count is not None:
+                self.count.value = state.count
+        if variables.collect:
+            if collected is None:  # in evaluation nothing is added
+                collected = variables.earlier or nothing(variables.mean, variables.var)
+            for name, value in collected._asdict().items():
+                self.layer.put_variable("batch_moments", name, value)

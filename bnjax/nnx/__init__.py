@@ -1,7 +1,7 @@
 """Flax NNX layers of batch normalization, and functions for whole NNX models.
 
-`BatchNorm` takes the place of `flax.nnx.BatchNorm` by a changed import, and `convert` puts it into a model that exists.
-`functional` makes a pure function of a model, and `fold_model` removes the layers for serving.
+`BatchNorm` replaces `flax.nnx.BatchNorm` by a changed import, and `convert` puts it into an existing model.
+`functional` turns a model into a pure function, and `fold_model` removes the layers for serving.
 """
 
 from typing import TYPE_CHECKING

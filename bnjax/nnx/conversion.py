@@ -1,4 +1,4 @@
-"""The BatchNorm layers of an NNX model that somebody else wrote, turned into those of bnjax."""
+"""Conversion of an existing NNX model: its BatchNorm layers become layers of bnjax."""
 
 from typing import Any, TypeVar
 
@@ -14,27 +14,27 @@ Model = TypeVar("Model")
 def convert(model: Model, *, to: type | None = None, where: Where | None = None, **changes: Any) -> Model:
     """Turn every `flax.nnx.BatchNorm` in `model` into a `bnjax.nnx.BatchNorm`, in place.
 
-    What `convert_sync_batchnorm` is to PyTorch. The layers stay the objects that they were, of another class: values,
-    options and metadata are kept, and lists, vmapped stacks and shared layers need no care. The options of bnjax's own
-    layers are changed as well; instances of other subclasses of `flax.nnx.BatchNorm` are left as they are. Convert
-    outside of transforms, and before `nnx.view` and `nnx.cached_partial`, which hold on to the layers as they are.
+    PyTorch's counterpart is `SyncBatchNorm.convert_sync_batchnorm`. Each layer stays the same object and changes its
+    class; values, options and metadata are kept, in lists, vmapped stacks and shared layers as well. Options of bnjax's
+    own layers are changed as well. Instances of other subclasses of `flax.nnx.BatchNorm` are not converted. Call
+    `convert` outside of transforms, and before `nnx.view` and `nnx.cached_partial`, which store the layers' classes.
 
     Args:
       model: an NNX module, or any container of modules.
       to: the class to convert to, `BatchNorm`, `GhostBatchNorm` or `RenormBatchNorm`; by default a layer of bnjax keeps
-        its class. Layers with an index or a label always do.
-      where: which layers to convert: a function of the layer's path in the model, such as "blocks/0/bn". By default all
-        of them. A layer that is shared has one path.
-      **changes: `axis_name` (None takes away what the model's author wrote), `axis_index_groups`, `momentum`,
-        `epsilon`, `unbiased_var`, `frozen`, `frozen_params`, as `BatchNorm` has them, and those of the variant:
-        `ghost_size`; `r_max`, `d_max`. What is not named stays as the model has it.
+        its class. Layers with an index or a label always keep theirs.
+      where: function from a layer's path in the model, such as "blocks/0/bn", to whether it is converted; by default
+        every layer is. A shared layer has one path.
+      **changes: options of `BatchNorm`: `axis_name` (None removes the model's own), `axis_index_groups`, `momentum`,
+        `epsilon`, `unbiased_var`, `frozen`, `frozen_params`; of `GhostBatchNorm`: `ghost_size`; of `RenormBatchNorm`:
+        `r_max`, `d_max`. Other options stay as in the model.
 
     Returns:
       `model` itself.
 
     Raises:
-      TypeError, ValueError: for a class of modules in place of a module, a change that the layers do not have, or a
-        value that they do not take. The model is then as it was.
+      TypeError, ValueError: for a class instead of a module, an option that the layers do not have, or a value that the
+        option does not accept. The model is then unchanged.
 
     Example:
       >>> from flax import nnx
@@ -63,7 +63,7 @@ def convert(model: Model, *, to: type | None = None, where: Where | None = None,
 
 
 def _become(layer, kind):
-    """Of another class, without the options of the old one, and with the defaults of the new one."""
+    """Change a layer's class: remove the options of the old class, and set the defaults of the new one."""
     for name in ("ghost_size", "r_max", "d_max"):
         if hasattr(layer, name):
             delattr(layer, name)

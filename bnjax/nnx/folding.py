@@ -1,4 +1,4 @@
-"""Batch normalization folded away in an NNX model."""
+"""Batch normalization of an NNX model, folded into its linear layers."""
 
 import functools
 from collections import Counter
@@ -9,9 +9,18 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from bnjax.core.apply import BNParams, BNState
+from bnjax.core.records import BNParams, BNState
 from bnjax.deploy.affine import fold as affine_fold
-from bnjax.deploy.neighbours import FoldReport, Neighbours, Seen, as_pairs, fold_linear, fold_pairs, log, watched
+from bnjax.deploy.neighbours import (
+    FoldReport,
+    Neighbours,
+    TracedLayer,
+    as_pairs,
+    fold_linear,
+    fold_pairs,
+    log,
+    named_call,
+)
 from bnjax.nnx.norm import BatchNorm, GhostBatchNorm, RenormBatchNorm
 
 Model = TypeVar("Model")
@@ -21,7 +30,7 @@ _NORM = (nnx.BatchNorm, BatchNorm, GhostBatchNorm, RenormBatchNorm)
 
 
 class Identity(nnx.Module):
-    """What `fold_model` puts in the place of a norm: it returns its input, in the dtype that the norm returned."""
+    """The layer that replaces a folded norm: it returns its input, in the dtype of the norm's output."""
 
     dtype: Any
     promoted: Any
@@ -31,30 +40,33 @@ class Identity(nnx.Module):
 
 
 def fold_model(model: Model, *args: Any, pairs: Any = None, **kwargs: Any) -> Model:
-    """Fold batch normalization into the layers beside it, in place: for evaluation, the same model without it.
+    """Fold batch normalization into adjacent linear layers, in place, for evaluation without it.
 
-    The model is traced in evaluation, and every linear layer and norm that stand side by side are folded: nothing but
-    reshapes that keep the features on the last axis may be between the two, and nothing else may use what the first
-    gives. A norm goes into the linear layer before it, or else into the one after it. `fold_report` says beforehand
-    which would be folded, and for each norm that would not be, why; where there are such, the logger `bnjax` warns.
+        scale' = scale / sqrt(var + epsilon)    bias' = bias - mean * scale'    (Ioffe & Szegedy, 2015, algorithm 2)
+
+    The model is traced in evaluation, and every norm that is adjacent to a linear layer is folded: into the linear
+    layer before it, or else into the one after it. Adjacent means that nothing but reshapes that keep the features on
+    the last axis lies between the two, and that the output of the first has no other use. Norms that were not folded
+    are logged as a warning by the logger `bnjax`; `fold_report` lists them without changing the model.
 
     Args:
-      model: an NNX module with running statistics, in whatever mode.
-      *args, **kwargs: of the model's call in evaluation, arrays or `jax.ShapeDtypeStruct`s. It is traced with them, not
-        run.
-      pairs: those to fold in place of all that are found: (linear, norm) or (norm, linear), paths such as
-        ("conv1", "bn1") or ("blocks/0/bn", "blocks/0/dense"), in the order in which the model calls them. They may come
-        before *args too. Without *args the model is not traced, and that the pairs stand side by side is the caller's
-        word; norms then have axis=-1. Linear layers are `nnx.Linear`, `nnx.Conv` (grouped and depthwise too) and
-        `nnx.ConvTranspose`. After the norm they are exact only where no zeros are padded into their input: with padding
-        VALID, CIRCULAR or REFLECT, or a kernel of one place.
+      model: an NNX module with running statistics, in any mode.
+      *args, **kwargs: arguments of the model's call in evaluation, arrays or `jax.ShapeDtypeStruct`s. The model is
+        traced with them, not run.
+      pairs: the pairs to fold, by default all that are adjacent. A pair is (linear, norm) or (norm, linear), in the
+        order of the calls, as paths such as ("conv1", "bn1") or ("blocks/0/bn", "blocks/0/dense"). `pairs` may also be
+        passed before *args. Without *args the model is not traced: the caller vouches that the pairs are adjacent, and
+        norms must have axis=-1. Linear layers are `nnx.Linear`, `nnx.Conv` (grouped and depthwise ones included) and
+        `nnx.ConvTranspose`. A linear layer after the norm must not pad zeros, since the norm would map them to other
+        values: its padding must be VALID, CIRCULAR or REFLECT, or its kernel of size 1.
 
     Returns:
-      `model` itself. A layer folded is an `Identity`, without variables; a linear layer without a bias has one.
+      `model` itself. A folded norm is an `Identity` without variables, and every linear layer has a bias; arrays keep
+      their dtypes.
 
     Raises:
-      ValueError, TypeError: for a path that is not there, a pair that is not of these kinds, does not fit or does not
-        stand side by side, or a layer that is in two pairs. The model is then as it was.
+      ValueError, TypeError: for a path that does not exist, a pair of other kinds or shapes or that is not adjacent, or
+        a layer in two pairs. The model is then unchanged.
 
     Example:
       >>> import jax.numpy as jnp
@@ -71,7 +83,17 @@ def fold_model(model: Model, *args: Any, pairs: Any = None, **kwargs: Any) -> Mo
 
 
 def fold_report(model: nnx.Module, *args: Any, **kwargs: Any) -> FoldReport:
-    """What `fold_model(model, *args, **kwargs)` folds, and why not the rest; the model stays as it is.
+    """The pairs that `fold_model(model, *args, **kwargs)` would fold, and the reason for each norm that it would not.
+
+    Args:
+      model: an NNX module; it stays unchanged.
+      *args, **kwargs: arguments of the model's call in evaluation, as in `fold_model`.
+
+    Returns:
+      FoldReport: `folded`, a list of pairs of paths, and `unfolded`, the reason by the path of a norm.
+
+    Raises:
+      ValueError, TypeError: as `fold_model`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -81,7 +103,7 @@ def fold_report(model: nnx.Module, *args: Any, **kwargs: Any) -> FoldReport:
       >>> model = nnx.Sequential(nnx.Linear(3, 4, rngs=rngs), nnx.relu, nnx.BatchNorm(4, rngs=rngs))
       >>> print(bnjax.nnx.fold_report(model, jnp.ones((1, 3))))
       folded 0 of 1 norms
-        left layers/2: its input is made by max; what it gives goes into what the model returns
+        left layers/2: its input is the output of max; its output is used by the model's result
     """
     return _fold(nnx.clone(model), *as_pairs("fold_report", args, None), kwargs)
 
@@ -89,15 +111,15 @@ def fold_report(model: nnx.Module, *args: Any, **kwargs: Any) -> FoldReport:
 def _fold(model: Any, pairs: Any, args: Any, kwargs: Mapping[str, Any]) -> FoldReport:
     nodes = {"/".join(map(str, path)): node for path, node in nnx.iter_graph(model)}
     if args or kwargs:
-        seen, neighbours = _traced(model, args, kwargs)
+        layers, neighbours = _traced(model, args, kwargs)
     elif pairs is None:
         raise ValueError("fold_model(...): no arguments of the model. Pass an example input, with which it is traced.")
     else:
-        seen = {name: Seen(type(node), node, getattr(node, "axis", -1)) for name, node in nodes.items()}
+        layers = {name: TracedLayer(type(node), node, getattr(node, "axis", -1)) for name, node in nodes.items()}
         neighbours = None
     holders = Counter(id(v) for _, module in nnx.iter_modules(model) for v in vars(module).values())
-    kept: dict[str, Any] = {}
-    linears: dict[str, tuple[Any, Any]] = {}
+    norms: dict[str, Any] = {}  # by path, the dtype to which the norm's variables promote
+    linears: dict[str, tuple[Any, Any]] = {}  # by path, the new kernel and bias
 
     def fold_one(call, linear, norm, previous):
         layer, bn = nodes[linear], nodes[norm]
@@ -108,9 +130,10 @@ def _fold(model: Any, pairs: Any, args: Any, kwargs: Mapping[str, Any]) -> FoldR
         statistics = BNState(bn.mean[...], bn.var[...], jnp.zeros(()))
         affine = affine_fold(stored, statistics, epsilon=bn.epsilon)
         linears[linear] = fold_linear(call, layer, kernel, bias, affine, previous)
-        kept[norm] = functools.reduce(jnp.promote_types, (v.dtype for v in (*stored, *statistics[:2]) if v is not None))
+        arrays = (*stored, *statistics[:2])
+        norms[norm] = functools.reduce(jnp.promote_types, (v.dtype for v in arrays if v is not None))
 
-    report = fold_pairs(pairs, seen, neighbours, (_LINEAR, _NORM), fold_one)
+    report = fold_pairs(pairs, layers, neighbours, (_LINEAR, _NORM), fold_one)
     for name, (kernel, bias) in linears.items():
         layer = nodes[name]
         layer.kernel.set_value(kernel)
@@ -118,7 +141,7 @@ def _fold(model: Any, pairs: Any, args: Any, kwargs: Mapping[str, Any]) -> FoldR
             layer.bias, layer.use_bias = nnx.Param(bias), True
         else:
             layer.bias.set_value(bias)
-    for name, promoted in kept.items():
+    for name, promoted in norms.items():
         bn = nodes[name]
         for attribute in [name for name in vars(bn) if name[0] != "_" and name != "dtype"]:
             delattr(bn, attribute)
@@ -127,37 +150,39 @@ def _fold(model: Any, pairs: Any, args: Any, kwargs: Mapping[str, Any]) -> FoldR
 
 
 def _traced(model, args, kwargs):
-    """The layers of a model by path, and who takes what from whom."""
+    """The layers of a model by path, and the trace of its call."""
     graphdef, state = nnx.split(model)
     nodes = {"/".join(map(str, path)): node for path, node in nnx.iter_modules(model)}
-    seen = {path: Seen(type(node), node, getattr(node, "axis", -1)) for path, node in nodes.items()}
-    called: dict[str, Seen] = {}
+    layers = {path: TracedLayer(type(node), node, getattr(node, "axis", -1)) for path, node in nodes.items()}
+    called: dict[str, TracedLayer] = {}
 
     def call(state, args, kwargs):
         traced = nnx.merge(graphdef, state)
         for path, node in nnx.iter_modules(traced):
             path = "/".join(map(str, path))
-            if seen[path].kind in _LINEAR + _NORM:
-                node.__class__ = _watching(seen[path], path, called)
+            if layers[path].kind in _LINEAR + _NORM:
+                node.__class__ = _recording(layers[path], path, called)
         traced.eval()
         return traced(*args, **kwargs)
 
     neighbours = Neighbours(call, (state, args, kwargs), {})
-    return seen | called, neighbours
+    return layers | called, neighbours
 
 
-def _watching(layer, path, called):
-    """The class of a layer, which names what it takes and gives; transforms keep the class of what they copy."""
+def _recording(layer, path, called):
+    """A subclass of the layer's class that names its inputs and outputs.
+
+    NNX transforms call copies of a module, which keep its class, so the subclass sees calls under `nnx.jit` as well.
+    """
 
     def call(self, x, *args, **kwargs):
         norm = layer.kind in _NORM
-        said = kwargs.get("use_running_average", args[0] if norm and args else None)
-        evaluates = (
-            not norm or bool(self.use_running_average if said is None else said) or getattr(self, "frozen", False)
-        )
-        now = layer._replace(ranks=frozenset({jnp.ndim(x)}), evaluates=evaluates)
-        called[path] = now.again(called.get(path))
+        average = kwargs.get("use_running_average", args[0] if norm and args else None)
+        average = self.use_running_average if norm and average is None else average
+        evaluates = not norm or bool(average) or getattr(self, "frozen", False)
+        this_call = layer._replace(ranks=frozenset({jnp.ndim(x)}), evaluates=evaluates)
+        called[path] = this_call.merged(called.get(path))
         kernel = None if norm else self.kernel[...]
-        return watched(path, kernel, lambda x: layer.kind.__call__(self, x, *args, **kwargs), x)
+        return named_call(path, kernel, lambda x: layer.kind.__call__(self, x, *args, **kwargs), x)
 
     return type(layer.kind)(layer.kind.__name__, (layer.kind,), {"__call__": call})

@@ -17,16 +17,18 @@ _kernel, _zeros = nnx.initializers.lecun_normal(), nnx.initializers.zeros_init()
 class BNLSTMCell(nnx.RNNCellBase):
     """LSTM with recurrent batch normalization (Cooijmans et al., 2017): `bnjax.bn_lstm_apply` as a cell.
 
-    For `flax.nnx.RNN`, which carries its statistics from step to step. For sequences of several lengths, start it with
-    `initial_carry=cell.initialize_carry(shape, length=lengths)`: a sequence that has ended keeps its carry, repeats its
-    output, and does not enter the statistics (and the last carry is each sequence's own: no `seq_lengths` is needed).
+    `flax.nnx.RNN` runs it over sequences, and carries the running statistics from timestep to timestep. For sequences
+    of different lengths pass `initial_carry=cell.initialize_carry(shape, length=lengths)`: a sequence that has ended
+    keeps its carry, repeats its output, and does not enter the statistics. The last carry then holds the last valid
+    timestep of each sequence, so `seq_lengths` is not needed.
 
     Args:
       in_features, hidden_features: number of inputs and of units.
-      num_steps: timesteps that have statistics of their own; those past the last use the last one's.
+      num_steps: number of timesteps with statistics of their own; later timesteps use the last one's.
       momentum, epsilon, axis_name, axis_index_groups, use_running_average, param_dtype: as in `BatchNorm`.
-      kernel_init, recurrent_kernel_init, bias_init: of the kernels, whose columns are in the order f, i, o, g.
-      rngs: keys of the stream `params`.
+      kernel_init, recurrent_kernel_init, bias_init: initializers of the input kernel, the recurrent kernel and the
+        bias, whose last axis is in the order f, i, o, g.
+      rngs: random number streams, of which `params` is used.
 
     Example:
       >>> import jax
@@ -78,7 +80,7 @@ class BNLSTMCell(nnx.RNNCellBase):
         self.hidden_features, self.param_dtype = hidden_features, param_dtype
 
     def __call__(self, carry: BNLSTMCarry, inputs: Array) -> tuple[BNLSTMCarry, Array]:  # pyright: ignore
-        """The next carry, and its output of shape (batch, hidden_features), for inputs (batch, in_features)."""
+        """The next carry, and the output of shape (batch, hidden_features), for inputs (batch, in_features)."""
 
         def norm(name, values, mask):
             return getattr(self, name)(values, index=carry.step, mask=mask)

@@ -1,6 +1,7 @@
-"""Batch normalization and its variants as Flax NNX layers, which `nnx.py` names. They hold variables alone."""
+"""Batch normalization and its variants as Flax NNX layers, which hold variables alone."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
 from typing import Any
@@ -12,14 +13,14 @@ from flax.nnx.nn import dtypes, initializers
 from jax import Array
 
 from bnjax.core import checks
-from bnjax.core.apply import BNParams, bn_collect
+from bnjax.core.apply import apply as apply_plain
 from bnjax.core.moments import wider
+from bnjax.core.records import BNParams, BNState, Collected
 from bnjax.core.schedules import Momentum
-from bnjax.flax_shared import conventions
-from bnjax.variants.conditional import chosen_params
-from bnjax.variants.ghost import ghost_bn_collect
-from bnjax.variants.indexed import indexed_bn_collect
-from bnjax.variants.renorm import RENORM_D_MAX, RENORM_R_MAX, Limit, renorm_bn_collect
+from bnjax.flax_shared.conventions import Variables, call_layer, counts, promoting
+from bnjax.variants.ghost import apply_ghost
+from bnjax.variants.indexed import apply_indexed
+from bnjax.variants.renorm import RENORM_D_MAX, RENORM_R_MAX, Limit, apply_renorm
 
 _zeros, _ones = initializers.zeros_init(), initializers.ones_init()
 
@@ -34,16 +35,17 @@ class BatchNorm(nnx.BatchNorm):
         y = scale * (x - mean) / sqrt(var + epsilon) + bias
         running = momentum * running + (1 - momentum) * batch          for mean and var, in training
 
-    Arguments, defaults, variables, dtypes and initialization are Flax's, and checkpoints serve both, either way.
-    Where it departs from Flax, on purpose:
+    Arguments, defaults, variables, dtypes and initialization are Flax's, and each layer reads the other's
+    checkpoints. It departs from Flax on purpose in these points:
 
-    * The variance is exact: taken around the running mean or the batch's, never as E[x^2] - E[x]^2.
-      `use_fast_variance` is accepted and makes no difference.
-    * Running statistics stay as they are for a feature with fewer than two valid values, or whose batch statistics are
-      not finite. Without a valid value `x` is normalized by the running statistics, where Flax gives NaN.
-    * Devices and masks are merged by weight: unequal and empty shards are exact. Flax takes the mean of means.
-    * A mask that is not boolean holds weights, 0 or more.
-    * With a half-precision `dtype` the running statistics normalize as they are stored. Flax rounds them to `dtype`.
+    * The variance is exact: it is taken around the running mean or the batch's mean, never as E[x^2] - E[x]^2, so that
+      `use_fast_variance` has no effect.
+    * A feature with fewer than two valid values, or whose batch statistics are not finite, keeps its running
+      statistics. A feature without a valid value is normalized by the running statistics; Flax returns NaN.
+    * Devices are merged by weight, so that unequal and empty shards are exact. Flax takes the mean of means.
+    * A mask that is not boolean holds weights >= 0.
+    * With a half-precision `dtype` the running statistics normalize in the dtype in which they are stored. Flax rounds
+      them to `dtype`.
     * The mean of complex `x` is stored as complex, so that the first call changes its dtype. Flax keeps its real part.
     * Bad arguments are errors while tracing: a momentum outside [0, 1], an epsilon that is not positive in float32, an
       axis out of range.
@@ -54,9 +56,10 @@ class BatchNorm(nnx.BatchNorm):
         `bnjax.debiased(0.99)`. Only a function adds a `BatchStat` `count`, of shape (num_features,), which starts at 0;
         if it is set later, on a layer that exists, the first call adds it.
       axis_name: mapped axis, or several, whose devices or examples share statistics.
-      unbiased_var: the running variance is that of n - 1, as in PyTorch; the output is normalized by the biased one.
-      frozen: normalize by the running statistics in training mode as well, and leave them as they are.
-      frozen_params: scale and bias have no gradient.
+      unbiased_var: whether the running variance is divided by n - 1, as in PyTorch; the output is normalized by the
+        biased variance.
+      frozen: whether to normalize by the running statistics in training mode too, and to leave them unchanged.
+      frozen_params: whether scale and bias have no gradient.
       **others: as in `flax.nnx.BatchNorm`.
 
     Example:
@@ -69,7 +72,7 @@ class BatchNorm(nnx.BatchNorm):
       ([[-1.0, -1.0], [1.0, 1.0]], [0.2..., 2.0])
     """
 
-    # An instance that has one writes its moments there; `functional` gives it one.
+    # A layer with this variable writes its moments there; `functional` gives it one.
     batch_moments: BatchMoments | None = None
     unbiased_var: bool = False
     frozen: bool = False
@@ -124,10 +127,6 @@ class BatchNorm(nnx.BatchNorm):
         if callable(momentum):
             self._add_count()
 
-    def _counts(self):
-        """Whether an option is a function of the number of updates."""
-        return any(callable(getattr(self, name, None)) for name in ("momentum", "r_max", "d_max"))
-
     def _add_count(self):
         self.count = nnx.BatchStat(jnp.zeros(self.mean[...].shape, jnp.int32))
 
@@ -137,73 +136,67 @@ class BatchNorm(nnx.BatchNorm):
         Args:
           x: floating, complex or integer, any shape.
           use_running_average: True normalizes by the running statistics, False by the batch's, which the running
-            statistics absorb. What is given here goes before what the constructor was given.
-          mask: broadcastable to `x`, boolean or weights >= 0. Places of weight 0 do not enter the statistics,
-            whatever stands there.
+            statistics absorb. The argument of the call takes precedence over that of the constructor.
+          mask: broadcastable to `x`, boolean or weights >= 0. Masked elements (weight 0), even NaN, do not affect any
+            other element, nor the statistics.
 
         Returns:
-          Of x's shape, and of `dtype`, or without one of the dtype to which x, scale, bias and float32 promote.
+          The normalized array, of x's shape. Its dtype is `dtype`; if that is None, the dtype to which
+            x, scale, bias and float32 promote.
         """
         return self._call(x, use_running_average, mask)
 
-    def _call(self, x, use_running_average, mask, apply=bn_collect, label=None):
-        """The call, through `bn_collect` or a variant of it."""
-        call = type(self).__name__
+    def _call(self, x, use_running_average, mask, apply=apply_plain, label=None):
+        """The call, through the pure function or a variant's."""
         evaluate = self.use_running_average if use_running_average is None else use_running_average
         if evaluate is None:
             raise ValueError(
-                f"{call}(use_running_average=None): neither the layer nor the call says which statistics to use. "
-                "Call model.train() or model.eval(), or pass use_running_average to the call or to the constructor."
+                f"{type(self).__name__}(use_running_average=None): neither the layer nor the call says which "
+                "statistics to use. Call model.train() or model.eval(), or pass use_running_average to the call or to "
+                "the constructor."
             )
-        x = conventions.array(x, call)
-        train = not evaluate and not self.frozen
-        mean, var = self.mean[...], self.var[...]
-        stored = (None if v is None else v[...] for v in (self.scale, self.bias))
+        storage = _Storage(self)
+        return call_layer(self, storage, x, evaluate, axis_name=self.axis_name, mask=mask, label=label, apply=apply)
+
+
+@dataclass
+class _Storage:
+    """The variables of an NNX layer."""
+
+    layer: BatchNorm
+
+    def read(self, x: Array, features: list[int], train: bool) -> Variables:
+        layer = self.layer
+        counting = train and counts(layer)
+        if counting and not hasattr(layer, "count"):
+            layer._add_count()
+        params = BNParams(*(None if v is None else v[...] for v in (layer.scale, layer.bias)))
+        count = layer.count[...] if counting else None
+        earlier = None if layer.batch_moments is None else layer.batch_moments.get_value()
+        collect = train and layer.batch_moments is not None
+        return Variables(params, layer.mean[...], layer.var[...], count, collect, earlier)
+
+    def promoted(self, x: Array, variables: Variables) -> tuple[Array, BNParams, Any]:
+        layer = self.layer
+        everything = x, variables.mean, variables.var, *variables.params
         # The running statistics stay as they are stored: in half precision they would lose what they are kept for.
-        with conventions.promoting():
-            promoted, _, _, scale, bias = self.promote_dtype((x, mean, var, *stored), dtype=self.dtype)
-            dtype = dtypes.canonicalize_dtype(promoted, scale, bias, dtype=self.dtype)
+        with promoting():
+            promoted, _, _, *params = layer.promote_dtype(everything, dtype=layer.dtype)
+            dtype = dtypes.canonicalize_dtype(promoted, *params, dtype=layer.dtype)
         if not jnp.issubdtype(x.dtype, jnp.floating) or promoted.dtype != wider(x.dtype):
             # Complex parameters leave the mean of real data real.
             x = promoted if jnp.iscomplexobj(x) else promoted.real
-        counting = train and self._counts()
-        if counting and not hasattr(self, "count"):
-            self._add_count()
-        count = self.count if counting else None
-        axes = conventions.feature_axes(x, self.axis, call)
-        params = BNParams(scale, bias)
-        if self.frozen_params:
-            params = jax.lax.stop_gradient(params)
-        if label is not None:
-            params = chosen_params(call, params, jnp.asarray(label), x, axes)
-        y, state, collected = conventions.batch_norm(
-            params,
-            mean,
-            var,
-            None if count is None else count[...],
-            x,
-            train,
-            dtype=dtype,
-            axis=axes,
-            momentum=self.momentum,
-            epsilon=self.epsilon,
-            mask=mask,
-            axis_name=self.axis_name,
-            axis_index_groups=self.axis_index_groups,
-            unbiased_var=self.unbiased_var,
-            collect=train and self.batch_moments is not None,
-            earlier=None if self.batch_moments is None else self.batch_moments.get_value(),
-            call=call,
-            apply=apply,
-        )
+        return x, BNParams(*params), dtype
+
+    def write(self, variables: Variables, state: BNState, collected: Collected | None, train: bool) -> None:
+        layer = self.layer
         if train:
-            _store(self.mean, state.mean)
-            _store(self.var, state.var)
-            if count is not None:
-                _store(count, state.count)
-        if collected is not None and self.batch_moments is not None:
-            self.batch_moments.set_value(collected)  # pyright: ignore[reportArgumentType]
-        return y
+            _store(layer.mean, state.mean)
+            _store(layer.var, state.var)
+            if variables.count is not None:
+                _store(layer.count, state.count)
+        if collected is not None and layer.batch_moments is not None:
+            layer.batch_moments.set_value(collected)  # pyright: ignore[reportArgumentType]
 
 
 def _store(variable, value):
@@ -219,7 +212,7 @@ class GhostBatchNorm(BatchNorm):
 
     Args:
       num_features: number of features.
-      ghost_size: examples in a group, > 0.
+      ghost_size: number of examples in a group, > 0.
       **options: as in `BatchNorm`.
     """
 
@@ -229,7 +222,7 @@ class GhostBatchNorm(BatchNorm):
 
     def __call__(self, x: Any, use_running_average: bool | None = None, *, mask: Any = None) -> Array:
         """As `BatchNorm`."""
-        return self._call(x, use_running_average, mask, partial(ghost_bn_collect, ghost_size=self.ghost_size))
+        return self._call(x, use_running_average, mask, partial(apply_ghost, ghost_size=self.ghost_size))
 
 
 class RenormBatchNorm(BatchNorm):
@@ -237,8 +230,8 @@ class RenormBatchNorm(BatchNorm):
 
     Args:
       num_features: number of features.
-      r_max, d_max: bounds of the correction, numbers or functions of the number of updates, which then is a `BatchStat`
-        `count`; by default the paper's schedule.
+      r_max, d_max: bounds of the correction, numbers or functions of the number of updates; by default the paper's
+        schedule. A function adds the `BatchStat` `count`.
       **options: as in `BatchNorm`.
     """
 
@@ -250,7 +243,7 @@ class RenormBatchNorm(BatchNorm):
 
     def __call__(self, x: Any, use_running_average: bool | None = None, *, mask: Any = None) -> Array:
         """As `BatchNorm`."""
-        apply = partial(renorm_bn_collect, r_max=self.r_max, d_max=self.d_max)
+        apply = partial(apply_renorm, r_max=self.r_max, d_max=self.d_max)
         return self._call(x, use_running_average, mask, apply)
 
 
@@ -259,8 +252,8 @@ class IndexedBatchNorm(BatchNorm):
 
     Args:
       num_features: number of features.
-      num_indices: number of indices; the statistics lead with an axis of that size.
-      indexed_params: whether each has a scale and a bias of its own.
+      num_indices: number of indices; the statistics have a leading axis of that size.
+      indexed_params: whether each index has its own scale and bias.
       **options: as in `BatchNorm`.
     """
 
@@ -273,7 +266,7 @@ class IndexedBatchNorm(BatchNorm):
         self, x: Any, use_running_average: bool | None = None, *, index: Any, mask: Any = None
     ) -> Array:
         """As `BatchNorm`, with the statistics of `index`, an integer or a scalar integer array, which is clamped."""
-        return self._call(x, use_running_average, mask, partial(indexed_bn_collect, index=index))
+        return self._call(x, use_running_average, mask, partial(apply_indexed, index=index))
 
 
 class ConditionalBatchNorm(BatchNorm):
@@ -281,7 +274,7 @@ class ConditionalBatchNorm(BatchNorm):
 
     Args:
       num_features: number of features.
-      num_classes: number of classes; scale and bias lead with an axis of that size.
+      num_classes: number of classes; scale and bias have a leading axis of that size.
       **options: as in `BatchNorm`.
     """
 

@@ -10,32 +10,34 @@ from flax.nnx import variablelib
 from bnjax.flax_shared import conventions
 from bnjax.nnx.norm import BatchMoments, BatchNorm
 
-# Variables that a call leaves anew each time, and keys, which come with the call.
+# Variables that are no state between calls: outputs of a call, and keys, which the caller passes.
 _OUTPUTS = (nnx.Intermediate, nnx.Perturbation, BatchMoments, nnx.RngState)
 
 
 def functional(model: nnx.Module) -> tuple[Callable[..., Any], dict[str, Any]]:
     """An NNX model as a pure function with the call of a Linen model, for `bnjax.training.TrainState`.
 
-    In training the model runs in the mode in which it is: a layer that was put in evaluation, by its own `eval()` or by
-    its constructor, stays there. A model all of whose layers are in evaluation was put there as a whole, and is put
-    in training as a whole (`model.train()`). Layers without a mode (None) are in training. Evaluation is that of the
-    whole model (`model.eval()`).
+    `apply` runs the model in training if `mutable` names collections, and in evaluation (`model.eval()`) otherwise. In
+    training each layer keeps the mode that it has in `model`: a layer that is in evaluation, by its own `eval()` or by
+    its constructor, stays in evaluation, and a layer without a mode (None) is in training. If all layers are in
+    evaluation, the whole model is taken to have been put there, and `apply` puts it in training (`model.train()`).
 
     Args:
-      model: stays as it is.
+      model: an NNX module; it stays unchanged.
 
     Returns:
-      apply: `apply(variables, *args, mutable=(), rngs=None, **kwargs)`: what the model returns, and, if `mutable` names
-        collections, those as well. It is training if it does, else evaluation. `rngs`, keys by name, seed the model's
-        own streams, those of stacked layers too; a model whose call takes `rngs` gets them as `nnx.Rngs`. An `nnx.Rngs`
-        goes to the call alone.
+      apply: `apply(variables, *args, mutable=(), rngs=None, **kwargs)` returns the model's output; with `mutable` it
+        returns the output and the collections named. `rngs` is a dictionary of keys by name, which seed the model's own
+        streams, those of stacked layers included; a model whose call has a parameter `rngs` gets them as `nnx.Rngs`. An
+        `nnx.Rngs` is passed to the call and seeds no stream.
       variables: `params` and `batch_stats` as nnx.State, and the model's other variables, each type in a collection of
-        its name, such as `cache`. What is not named in `mutable` stays as `variables` has it. To have the variables in
-        the model again: `nnx.update(model, *variables.values())`.
+        its name, such as `cache`. Collections that `mutable` does not name stay unchanged. To put variables back into
+        the model, call `nnx.update(model, *variables.values())`.
 
     Raises:
-      ValueError: while tracing, if the model draws from a stream that has no key: it would be the same in each call.
+      TypeError: if the model is not an NNX module.
+      ValueError: while tracing, if the model draws from a stream without a key, because every call would then draw the
+        same numbers.
 
     Example:
       >>> import jax.numpy as jnp
@@ -62,14 +64,14 @@ def functional(model: nnx.Module) -> tuple[Callable[..., Any], dict[str, Any]]:
         if takes_rngs is not None:
             if isinstance(rngs, nnx.Rngs):
                 kwargs["rngs"] = rngs
-            elif keys or takes_rngs.default is inspect.Parameter.empty:  # without keys what draws from it is an error
+            elif keys or takes_rngs.default is inspect.Parameter.empty:  # drawing from an empty Rngs is an error
                 kwargs["rngs"] = nnx.Rngs(**keys)
         if not mutable:
             model.eval()
             return model(*args, **kwargs)
         _put_in_training(model)
         _seed(model, keys)
-        collecting = _layers(model) if "batch_moments" in mutable else {}
+        collecting = _own_layers(model) if "batch_moments" in mutable else {}
         for path, layer in collecting.items():
             nothing = conventions.nothing(layer.mean[...], layer.var[...])
             layer.batch_moments = BatchMoments(variables.get("batch_moments", {}).get(path, nothing))
@@ -98,7 +100,7 @@ def _exactly(kind):
 
 
 def _put_in_training(model):
-    """The whole model, if all of it is in evaluation; else the layers that do not say where they are."""
+    """Put the whole model in training if all layers are in evaluation, else only the layers without a mode."""
     attributes = ("deterministic", "use_running_average")
     modes = [
         (module, name, getattr(module, name))
@@ -113,7 +115,7 @@ def _put_in_training(model):
 
 
 def _seed(model, keys):
-    """Give the model's streams these keys; those that have none cannot be drawn from."""
+    """Seed the model's streams with these keys; drawing from a stream without a key becomes an error."""
     nnx.reseed(model, policy="match_shape", **keys)
     for _, node in nnx.iter_graph(model):
         if type(node) is nnx.RngStream and node.tag not in keys:
@@ -121,15 +123,15 @@ def _seed(model, keys):
 
 
 class _WithoutKey(nnx.RngStream):
-    """A stream that nobody seeded."""
+    """A stream without a key."""
 
     def __call__(self):
         raise ValueError(
             f"apply(rngs=...): the model draws random numbers from {self.tag!r}, which without a key are the same in "
-            f"each call. Pass rngs={{{self.tag!r}: key}}, or the same to TrainState.create."
+            f"each call. Pass rngs={{{self.tag!r}: key}} here or to TrainState.create."
         )
 
 
-def _layers(model) -> dict[str, Any]:
+def _own_layers(model) -> dict[str, Any]:
     """The layers of bnjax in a model, by path."""
     return {"/".join(map(str, path)): layer for path, layer in nnx.iter_graph(model) if isinstance(layer, BatchNorm)}

@@ -8,24 +8,28 @@ from jax.sharding import NamedSharding, reshard
 from jax.sharding import PartitionSpec as P
 
 from bnjax.core import checks
-from bnjax.core.apply import BNParams
-from bnjax.core.array_moments import is_explicit
+from bnjax.core.records import BNParams
+from bnjax.core.sharding import is_explicit
 
 
 def conditional_params(params: BNParams, label: Array, x: Array, *, axis: checks.Axis = -1) -> BNParams:
-    """The scale and bias of each example's class, for `bn_apply`: conditional batch normalization (de Vries et al.).
+    """The scale and bias of each example's class, for conditional batch normalization (de Vries et al., 2017).
+
+        y = scale[label] * (x - mean) / sqrt(var + epsilon) + bias[label]
 
     Args:
       params: scale and bias, each None or of shape (classes, *features).
       label: integers of shape (batch,); they are clamped to [0, classes).
-      x: what is to be normalized; its first axis that is not a feature axis is that of the examples.
+      x: the input of `bn_apply`. Its first axis that is not a feature axis is the batch axis.
       axis: the feature axis of `x`, or several.
 
     Returns:
-      Scale and bias of x's rank, of size 1 where they do not depend on the place.
+      Scale and bias in the dtypes of params and of x's rank: of the batch's size on the batch axis, of x's sizes on the
+      feature axes, and of size 1 on all others.
 
     Raises:
-      TypeError, ValueError: for a label that is not integer, or not one for each example.
+      TypeError: if the labels are not integers.
+      ValueError: if there is not one label for each example, or a parameter has another shape.
 
     Example:
       >>> import jax.numpy as jnp

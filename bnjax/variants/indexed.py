@@ -1,7 +1,7 @@
 """Batch normalization with running statistics for each of several indices: timesteps, domains, kinds of examples.
 
 Timesteps: Cooijmans et al. (2017), section 3. Domains: Chang et al. (2019). Clean and adversarial examples: Xie et al.
-(2020). The computation is that of `bn_apply` on what the index selects.
+(2020). The computation is `bn_apply` on the state that the index selects.
 """
 
 from collections.abc import Sequence
@@ -13,8 +13,11 @@ import numpy as np
 from jax import Array, lax
 
 from bnjax.core import checks
-from bnjax.core.apply import BNParams, BNState, bn_apply, bn_collect, bn_init
-from bnjax.core.array_moments import is_explicit, sharded_as
+from bnjax.core.apply import apply, bn_init
+from bnjax.core.options import Options, checked
+from bnjax.core.records import BNParams, BNState, Collected
+from bnjax.core.schedules import Momentum
+from bnjax.core.sharding import is_explicit, sharded_as
 
 
 def indexed_bn_init(
@@ -32,7 +35,7 @@ def indexed_bn_init(
       features: as in `bnjax.bn_init`.
       num_indices: number of timesteps, domains or kinds of data, > 0.
       scale, bias, dtype: as in `bnjax.bn_init`.
-      indexed_params: whether each index has a scale and a bias of its own; by default they share one.
+      indexed_params: whether each index has its own scale and bias; by default all indices share one.
 
     Returns:
       `BNParams`, and a `BNState` whose arrays have shape (num_indices, *features); so have scale and bias if indexed.
@@ -56,24 +59,37 @@ def indexed_bn_init(
 
 
 def indexed_bn_apply(
-    params: BNParams, state: BNState, x: Array, train: bool, *, index: Any, **options: Any
+    params: BNParams,
+    state: BNState,
+    x: Array,
+    train: bool,
+    *,
+    index: Any,
+    axis: checks.Axis = -1,
+    momentum: Momentum = 0.99,
+    epsilon: float = 1e-5,
+    mask: Array | None = None,
+    axis_name: checks.AxisName | None = None,
+    axis_index_groups: Sequence[Sequence[int]] | None = None,
+    unbiased_var: bool = False,
 ) -> tuple[Array, BNState]:
     """Batch normalization with running statistics for each index (for timesteps: Cooijmans et al., 2017, section 3).
 
         y, state[index] = bn_apply(params, state[index], x, train)
 
-    One index a timestep is recurrent batch normalization; one a domain, domain-specific batch normalization (Chang et
-    al., 2019); one for clean and one for adversarial examples, AdvProp (Xie et al., 2020).
+    With an index for each timestep this is recurrent batch normalization; with one for each domain, domain-specific
+    batch normalization (Chang et al., 2019); with one for clean and one for adversarial examples, AdvProp (Xie et al.,
+    2020).
 
     Args:
-      params, state: those of `indexed_bn_init`. A scale or bias of the state's shape is one per index (and not, as
-        it could be in a batch of `num_indices` examples, conditional: give that a further axis).
+      params, state: the variables from `indexed_bn_init`. A scale or bias of the state's shape has a row for each
+        index. (A conditional scale or bias of that very shape needs one more axis, to tell it apart.)
       index: an integer, or a scalar integer array, which may be traced. An array is clamped to [0, num_indices), so
-        that timesteps past the last use the last one's statistics.
-      x, train, **options: as in `bnjax.bn_apply`.
+        that timesteps past the last one use the statistics of the last one.
+      x, train and the rest: as in `bnjax.bn_apply`.
 
     Returns:
-      y and the state, of which only the arrays at `index` may have moved.
+      y and the state, which may differ from the given one at `index` alone.
 
     Raises:
       TypeError, ValueError: as `bnjax.bn_apply`, and for an index that is no integer, or known to be out of range.
@@ -87,14 +103,34 @@ def indexed_bn_apply(
       >>> state.mean[:, 0].tolist(), state.count[:, 0].tolist()
       ([0.0, 2.0, 0.0], [0, 1, 0])
     """
-    defaults = bn_apply.__kwdefaults__ or {}  # they stand once
-    checks.keywords("indexed_bn_apply", options, defaults)
-    options = defaults | options
-    return indexed_bn_collect(params, state, x, train, index=index, collect=False, **options)[:2]
+    options = checked(
+        "indexed_bn_apply",
+        train,
+        axis=axis,
+        epsilon=epsilon,
+        axis_name=axis_name,
+        axis_index_groups=axis_index_groups,
+        unbiased_var=unbiased_var,
+    )
+    return apply_indexed(params, state, x, options, momentum=momentum, mask=mask, index=index)[:2]
 
 
-def indexed_bn_collect(params, state, x, train, *, index, earlier=None, call="indexed_bn_apply", **options) -> Any:
-    """`indexed_bn_apply`, and what `bn_collect` collects: moments for each index, of weight 0 but at this one."""
+def apply_indexed(
+    params: Any,
+    state: BNState | None,
+    x: Array,
+    options: Options,
+    *,
+    momentum: Any,
+    mask: Array | None,
+    index: Any,
+    earlier: Collected | None = None,
+) -> tuple[Array, Any, Collected | None]:
+    """`indexed_bn_apply` with checked options, as `bnjax.core.apply.apply` is `bn_apply`.
+
+    The collected moments lead with an axis of indices, and have weight 0 but at this index.
+    """
+    call = options.call
     shape = state.mean.shape if isinstance(state, BNState) else ()
     if not shape:
         raise TypeError(f"{call}(state=...): expected the state of indexed_bn_init, with an axis of indices.")
@@ -107,11 +143,11 @@ def indexed_bn_collect(params, state, x, train, *, index, earlier=None, call="in
         return jax.tree.map(lambda v, n: _put(v, n, at), tree, new)
 
     params = BNParams(*(own(v) if v is not None and np.shape(v) == shape else v for v in params))
-    y, new, collected = bn_collect(params, own(state), x, train, earlier=own(earlier), call=call, **options)
+    y, new, collected = apply(params, own(state), x, options, momentum=momentum, mask=mask, earlier=own(earlier))
     if collected is not None:
         zeros = jax.tree.map(lambda leaf: jnp.zeros((shape[0], *leaf.shape), leaf.dtype), collected)
         collected = put(zeros if earlier is None else earlier, collected)
-    return y, put(state, new) if train else state, collected
+    return y, put(state, new) if options.train else state, collected
 
 
 def _taken(values, at):

@@ -4,11 +4,11 @@
     c' = sigmoid(f) * c + sigmoid(i) * tanh(g)                                                              (7)
     h' = sigmoid(o) * tanh(BN(c'; gamma_c, beta_c))                                                         (8)
 
-Input and recurrent terms are normalized apart, and every timestep by statistics of its own; the steps past the last one
-use the last one's. The scales start at 0.1, which keeps the gradient of tanh from vanishing (section 4).
+The input and the recurrent term are normalized separately, and every timestep by statistics of its own; timesteps after
+the last one with statistics use that one's. The scales start at 0.1: with 1 the gradient of tanh vanishes (section 4).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -16,23 +16,25 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from bnjax.core import checks
-from bnjax.core.apply import BNParams, BNState, bn_apply
-from bnjax.core.array_moments import serializable
 from bnjax.core.moments import wider
-from bnjax.variants.indexed import indexed_bn_collect, indexed_bn_init
+from bnjax.core.options import checked
+from bnjax.core.records import BNParams, BNState, serializable
+from bnjax.core.schedules import Momentum
+from bnjax.variants.indexed import apply_indexed, indexed_bn_init
 
 SCALE = 0.1
 """Initial scale of all three normalizations."""
 
 
 def orthogonal(key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
-    """An orthogonal kernel, drawn in 32 bits or more, since there is no QR decomposition in half precision."""
+    """An orthogonal kernel, drawn in 32 bits or more, because JAX has no QR decomposition in half precision."""
     return jax.nn.initializers.orthogonal()(key, shape, wider(dtype)).astype(dtype)
 
 
 @serializable
 class BNLSTMParams(NamedTuple):
-    """Kernels of shapes (inputs, 4 features) and (features, 4 features), columns in the order f, i, o, g; a bias."""
+    """Kernels of shapes (inputs, 4 features) and (features, 4 features), with columns in the order f, i, o, g; the bias
+    of shape (4 features,); and the parameters of the three normalizations."""
 
     input_kernel: Array
     recurrent_kernel: Array
@@ -44,7 +46,7 @@ class BNLSTMParams(NamedTuple):
 
 @serializable
 class BNLSTMState(NamedTuple):
-    """Running statistics per timestep of the three normalizations."""
+    """Running statistics of the three normalizations, each of shape (num_steps, features of the normalization)."""
 
     input_bn: BNState
     recurrent_bn: BNState
@@ -52,13 +54,14 @@ class BNLSTMState(NamedTuple):
 
 
 def norm_layers(features: int) -> list[tuple[str, int, float | None]]:
-    """The three normalizations: name, features and initial bias; b stands for those of input and recurrent terms."""
+    """The three normalizations: name, features and initial bias. Two have no bias, because b is added to their sum."""
     return [("input_bn", 4 * features, None), ("recurrent_bn", 4 * features, None), ("cell_bn", features, 0.0)]
 
 
 @serializable
 class BNLSTMCarry(NamedTuple):
-    """Cell and output, of shape (batch, features); the timestep, a scalar; and each sequence's length, None for all."""
+    """Cell and output of shape (batch, features), the timestep as a scalar, and the length of each sequence, of shape
+    (batch,). The length is None if every sequence has all timesteps."""
 
     cell: Array
     output: Array
@@ -69,13 +72,13 @@ class BNLSTMCarry(NamedTuple):
 def bn_lstm_init(
     key: Array, inputs: int, features: int, num_steps: int, *, dtype: Any = jnp.float32
 ) -> tuple[BNLSTMParams, BNLSTMState]:
-    """Variables of a BN-LSTM: an input kernel of variance 1 / inputs, an orthogonal recurrent kernel, no bias.
+    """Variables of a BN-LSTM: an input kernel of variance 1 / inputs, an orthogonal recurrent kernel, a bias of 0.
 
     Args:
       key: a jax.random key.
       inputs, features: number of inputs and of units.
-      num_steps: timesteps that have statistics of their own, > 0.
-      dtype: of the parameters.
+      num_steps: number of timesteps with statistics of their own, > 0.
+      dtype: floating dtype of the parameters. Statistics are kept in it widened to 32 bits at least.
 
     Returns:
       BNLSTMParams and BNLSTMState.
@@ -106,10 +109,18 @@ def bn_lstm_carry(
     """The carry before the first timestep.
 
     Args:
-      batch, features: its shape.
-      length: number of timesteps of each sequence, of shape (batch,); None if all are whole.
-      dtype: floating.
-      like: an array that varies over the mesh as the inputs do, where shard_map types that.
+      batch, features: shape of the cell and of the output.
+      length: number of timesteps of each sequence, of shape (batch,), or None for all timesteps.
+      dtype: floating dtype of the cell and of the output.
+      like: an input. Under a shard_map that checks varying axes, the carry must vary over the same mesh axes as it.
+
+    Returns:
+      BNLSTMCarry of zeros.
+
+    Example:
+      >>> import bnjax
+      >>> bnjax.bn_lstm_carry(16, 8).cell.shape
+      (16, 8)
     """
     zeros = jnp.zeros((batch, features), dtype)
     if like is not None:
@@ -118,20 +129,35 @@ def bn_lstm_carry(
 
 
 def bn_lstm_apply(
-    params: BNLSTMParams, state: BNLSTMState, carry: BNLSTMCarry, x: Array, train: bool, **options: Any
+    params: BNLSTMParams,
+    state: BNLSTMState,
+    carry: BNLSTMCarry,
+    x: Array,
+    train: bool,
+    *,
+    momentum: Momentum = 0.99,
+    epsilon: float = 1e-5,
+    axis_name: checks.AxisName | None = None,
+    axis_index_groups: Sequence[Sequence[int]] | None = None,
+    unbiased_var: bool = False,
 ) -> tuple[BNLSTMCarry, BNLSTMState]:
     """One timestep of a BN-LSTM (Cooijmans et al., 2017, equations 6 to 8).
 
-    A sequence that has ended keeps its carry, and does not enter the statistics.
+        (f, i, o, g) = BN(W_h h; gamma_h, 0) + BN(W_x x; gamma_x, 0) + b
+        c' = sigmoid(f) * c + sigmoid(i) * tanh(g)
+        h' = sigmoid(o) * tanh(BN(c'; gamma_c, beta_c))
+
+    A sequence that has ended keeps its carry and does not enter the statistics.
 
     Args:
-      params, state: those of `bn_lstm_init`.
-      carry: that of `bn_lstm_carry`, or of the timestep before.
-      x: of shape (batch, inputs).
-      train, **options: as in `bnjax.bn_apply` (momentum, epsilon, axis_name, axis_index_groups, unbiased_var).
+      params, state: the result of `bn_lstm_init`, or the state of the timestep before.
+      carry: the result of `bn_lstm_carry`, or the carry of the timestep before.
+      x: inputs of shape (batch, inputs).
+      train and the rest: as in `bnjax.bn_apply`.
 
     Returns:
-      The carry, whose `output` is h, and the state; in a scan over timesteps both are carried.
+      carry: the next carry, whose `output` is h', in the dtypes of the old one.
+      state: the next state. A scan over timesteps carries both.
 
     Raises:
       TypeError, ValueError: as `bnjax.bn_apply`.
@@ -147,15 +173,21 @@ def bn_lstm_apply(
       >>> outputs.shape, state.cell_bn.count[:, 0].tolist()
       ((5, 16, 8), [1, 1, 1, 1, 1])
     """
-    defaults = dict(bn_apply.__kwdefaults__ or {})
-    del defaults["axis"], defaults["mask"]
-    checks.keywords("bn_lstm_apply", options, defaults)
-    options = {"axis": -1, "collect": False, "call": "bn_lstm_apply"} | defaults | options
+    options = checked(
+        "bn_lstm_apply",
+        train,
+        axis=-1,
+        epsilon=epsilon,
+        axis_name=axis_name,
+        axis_index_groups=axis_index_groups,
+        unbiased_var=unbiased_var,
+    )
     new_state = {}
 
     def norm(name, values, mask):
-        values, new_state[name], _ = indexed_bn_collect(
-            getattr(params, name), getattr(state, name), values, train, index=carry.step, mask=mask, **options
+        params_of, state_of = getattr(params, name), getattr(state, name)
+        values, new_state[name], _ = apply_indexed(
+            params_of, state_of, values, options, momentum=momentum, mask=mask, index=carry.step
         )
         return values
 
@@ -171,16 +203,18 @@ def step(
     x: Array,
     norm: Callable[[str, Array, Array | None], Array],
 ) -> BNLSTMCarry:
-    """Equations 6 to 8; `norm` normalizes values by the name of their layer, under a mask."""
-    going = None if carry.length is None else (carry.step < carry.length)[:, None]
-    if going is not None:
-        x = jnp.where(going, x, 0)  # what follows a sequence may be NaN, and a NaN times a zero cotangent is one
-    recurrent = norm("recurrent_bn", carry.output @ recurrent_kernel, going)
-    gates = recurrent + norm("input_bn", x @ input_kernel, going)
+    """Equations 6 to 8; `norm(name, values, mask)` applies the normalization of that name."""
+    valid = None if carry.length is None else (carry.step < carry.length)[:, None]
+    if valid is not None:
+        # Padding may be NaN. Without this line the gradient of input_kernel would be NaN as well, because it is the
+        # product of x and a cotangent, and NaN times 0 is NaN.
+        x = jnp.where(valid, x, 0)
+    recurrent = norm("recurrent_bn", carry.output @ recurrent_kernel, valid)
+    gates = recurrent + norm("input_bn", x @ input_kernel, valid)
     f, i, o, g = jnp.split(gates + jnp.expand_dims(bias, 0).astype(gates.dtype), 4, -1)
     cell = jax.nn.sigmoid(f) * carry.cell + jax.nn.sigmoid(i) * jnp.tanh(g)
-    output = jax.nn.sigmoid(o) * jnp.tanh(norm("cell_bn", cell, going))
-    if going is not None:
-        cell, output = jnp.where(going, cell, carry.cell), jnp.where(going, output, carry.output)
-    # The carry keeps its dtypes, which a scan asks for.
+    output = jax.nn.sigmoid(o) * jnp.tanh(norm("cell_bn", cell, valid))
+    if valid is not None:
+        cell, output = jnp.where(valid, cell, carry.cell), jnp.where(valid, output, carry.output)
+    # A scan requires a carry of constant dtypes.
     return BNLSTMCarry(cell.astype(carry.cell.dtype), output.astype(carry.output.dtype), carry.step + 1, carry.length)

@@ -1,7 +1,6 @@
-"""Batch renormalization: the batch's statistics, corrected towards the running ones.
+"""Batch renormalization: the batch's statistics, corrected towards the running statistics.
 
-Ioffe (2017), algorithm 1. Formula, moments, masks, devices and derivatives are those of `bn_apply`; in evaluation it is
-`bn_apply`.
+Ioffe (2017), algorithm 1. Everything else is as in `bn_apply`, which it equals in evaluation.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,28 +13,19 @@ import numpy as np
 from jax import Array, lax
 
 from bnjax.core import checks
-from bnjax.core.apply import (
-    BNParams,
-    BNState,
-    absorbed,
-    aligned,
-    apply_canonical,
-    batch_collected,
-    canonical,
-    static_schedule,
-    usable,
-    widened,
-)
-from bnjax.core.array_moments import sharded_as
-from bnjax.core.normalize import normalize
-from bnjax.core.schedules import Momentum, linear_ramp
+from bnjax.core.apply import aligned, batch_statistics, choose_statistics, compiled_apply, normalize_by, validate
+from bnjax.core.options import Options, checked
+from bnjax.core.records import BNParams, BNState, Collected
+from bnjax.core.running import momentum_argument, update
+from bnjax.core.schedules import Momentum, Scheduled, linear_ramp, scheduled
+from bnjax.core.sharding import sharded_as
 
 Limit = float | Array | Callable[[Array], Array]
 
 # The schedule of Ioffe (2017, section 4): batch normalization for 5000 steps, then more and more correction.
 RENORM_R_MAX = linear_ramp(1.0, 3.0, 5_000, 40_000)
 RENORM_D_MAX = linear_ramp(0.0, 5.0, 5_000, 25_000)
-# What the bounds of renormalization are at least: those of batch normalization.
+# The least bounds of renormalization, which make it batch normalization.
 LEAST = {"r_max": 1, "d_max": 0}
 
 
@@ -61,20 +51,20 @@ def renorm_bn_apply(
         r = clip(std / running std, 1 / r_max, r_max)     d = clip((mean - running mean) / running std, -d_max, d_max)
         y = scale * ((x - mean) / std * r + d) + bias
 
-    with r and d constants to the gradient. Unclipped, y is what evaluation gives. The running mean and the running
-    STANDARD DEVIATION are averaged: the state keeps var = max(running std^2 - epsilon, 0), so that a variance far below
-    epsilon is rounded as epsilon is. In evaluation it is `bn_apply`.
+    where r and d are constants to the gradient. Where nothing is clipped, y is the output of evaluation. The running
+    mean and the running STANDARD DEVIATION are averaged: the state holds var = max(running std^2 - epsilon, 0), so that
+    a variance far below epsilon has the rounding error of epsilon. In evaluation the function is `bn_apply`.
 
     Args:
-      r_max: bound of r, >= 1; 1 is batch normalization. A number, or a function of `state.count`. What only run time
-        knows is 1 at least.
-      d_max: bound of d, >= 0; likewise, 0 at least. `bnjax.RENORM_R_MAX` and `bnjax.RENORM_D_MAX` are the paper's
-        schedule.
-      state: running statistics; None is an error, since there would be nothing to correct towards.
+      r_max: bound of r, >= 1; with 1 and d_max = 0 the function is batch normalization. A number, or a function of
+        `state.count`. A value that is known only at run time is raised to 1.
+      d_max: bound of d, >= 0, likewise; a value known only at run time is raised to 0. `bnjax.RENORM_R_MAX` and
+        `bnjax.RENORM_D_MAX` are the paper's schedule.
+      state: running statistics. None is an error, because there would be nothing to correct towards.
       params, x, train and the rest: as in `bnjax.bn_apply`; `x` is real.
 
     Returns:
-      y and the state, as `bnjax.bn_apply` does.
+      y and the state, as from `bnjax.bn_apply`.
 
     Raises:
       TypeError, ValueError: as `bnjax.bn_apply`, and for a state that is None, complex `x`, r_max < 1 or d_max < 0.
@@ -88,78 +78,81 @@ def renorm_bn_apply(
       >>> y[:, 0].round(3).tolist()  # d = 2 is clipped to 0.5
       [-0.5, 1.5...]
     """
-    return renorm_bn_collect(
-        params,
-        state,
-        x,
+    options = checked(
+        "renorm_bn_apply",
         train,
-        r_max=r_max,
-        d_max=d_max,
         axis=axis,
-        momentum=momentum,
         epsilon=epsilon,
-        mask=mask,
         axis_name=axis_name,
         axis_index_groups=axis_index_groups,
         unbiased_var=unbiased_var,
-        collect=False,
-    )[:2]
+    )
+    return apply_renorm(params, state, x, options, momentum=momentum, mask=mask, r_max=r_max, d_max=d_max)[:2]
 
 
-def renorm_bn_collect(
-    params, state, x, train, *, r_max, d_max, mask, earlier=None, call="renorm_bn_apply", **options
-) -> Any:
-    """`renorm_bn_apply`, and what `bn_collect` collects."""
+def apply_renorm(
+    params: Any,
+    state: BNState | None,
+    x: Array,
+    options: Options,
+    *,
+    momentum: Any,
+    mask: Array | None,
+    r_max: Limit,
+    d_max: Limit,
+    earlier: Collected | None = None,
+) -> tuple[Array, Any, Collected | None]:
+    """`renorm_bn_apply` with checked options, as `bnjax.core.apply.apply` is `bn_apply`."""
+    call = options.call
     if state is None:
         raise ValueError(f"{call}(state=None): there is nothing to correct towards. Pass the state of bn_init.")
-    options, rate = canonical(call, train, state, **options)
-    schedules, limits = zip(*(static_schedule(limit, state, train) for limit in (r_max, d_max)), strict=True)
-    numbers = tuple(
-        None if callable(limit) else _checked_limit(call, name, limit, least)
-        for (name, least), limit in zip(LEAST.items(), limits, strict=True)
-    )
-    return _renorm_bn_apply(params, state, x, mask, rate, earlier, numbers, schedules=schedules, options=options)
+    momentum = momentum_argument(call, momentum, state, options.train)
+    limits = {}
+    for name, limit in ("r_max", r_max), ("d_max", d_max):
+        argument = scheduled(limit, state, options.train)
+        if argument.schedule is None:
+            argument = Scheduled(_checked_limit(call, name, argument.number), None)
+        limits[name] = argument
+    return _apply_renorm(params, state, x, mask, momentum, earlier, limits, options=options)
 
 
-@partial(jax.jit, static_argnames=("schedules", "options"), inline=True)
-def _renorm_bn_apply(params, state, x, mask, rate, earlier, limits, *, schedules, options):
+@partial(jax.jit, static_argnames="options", inline=True)
+def _apply_renorm(params, state, x, mask, momentum, earlier, limits, *, options):
     if not options.train:
-        return apply_canonical(params, state, x, mask, rate, earlier, options=options)
-    features, wide, mask = widened(params, state, x, mask, options)
+        return compiled_apply(params, state, x, mask, momentum, earlier, options=options)
+    batch = validate(params, state, x, mask, options)
     if jnp.iscomplexobj(x):
         raise TypeError(f"{options.call}(x=...): x is {x.dtype}, but d is clipped to an interval. Pass a real x.")
-    batch = batch_collected(wide, mask, features, state, x.dtype, options)
-    mean, var = usable(batch.moments, state, x, mask)
+    statistics = batch_statistics(batch, state, options)
+    mean, var = choose_statistics(statistics.moments, state, batch)
     running = jax.tree.map(lambda v: sharded_as(var, v), state)
     running_std, std = (jnp.sqrt(v.astype(var.dtype) + options.epsilon) for v in (running.var, var))
-    r_max, d_max = (
-        _limit(options.call, name, least, limit if schedule is None else schedule(running.count), std)
-        for (name, least), limit, schedule in zip(LEAST.items(), limits, schedules, strict=True)
-    )
+    r_max, d_max = (_limit(options.call, name, limits[name], running.count, std) for name in ("r_max", "d_max"))
     r = lax.stop_gradient(jnp.clip(std / running_std, 1 / r_max, r_max))
     d = lax.stop_gradient(jnp.clip((mean - running.mean.astype(mean.dtype)) / running_std, -d_max, d_max))
     # scale * (xhat * r + d) + bias is the formula with another scale and bias.
-    mean, var, r, d, scale, bias = (aligned(v, x, features) for v in (mean, var, r, d, *params))
+    r, d, scale, bias = (aligned(v, batch.x, batch.features) for v in (r, d, *params))
     scale, shift = (r, d) if scale is None else (scale.astype(r.dtype) * r, scale.astype(r.dtype) * d)
     bias = shift if bias is None else bias.astype(d.dtype) + shift
-    dtype = options.dtype or x.dtype
-    y = normalize(wide, mean, var, scale, bias, mask, options.epsilon, dtype)
-    state, collected = absorbed(state, batch, earlier, rate, options, std_epsilon=options.epsilon)
-    return y.astype(dtype), state, collected
+    y = normalize_by(mean, var, scale, bias, batch, options)
+    state, collected = update(state, statistics, earlier, momentum, options, std_epsilon=options.epsilon)
+    return y, state, collected
 
 
-def _limit(call, name, least, value, std) -> Any:
+def _limit(call, name, limit, count, std) -> Any:
     """A bound, known or not, as an array with a number for all features or one for each."""
-    value = jnp.asarray(_checked_limit(call, name, value, least)).astype(std.dtype)
+    value = limit.number if limit.schedule is None else limit.schedule(count)
+    value = jnp.asarray(_checked_limit(call, name, value)).astype(std.dtype)
     if value.shape not in ((), std.shape):
         raise ValueError(
             f"{call}({name}=...): expected a number, or one for each feature of shape {std.shape}, got shape "
             f"{value.shape}."
         )
-    return jnp.maximum(value, least)
+    return jnp.maximum(value, LEAST[name])
 
 
-def _checked_limit(call, name, limit, least):
+def _checked_limit(call, name, limit):
+    least = LEAST[name]
     if isinstance(limit, np.ndarray):
         limit = jnp.asarray(limit) if limit.ndim else limit.item()
     numbers = checks.known(limit) if isinstance(limit, Array) else limit

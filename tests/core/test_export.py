@@ -11,7 +11,7 @@ from jax import export
 import bnjax
 import bnjax.linen
 import bnjax.nnx
-from bnjax.core.apply import bn_collect
+from tests.support.collecting import apply_and_collect
 
 RNG = np.random.default_rng(3)
 PARAMS = bnjax.BNParams(jnp.array([0.5, -2.0, 3.0]), jnp.array([1.0, 0.0, -1.0]))
@@ -80,15 +80,7 @@ CASES = {
     ),
     "BN-LSTM": (lstm, "b, 3", TWO),
     "collected": (
-        lambda x: bn_collect(
-            PARAMS,
-            STATE,
-            x,
-            True,
-            mask=rows(x),
-            collect=True,
-            **{k: v for k, v in bnjax.bn_apply.__kwdefaults__.items() if k != "mask"},
-        ),
+        lambda x: apply_and_collect(PARAMS, STATE, x, mask=rows(x)),
         "b, 3",
         TWO,
     ),

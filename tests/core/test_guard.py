@@ -12,8 +12,8 @@ from jax.sharding import PartitionSpec as P
 
 import bnjax
 from bnjax.core import array_moments
-from bnjax.core.apply import bn_collect
 from tests.support import reference
+from tests.support.collecting import apply_and_collect
 from tests.support.tolerances import EPS, FACTOR
 
 pytestmark = pytest.mark.optimized
@@ -32,8 +32,7 @@ def step(x, state, mask=None):
 
 @jax.jit
 def collect(x, mask, state):  # what a state absorbs that is not itself NaN
-    options = bnjax.bn_apply.__kwdefaults__ | {"collect": True, "mask": mask}
-    return bn_collect(PARAMS, state, x, True, **options)[2].moments
+    return apply_and_collect(PARAMS, state, x, mask=mask)[2].moments
 
 
 @jax.jit

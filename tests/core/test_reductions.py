@@ -189,7 +189,8 @@ def test_the_backward_pass_keeps_x_and_nothing_else_of_its_size():
 
 def test_cut_takes_the_first_run_of_axes_that_is_long_enough():
     x, mean = jnp.zeros((8, 5, 6, 11, 2)), jnp.zeros((1, 5, 1, 1, 2))
-    (slabs, means), axis, left, rest = reductions.cut(16, (0, 2, 3), x, mean)
-    assert (slabs.shape, means.shape, axis, rest) == ((8, 5, 11, 6, 2), (1, 5, 1, 1, 2), 2, (0, 2))
-    assert left is None
+    slabs = reductions.cut(16, (0, 2, 3), x, mean)
+    assert [part.shape for part in slabs.parts] == [(8, 5, 11, 6, 2), (1, 5, 1, 1, 2)]
+    assert (slabs.axis, slabs.axes) == (2, (0, 2))
+    assert slabs.leftover is None
     assert reductions.cut(16, (0,), x) is None

@@ -131,13 +131,6 @@ def test_the_committed_report_is_drawn_without_a_message():
     assert drawn == [True] * len(IDS)
 
 
-def test_readme_has_the_committed_verdicts():
-    readme = (RESULTS.parent.parent / "README.md").read_text()
-    for verdict in json.loads((RESULTS / "verdicts.json").read_text()):
-        cells = [verdict[name].replace("|", "\\|") for name in ("id", "claim", "measured", "verdict")]
-        assert f"| {' | '.join(cells)} |" in readme
-
-
 def test_clearly_asks_for_the_95_percent_limit_of_the_mean():
     values = np.array([1.0, 2.0, 3.0, 4.0, 5.0])  # mean 3, standard error sqrt(2.5 / 5); t(0.975, 4) is 2.776
     limit = 3 - 2.776 * np.sqrt(0.5)

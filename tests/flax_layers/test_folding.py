@@ -316,8 +316,8 @@ def test_shared_layers_are_folded_once():
 
 LINEN_ERRORS = {
     "absent": ([("Conv_9", "BatchNorm_0")], r"calls no 'Conv_9'.*'Block_0/BatchNorm_0'.*'Dense_0'"),
-    "activation between": ([("Block_0/BatchNorm_0", "Block_0/Conv_1")], r"not what 'Block_0/BatchNorm_0' gives"),
-    "other order": ([("BatchNorm_0", "Dense_0")], r"what 'Dense_0' is called with is not what 'BatchNorm_0' gives"),
+    "activation between": ([("Block_0/BatchNorm_0", "Block_0/Conv_1")], r"not the output of 'Block_0/BatchNorm_0'"),
+    "other order": ([("BatchNorm_0", "Dense_0")], r"the input of 'Dense_0' is not the output of 'BatchNorm_0'"),
     "two linear": ([("Dense_0", "Dense_1")], r"Dense and Dense. Expected one of \['Dense', 'Conv', 'ConvTranspose'\]"),
     "two norms": ([("Block_0/BatchNorm_0", "Block_0/BatchNorm_1")], r"BatchNorm and BatchNorm"),
     "twice": ([("Dense_0", "BatchNorm_0"), ("BatchNorm_0", "Dense_1")], r"'BatchNorm_0' is in two pairs"),

@@ -56,26 +56,26 @@ FOUND = {
 LEFT = {
     "an activation": (
         through(A, nn.relu, ("bn", BN)),
-        "its input is made by max; what it gives goes into what the mod",
+        "its input is the output of max; its output is used by the model's result",
     ),
-    "a sum": (Model(lambda x: nn.Dense(4, name="a")(x) + BN(name="bn")(nn.relu(x))), "what it gives goes into add"),
+    "a sum": (Model(lambda x: nn.Dense(4, name="a")(x) + BN(name="bn")(nn.relu(x))), "its output is used by add"),
     "a second user": (
         Model(lambda x: (lambda y: BN(name="bn")(y) + y)(nn.Dense(4, name="a")(x))),
-        "what 'a' gives is used by 'bn' and add, not by 'bn' alone",
+        "the output of 'a' is used by 'bn' and add, not by 'bn' alone",
     ),
     "the model returns it": (
         Model(lambda x: (lambda y: (BN(name="bn")(y), y))(nn.Dense(4, name="a")(x))),
-        "what 'a' gives is used by 'bn' and what the model returns",
+        "the output of 'a' is used by 'bn' and the model's result",
     ),
     "padding": (through(nn.relu, ("bn", BN), SAME), "not exact where zeros are padded"),
-    "features reshaped": (through(A, lambda x: x.reshape(-1, 2), ("bn", BN)), "its input is made by reshape"),
-    "transposed": (through(A, lambda x: x.mT, ("bn", BN)), "its input is made by transpose"),
+    "features reshaped": (through(A, lambda x: x.reshape(-1, 2), ("bn", BN)), "its input is the output of reshape"),
+    "transposed": (through(A, lambda x: x.mT, ("bn", BN)), "its input is the output of transpose"),
     "another feature axis": (through(A, ("bn", partial(BN, axis=1))), "'bn' has axis=1"),
     "a shared linear layer": (
         Model(lambda x: (lambda a: BN(name="bn")(a(x)) + nn.relu(a(x)))(nn.Dense(4, name="a"))),
-        "what 'a' gives is used by max and 'bn', not by 'bn' alone",
+        "the output of 'a' is used by max and 'bn', not by 'bn' alone",
     ),
-    "integers between": (through(A, lambda x: x.astype(jnp.int32), ("bn", BN)), "made by convert_element_type"),
+    "integers between": (through(A, lambda x: x.astype(jnp.int32), ("bn", BN)), "output of convert_element_type"),
 }
 
 
@@ -137,10 +137,10 @@ NNX_FOUND = {
     "remat": (lambda m, x: nnx.remat(lambda m, x: m.bn(m.a(x)))(m, x), [("a", "bn")]),
 }
 NNX_LEFT = {
-    "an activation": (lambda m, x: m.bn(nnx.relu(m.a(x))), "its input is made by max"),
+    "an activation": (lambda m, x: m.bn(nnx.relu(m.a(x))), "its input is the output of max"),
     "a second user": (lambda m, x: (lambda y: m.bn(y) + y)(m.a(x)), "used by 'bn' and add, not by 'bn' alone"),
     "not called": (lambda m, x: m.a(x), "the model does not call it"),
-    "a shared linear layer": (lambda m, x: m.bn(m.a(x)) + m.a(x), "what 'a' gives is used by"),
+    "a shared linear layer": (lambda m, x: m.bn(m.a(x)) + m.a(x), "the output of 'a' is used by"),
     "in training": (lambda m, x: m.bn(m.a(x), use_running_average=False), "normalizes by its batch"),
 }
 
@@ -169,7 +169,7 @@ def test_nnx_fold_leaves_the_rest_and_says_why(function, reason, caplog):
 
 def test_nnx_fold_without_an_input_takes_no_word_for_the_axis_or_for_a_layer_used_twice():
     model = nnx_model(lambda m, x: m.bn(m.a(x)), a=DENSE, bn=partial(nnx.BatchNorm, 4, axis=1), c=NORM)
-    with pytest.raises(ValueError, match=r"'bn' has axis=1.*or an example input, by which the model is traced"):
+    with pytest.raises(ValueError, match=r"'bn' has axis=1.*or an example input, with which the model is traced"):
         bnjax.nnx.fold_model(model, [("a", "bn")])
     with pytest.raises(ValueError, match=r"'bn' has axis=1. Folding needs the features on the last axis, -1\."):
         bnjax.nnx.fold_model(model, [("a", "bn")], numbers(2, 4, 4))
@@ -211,7 +211,7 @@ def test_a_folded_linen_model_refuses_other_variables():
     model, x = through(("a", partial(nn.Dense, 4, use_bias=False)), ("bn", BN)), numbers(2, 3, 4)
     variables = variables_of(model, x)
     _, interceptor = bnjax.linen.fold_model(model, variables, x)
-    with pytest.raises(ValueError, match=r"interceptor: 'a' has no bias. Apply the variables that fold gave"):
+    with pytest.raises(ValueError, match=r"interceptor: 'a' has no bias. Apply the variables that fold_model returned"):
         interceptor.model.apply(variables, x)
 
 

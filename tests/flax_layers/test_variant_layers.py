@@ -326,7 +326,7 @@ def test_a_bn_lstm_layer_runs_in_shard_map_and_refuses_two_lengths(rng):
     whole = bnjax.linen.BNLSTM(bnjax.linen.BNLSTMCell(features=4, num_steps=3, use_running_average=False))
     (_, want), _ = jax.jit(partial(whole.apply, mutable=["batch_stats"]))(variables, x)
     close(outputs, want, 1e-4)
-    with pytest.raises(ValueError, match="the carry has the length"):
+    with pytest.raises(ValueError, match="the carry holds the length"):
         layer.init(KEY, x, length=jnp.ones(8, int), initial_carry=bnjax.bn_lstm_carry(8, 4))
 
 

@@ -1,0 +1,176 @@
+"""Everything that bnjax uses of JAX and that JAX does not promise to keep.
+
+JAX promises the documented functions of `jax`, `jax.numpy` and `jax.lax`. The names below lie outside that promise, so
+that they are used in this module alone. Where JAX has lost one of them, the plain formula runs in its place: results
+stay exact, and only what is said here is lost.
+
+`jax.extend.core.Primitive`, `jax.interpreters.ad`, `.batching`, `.mlir`
+    Why: a function with a lowering of its own on CPU and on CUDA GPUs, with a transpose that reads `x` and not
+    `x - mean`, and with one conditional for several models under `vmap`.
+    Without them: XLA lowers the plain formula, which is slower on CPU and moves more memory on a GPU.
+    What may replace them: `jax.lax.platform_dependent`, when it can tell how many devices hold an array.
+
+`mlir.ShardingContext`, `mlir.SPMDAxisContext`
+    Why: they tell a lowering whether one device holds the whole array, since slabs of a sharded array would be
+    communication.
+    Without them: the lowering on CPU is the plain one.
+
+`jax.experimental.jet`, `jax.extend.core.primitives.name_p`
+    Why: the table of rules of `jet` takes one for each of our primitives, and one for the names that
+    `jax.ad_checkpoint.checkpoint_name` gives, which it does not know.
+    Without them: there are no Taylor series through batch normalization.
+
+`jax.sharding.get_abstract_mesh().manual_axes`
+    Why: it tells the axes of a mesh, which `shard_map` and `pmap` map, from axes of `vmap`. Only the former have
+    collectives, and those take a type for results that are replicated.
+    Without it: every axis is treated as one of `vmap`, and `shard_map` needs `check_vma=False`.
+"""
+
+import functools
+import importlib
+from collections.abc import Callable, Hashable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def _module(name: str) -> Any:
+    """A module of JAX, or None where JAX has lost it."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        return None
+
+
+Primitive: Any = getattr(_module("jax.extend.core"), "Primitive", None)
+ad, batching, mlir = (_module(f"jax.interpreters.{name}") for name in ("ad", "batching", "mlir"))
+jet = _module("jax.experimental.jet")
+HAS_PRIMITIVES = None not in (Primitive, ad, batching, mlir)
+
+
+class PlatformFunction:
+    """A function of arrays with a lowering of its own on some platforms, which every transformation of JAX knows.
+
+    `function(*arrays, axes=axes)` gives what `plain(*arrays, axes=axes)` gives, a tuple of arrays.
+
+    Args:
+      name: that of the primitive in compiled programs.
+      plain: the computation on every other platform, and the one that derivatives are taken of.
+      cpu: the computation where one CPU device holds the arrays.
+      cuda: the computation on CUDA GPUs. It is elementwise, so that it serves sharded arrays too.
+      taylor: the same function in operations that `jax.experimental.jet` knows; by default `plain`.
+      linear: how many of the first arguments the function is linear in, all together.
+      first_is_full: whether the arrays broadcast against the first one. Several models under `vmap` are then one
+        computation on arrays with one more axis, also where all models share some of the arrays.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        plain: Callable[..., Any],
+        *,
+        cpu: Callable[..., Any] | None = None,
+        cuda: Callable[..., Any] | None = None,
+        taylor: Callable[..., Any] | None = None,
+        linear: int = 0,
+        first_is_full: bool = False,
+    ):
+        self.plain, self.cpu, self.cuda = plain, cpu, cuda
+        self.taylor = taylor or plain
+        self.linear = linear
+        self.first_is_full = first_is_full
+        self.primitive = self._registered(Primitive(name)) if HAS_PRIMITIVES else None
+
+    def __call__(self, *arrays: Any, axes: tuple[int, ...]) -> tuple[Any, ...]:
+        if self.primitive is None:
+            return tuple(self.plain(*arrays, axes=axes))
+        return tuple(self.primitive.bind(*arrays, axes=axes))
+
+    def _registered(self, primitive):
+        """The primitive with its rules: shapes, derivative, batching, lowering, Taylor series."""
+        primitive.multiple_results = True
+        primitive.def_impl(self.plain)
+        primitive.def_abstract_eval(functools.cache(self._abstract))
+        ad.primitive_jvps[primitive] = self._jvp
+        batching.primitive_batchers[primitive] = self._batch
+        mlir.register_lowering(primitive, mlir.lower_fun(self.plain, multiple_results=True))
+        mlir.register_lowering(primitive, self._lower_on_cpu, platform="cpu")
+        if self.cuda is not None:
+            mlir.register_lowering(primitive, mlir.lower_fun(self.cuda, multiple_results=True), platform="cuda")
+        if jet is not None:
+            jet.jet_rules[primitive] = self._jet
+        return primitive
+
+    def _abstract(self, *avals, axes):
+        return jax.make_jaxpr(partial(self.plain, axes=axes))(*avals).out_avals
+
+    def _jvp(self, primals, tangents, *, axes):
+        """The function at the tangents of its linear arguments, plus the plain derivative in the others."""
+        given = [not isinstance(t, ad.Zero) for t in tangents]
+        tangents = tuple(map(ad.instantiate_zeros, tangents))
+        linear, others = primals[: self.linear], primals[self.linear :]
+        terms = []
+        if any(given[: self.linear]):
+            terms.append(self(*tangents[: self.linear], *others, axes=axes))
+        if any(given[self.linear :]):
+            of_others = partial(self.plain, *linear, axes=axes)
+            terms.append(jax.jvp(of_others, others, tangents[self.linear :])[1])
+        return self(*primals, axes=axes), [functools.reduce(jnp.add, t) for t in zip(*terms, strict=True)]
+
+    def _batch(self, arrays, dims, *, axes):
+        """One call on arrays with a leading axis more; where an array lacks that axis, and none is full, plain vmap."""
+        if None in dims and not self.first_is_full:
+            out = jax.vmap(partial(self.plain, axes=axes), in_axes=tuple(dims))(*arrays)
+            return out, (0,) * len(out)
+        size = next(v.shape[d] for v, d in zip(arrays, dims, strict=True) if d is not None)
+        first, *rest = (v[None] if d is None else jnp.moveaxis(v, d, 0) for v, d in zip(arrays, dims, strict=True))
+        if dims[0] is None:
+            first = jnp.broadcast_to(first, (size, *first.shape[1:]))
+        out = self(first, *rest, axes=tuple(a + 1 for a in axes))
+        return out, (0,) * len(out)
+
+    def _lower_on_cpu(self, context, *arrays, axes):
+        rule = self.cpu if self.cpu and _on_one_device(context.module_context.axis_context) else self.plain
+        return mlir.lower_fun(rule, multiple_results=True)(context, *arrays, axes=axes)
+
+    def _jet(self, primals, terms, *, axes):
+        return jet.jet(partial(self.taylor, axes=axes), primals, terms, factorial_scaled=False)
+
+
+def transpose_each_other(first: PlatformFunction, second: PlatformFunction) -> None:
+    """Make each of two functions the transpose of the other; the arguments they are not linear in are the same."""
+    for function, transposed in (first, second), (second, first):
+        if function.primitive is not None:
+            ad.primitive_transposes[function.primitive] = partial(_transpose, function.linear, transposed)
+
+
+def _transpose(linear, transposed, cotangents, *arguments, axes):
+    results = transposed(*map(ad.instantiate_zeros, cotangents), *arguments[linear:], axes=axes)
+    wanted = [ct if ad.is_undefined_primal(v) else None for v, ct in zip(arguments[:linear], results, strict=True)]
+    return wanted + [None] * (len(arguments) - linear)
+
+
+def _on_one_device(context):
+    """Whether the arrays being lowered are on one device: the only one, or each device's own part of a shard_map."""
+    sharding, manual = (getattr(mlir, name, ()) for name in ("ShardingContext", "SPMDAxisContext"))
+    if isinstance(context, sharding):
+        return context.num_devices == 1
+    return isinstance(context, manual) and context.manual_axes == frozenset(context.mesh.axis_names)
+
+
+def mesh_axes() -> frozenset[Hashable]:
+    """The named axes of a mesh that `shard_map` or `pmap` maps where this is called."""
+    mesh = getattr(jax.sharding, "get_abstract_mesh", lambda: None)()
+    return frozenset(getattr(mesh, "manual_axes", ()))
+
+
+def _let_names_pass_through_jet():
+    """A name for `jax.checkpoint` changes nothing, so that the Taylor series of its result is that of its argument."""
+    name_p = getattr(_module("jax.extend.core.primitives"), "name_p", None)
+    if None not in (jet, name_p):
+        jet.jet_rules.setdefault(name_p, lambda primals, terms, **params: (*primals, *terms))
+
+
+_let_names_pass_through_jet()

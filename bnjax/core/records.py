@@ -1,0 +1,72 @@
+"""The named tuples that functions take and return. All of them are pytrees, and `jax.export` serializes them."""
+
+from typing import NamedTuple, TypeVar
+
+import jax
+import jax.export
+from jax import Array
+
+T = TypeVar("T")
+
+
+def serializable(record: type[T]) -> type[T]:
+    """Let `jax.export` serialize functions that take or return this named tuple.
+
+    JAX keeps the first registration of a name, also where the module is reloaded and the class is another.
+    """
+    try:
+        return jax.export.register_namedtuple_serialization(record, serialized_name=f"bnjax.{record.__name__}")
+    except ValueError as error:
+        if "Duplicate" not in str(error):
+            raise
+        return record
+
+
+@serializable
+class BNParams(NamedTuple):
+    """Learned scale (gamma) and bias (beta), of the shape of the features; None where the layer has none."""
+
+    scale: Array | None
+    bias: Array | None
+
+
+@serializable
+class BNState(NamedTuple):
+    """Running mean and variance, and how many updates each feature absorbed; of the shape of the features."""
+
+    mean: Array
+    var: Array
+    count: Array  # pyright: ignore[reportIncompatibleMethodOverride]  a tuple counts too
+
+
+@serializable
+class Moments(NamedTuple):
+    """Weight, mean and variance per feature; all three have the shape of the features.
+
+    `weight` is the number of elements, or the sum of the mask where one is given. `var` is divided by `weight`. Where
+    `weight` is 0, `mean` and `var` are 0.
+    """
+
+    weight: Array
+    mean: Array
+    var: Array
+
+
+@serializable
+class Support(NamedTuple):
+    """How many elements the moments come from: the number of weights > 0, and the mean weight sum(w^2) / sum(w).
+
+    A number of weight / mean_weight equal weights would average as well (Kish, 1965). The sum of squares itself would
+    leave the floating range for weights far from 1.
+    """
+
+    valid: Array
+    mean_weight: Array
+
+
+@serializable
+class Collected(NamedTuple):
+    """What a layer collects from a batch in training: its moments and their support."""
+
+    moments: Moments
+    support: Support

@@ -1,0 +1,91 @@
+"""Running statistics: what the state absorbs from the moments of a batch.
+
+running = momentum * running + (1 - momentum) * batch          for mean and var
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from bnjax.core import checks
+from bnjax.core.moments import merge_together, wider
+from bnjax.core.options import Options
+from bnjax.core.records import BNState, Collected
+from bnjax.core.schedules import Scheduled, scheduled
+from bnjax.core.sharding import select, sharded_as
+
+
+def momentum_argument(call: str, momentum: Any, state: Any, train: bool) -> Scheduled:
+    """The momentum as an argument of a compiled function: a pair of the number and its complement, or a schedule."""
+    argument = scheduled(momentum, state, train)
+    if argument.schedule is not None:
+        return argument
+    return Scheduled(checks.momentum(call, argument.number), None)
+
+
+def update(
+    state: BNState | None,
+    batch: Collected,
+    earlier: Collected | None,
+    momentum: Scheduled,
+    options: Options,
+    std_epsilon: float | None = None,
+) -> tuple[BNState | None, Collected | None]:
+    """The state after an update by a batch, and the collected moments if `options` ask for them.
+
+    Moments of `earlier` parts of one larger batch are merged with those of this part: the state absorbs the moments of
+    all parts, and they are what is collected.
+    """
+    if earlier is not None:
+        batch = merge_together(earlier, batch)
+    if state is not None:
+        weights = momentum.number
+        if momentum.schedule is not None:
+            weights = checks.momentum(options.call, momentum.schedule(state.count))
+        checks.rate(options.call, weights, state.count)
+        state = absorb(state, batch, weights, options.unbiased_var, std_epsilon)
+    return state, batch if options.collect else None
+
+
+def absorb(
+    state: BNState, batch: Collected, weights: tuple[Any, Any], unbiased_var: bool, std_epsilon: float | None = None
+) -> BNState:
+    """`state` after one update, in its own dtypes. A feature without enough information stays as it is.
+
+    Enough are two valid values whose statistics are finite.
+
+    Args:
+      state: the running statistics.
+      batch: the moments of the batch and their support.
+      weights: of the old value and of the new one; they add up to 1.
+      unbiased_var: whether the variance is divided by n - sum(w^2) / n in place of n.
+      std_epsilon: None averages the variances; a number averages the standard deviations sqrt(var + std_epsilon).
+    """
+    (weight, mean, var), support = jax.tree.map(lambda v: sharded_as(state.mean, v), batch)
+    enough = support.valid >= 2
+    if unbiased_var:
+        divisor = weight - support.mean_weight
+        enough &= divisor > 0
+        var = var * jnp.where(enough, weight / jnp.where(enough, divisor, 1), 1)
+    enough &= jnp.isfinite(mean) & jnp.isfinite(var)
+    mean = _average(state.mean, mean, weights)
+    if std_epsilon is None:
+        var = _average(state.var, var, weights)
+    else:
+        dtype = wider(state.var.dtype, var.dtype)
+        old, new = (jnp.sqrt(v.real.astype(dtype) + std_epsilon) for v in (state.var, var))
+        std = _average(old, new, weights)
+        var = jnp.maximum(std * std - std_epsilon, 0)
+    return BNState(
+        select(enough, mean.astype(state.mean.dtype), state.mean),
+        select(enough, var.astype(state.var.dtype), state.var),
+        state.count + enough.astype(state.count.dtype),
+    )
+
+
+def _average(old, new, weights):
+    dtype = wider(old.dtype, new.dtype)
+    keep, take = (jnp.asarray(w).astype(dtype) for w in weights)
+    excess = (keep - 1) + take  # both are rounded: without this a constant would drift by excess / take
+    return keep * old.astype(dtype) + (take * new.astype(dtype) - excess * old.astype(dtype))

@@ -1,0 +1,228 @@
+"""Tables of the files under experiments/results, as Markdown, so that no page states a number that no run has.
+
+Each function reads the results as they are when the site is built. What a number means is said by the experiment's own
+functions (`bench.least`, `compiled.added`), which are used here too.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from experiments.benchmark import bench, compiled, exactness
+from experiments.harness import records
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "experiments" / "results"
+VARIANTS = ("batch-size", "recurrent", "noise", "cost")
+"""Experiments that the choice of a variant rests on."""
+BLOCKS = {"bn": "BN", "bn_relu": "BN + ReLU", "bn_add_relu": "BN + add + ReLU"}
+DIRECTIONS = {"forward": "forward", "backward": "forward and backward"}
+FLAX = ("bnjax", "Flax Linen", "Flax Linen, two reads")
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def claims() -> list[dict[str, Any]]:
+    """The entries of verdicts.json."""
+    return json.loads((RESULTS / "verdicts.json").read_text(encoding="utf-8"))
+
+
+def verdicts(names: Sequence[str] = (), report: str = "results/report.html") -> str:
+    """Each claim with what was measured and the verdict; of these experiments alone if any are named."""
+    chosen = [claim for claim in claims() if not names or claim["id"] in names]
+    rows = [[f"[{c['id']}]({report}#{c['id']})", c["claim"], c["measured"], c["verdict"]] for c in chosen]
+    return table(["experiment", "claim", "measured", "verdict"], rows)
+
+
+def tally() -> str:
+    """How many claims have which verdict, in a sentence."""
+    found = [claim["verdict"] for claim in claims()]
+    parts = [f"*{verdict}*: {found.count(verdict)}" for verdict in dict.fromkeys(found)]
+    return f"Verdicts of the committed run on {len(found)} claims: {', '.join(parts)}."
+
+
+def averaging() -> str:
+    """Weights as they are, averaged, and averaged with recalibrated statistics."""
+    runs = json.loads((RESULTS / "averaging" / "evaluations.json").read_text(encoding="utf-8"))
+    rows = []
+    for way in runs[0]:
+        accuracy, loss = np.array([run[way] for run in runs]).T
+        rows.append([way, records.spread(accuracy, ".3f"), records.spread(loss, ".3f")])
+    return table(["weights", "test accuracy", "test cross-entropy"], rows)
+
+
+def errors(quantity: str) -> str:
+    """The largest errors of each library, against |mean| / std of the data."""
+    entries = exactness.read(RESULTS / "exactness")
+    rows = exactness.by_library(entries, quantity)
+    ratios = list(next(iter(rows.values())))
+    cells = [[name, *("not finite" if e[r] is None else f"{e[r]:.1e}" for r in ratios)] for name, e in rows.items()]
+    return table(["library", *(f"{ratio:g}" for ratio in ratios)], cells)
+
+
+def _programs() -> list[dict[str, Any]]:
+    lines = (RESULTS / "compiled" / "programs.jsonl").read_text(encoding="utf-8").splitlines()
+    return [entry for entry in map(json.loads, lines) if "unread" not in entry]
+
+
+def passes(dtype: str = "bfloat16") -> str:
+    """Passes over memory of one layer, and collectives: bnjax / Flax / Flax with two reads."""
+    entries = _programs()
+    targets = list(dict.fromkeys(e["target"] for e in entries))
+    kinds = [(block, direction) for block in BLOCKS for direction in DIRECTIONS]
+    facts: dict[str, Any] = {"part": "layer", "variant": None, "dtype": dtype}
+
+    def cells(block, direction, value):
+        found = (compiled.of(entries, target=t, block=block, direction=direction, **facts) for t in targets)
+        return ["\N{NO-BREAK SPACE}/ ".join(value(row[name]) if name in row else "-" for name in FLAX) for row in found]
+
+    rows = [
+        [f"{BLOCKS[block]}, {DIRECTIONS[direction]}", *cells(block, direction, lambda e: f"{e['passes']:.1f}")]
+        for block, direction in kinds
+    ]
+    collectives = cells("bn", "backward", lambda e: str(len(e["collectives"])))
+    rows.append(["collectives of BN, forward and backward", *collectives])
+    return table(["passes: bnjax / Flax / Flax, two reads", *targets], rows)
+
+
+def variants_compiled() -> str:
+    """Passes over memory of variants, masks and layouts, forward and backward, bfloat16."""
+    entries = [e for e in _programs() if e["part"] == "layer" and e.get("variant") and e["library"] == "bnjax"]
+    targets = list(dict.fromkeys(e["target"] for e in entries))
+    found = {(e["variant"], e["target"]): e for e in entries if e["direction"] == "backward"}
+    names = list(dict.fromkeys(name for name, _ in found))
+    rows = [[n, *(f"{found[n, t]['passes']:.1f}" if (n, t) in found else "-" for t in targets)] for n in names]
+    return table(["passes, forward and backward, bfloat16", *targets], rows)
+
+
+def networks() -> str:
+    """A training step of whole networks: bytes moved, what normalization adds to them, collectives, memory."""
+    entries = [entry for entry in _programs() if entry["part"] != "layer"]
+    rows = []
+    for part, target in dict.fromkeys((e["part"], e["target"]) for e in entries):
+        same = compiled.of(entries, part=part, target=target)
+        flax = same.get("Flax Linen") or same["Flax NNX"]
+        ours = same["bnjax"]
+        moved = [same.get(name) for name in (compiled.NONE, "Flax Linen, two reads")]
+        none, twice = ("" if e is None else f"{e['bytes'] / 1e9:.2f}" for e in moved)
+        counted = compiled.NONE in same and flax["bytes"] > same[compiled.NONE]["bytes"]
+        rows.append(
+            [
+                f"{'ResNet-50' if part == 'resnet50' else 'NNX network'}, {target}, {ours['images']} images",
+                none,
+                f"{flax['bytes'] / 1e9:.2f}",
+                twice,
+                f"{ours['bytes'] / 1e9:.2f}",
+                f"{ours['bytes'] / flax['bytes']:.3f}",
+                f"{compiled.added(same, 'bnjax'):.3f}" if counted else "",
+                f"{len(flax['collectives'])}, {len(ours['collectives'])}",
+                f"{flax['temporary'] / 1e9:.2f}, {ours['temporary'] / 1e9:.2f}",
+            ]
+        )
+    head = ["a step", "GB: no BN", "Flax", "Flax, two reads", "bnjax", "bnjax / Flax", "of what BN adds"]
+    return table([*head, "collectives: Flax, bnjax", "temporary GB: Flax, bnjax"], rows)
+
+
+def _times() -> dict[str, list[dict[str, Any]]]:
+    return bench.read(RESULTS / "bench")
+
+
+def libraries() -> str:
+    """How many times as fast as each library, by the least times, geometric mean over the shapes."""
+    entries = _times()["libraries"]
+    names = [name for name in entries[0]["seconds"] if not name.startswith("copy") and name != "bnjax"]
+    keys = [tuple(e[k] for k in ("layout", "dtype", "block", "direction")) for e in entries]
+    rows = []
+    for key in dict.fromkeys(keys):
+        same = [e for e, k in zip(entries, keys, strict=True) if k == key]
+        ratios = [bench.geometric_mean(bench.least(e)[n] / bench.least(e)["bnjax"] for e in same) for n in names]
+        limit = bench.geometric_mean(bench.of_the_limit(e)["bnjax"] for e in same)
+        layout, dtype, block, direction = key
+        label = f"{BLOCKS[block]}, {DIRECTIONS[direction]}"
+        label += "" if dtype == "float32" else f", {dtype}"
+        rows.append(
+            [label + (", channels first" if layout == "first" else ""), *(f"{v:.2f}" for v in [*ratios, limit])]
+        )
+    return table(["", *names, "of the limit"], rows)
+
+
+def bench_facts() -> str:
+    """The versions and settings of the committed benchmark, in a sentence."""
+    config = records.read_config(RESULTS / "bench")
+    found = ", ".join(f"{name} {version}" for name, version in config["libraries"].items())
+    shapes = ", ".join(shape.replace("x", " x ") for shape in config["config"]["shapes"])
+    rounds = config["config"]["rounds"]
+    return (
+        f"The committed run compares the least of {rounds} times of each call, on {config['cores']} shared CPU cores, "
+        f"with jax {config['jax']}, {found}. Means are geometric, over the shapes {shapes}."
+    )
+
+
+def network() -> str:
+    """Memory and time of a network of 12 blocks."""
+    entries = _times()["network"]
+    names = list(entries[0]["values"])
+    rows = [[e["measure"], *(f"{e['values'][n]:.3g}" if n in e["values"] else "" for n in names)] for e in entries]
+    return table(["", *(f"bnjax, `{n}`" if n == "save_statistics" else n for n in names)], rows)
+
+
+def variants_timed() -> str:
+    """Times of the variants in multiples of `bn_apply`'s."""
+    entries = _times()["variants"]
+    names = list(entries[0]["seconds"])
+    rows = []
+    for e in entries:
+        least = bench.least(e)
+        rows.append([" x ".join(map(str, e["shape"])), *(f"{least[n] / least['bn_apply']:.2f}" for n in names)])
+    return table(["shape of x", *(f"`{name}`" for name in names)], rows)
+
+
+COMPARED = ("bnjax", "Flax Linen", "Haiku", "Equinox", "Keras on JAX", "PyTorch")
+
+
+def comparison() -> str:
+    """The measured rows of README's table: errors, passes over memory and times beside the other libraries."""
+    found = exactness.by_library(exactness.read(RESULTS / "exactness"), "y")
+    errors = [found[name][1e4] for name in COMPARED]
+    rows = [
+        [
+            "largest error of the output at \\|mean\\|/std = 10⁴, float32",
+            *("not finite" if error is None else f"{error:.1e}" for error in errors),
+        ]
+    ]
+    facts: dict[str, Any] = {"part": "layer", "variant": None, "block": "bn", "direction": "backward"}
+    for target, what in (("v5e", "passes over memory, TPU v5e¹"), ("h100", "passes over memory, H100¹")):
+        row = compiled.of(_programs(), target=target, dtype="bfloat16", **facts)
+        rows.append([what, *(f"{row[name]['passes']:.1f}" if name in row else "" for name in COMPARED)])
+    facts = {"layout": "last", "dtype": "float32", "block": "bn", "direction": "backward"}
+    entries = [e for e in _times()["libraries"] if all(e[k] == v for k, v in facts.items())]
+    times = [bench.geometric_mean(bench.least(e)[n] / bench.least(e)["bnjax"] for e in entries) for n in COMPARED]
+    rows.append(["time on CPU, in multiples of bnjax's²", *(f"{value:.2f}" for value in times)])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "verdicts": verdicts,
+    "tally": tally,
+    "variant-verdicts": lambda: verdicts(VARIANTS, "../results/report.html"),
+    "cost-verdict": lambda: verdicts(["cost"], "../results/report.html"),
+    "averaging": averaging,
+    "errors-output": lambda: errors("y"),
+    "errors-gradient": lambda: errors("dx"),
+    "passes": passes,
+    "passes-float32": lambda: passes("float32"),
+    "variants-compiled": variants_compiled,
+    "networks": networks,
+    "libraries": libraries,
+    "bench-facts": bench_facts,
+    "network": network,
+    "variants-timed": variants_timed,
+}
+"""By the name in the comment on a page, `<!-- table: name -->`."""

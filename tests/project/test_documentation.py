@@ -1,0 +1,93 @@
+"""The documentation: every public name is in the API reference, and the reference shows what the docstrings say."""
+
+import json
+import re
+
+import pytest
+
+pytest.importorskip("griffe", reason="the documentation is built by the extra `docs`")
+
+from docs.tools import docstrings, public, tables
+from tests.support.markdown import PAGES, ROOT
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_every_public_name_has_a_docstring_and_an_entry_in_the_reference():
+    assert public.problems() == []
+
+
+def test_a_public_name_that_the_reference_lacks_is_a_problem(monkeypatch):
+    monkeypatch.setattr(public, "documented", lambda: sorted(public.names() - {"bnjax.bn_apply"}))
+    assert public.problems() == ["bnjax.bn_apply is public, but no page of docs/reference has it."]
+
+
+def test_sections_of_a_docstring_become_lists():
+    text = """One line.
+
+        y = x
+
+Args:
+  params, state: of the layer,
+    as in `bnjax.bn_apply`.
+  *args: others.
+
+Returns:
+  y: of x's shape.
+
+Raises:
+  ValueError: for nothing.
+
+Example:
+  >>> 1 + 1
+  2
+"""
+    assert docstrings.markdown(text).split("\n\n")[2:] == [
+        "**Arguments**",
+        "- `params`, `state`: of the layer,\n    as in [`bnjax.bn_apply`][bnjax.bn_apply].\n- `*args`: others.",
+        "**Returns**",
+        "- `y`: of x's shape.",
+        "**Raises**",
+        "- `ValueError`: for nothing.",
+        "**Example**",
+        "```pycon\n>>> 1 + 1\n2\n```",
+        "",
+    ]
+
+
+def test_names_link_to_the_reference_outside_of_blocks():
+    text = "`bnjax.fold(params)` and `bnjax.nothing`\n\n```python\n`bnjax.fold`\n```\n\n# `bnjax.fold`"
+    linked = "[`bnjax.fold(params)`][bnjax.fold] and `bnjax.nothing`"
+    assert docstrings.linked(text) == text.replace("`bnjax.fold(params)` and `bnjax.nothing`", linked)
+
+
+def test_readme_has_at_most_180_lines_and_an_example_by_line_15():
+    lines = README.splitlines()
+    assert len(lines) <= 180
+    assert any("bn_apply(" in line for line in lines[:15])
+
+
+def test_readme_has_the_committed_numbers():
+    assert tables.comparison() in README
+
+
+def test_the_committed_verdicts_are_on_the_page_of_claims():
+    shown = tables.verdicts()
+    for verdict in json.loads((tables.RESULTS / "verdicts.json").read_text(encoding="utf-8")):
+        cells = [verdict[name].replace("|", "\\|") for name in ("claim", "measured", "verdict")]
+        assert f"| {' | '.join(cells)} |" in shown
+
+
+def test_every_table_is_on_a_page_and_can_be_made():
+    text = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
+    named = re.findall(r"^ *<!-- table: (\S+) -->$", text, re.MULTILINE)
+    assert set(named) == set(tables.TABLES)
+    for make in tables.TABLES.values():
+        assert make().count("\n") != 1
+
+
+def test_links_of_readme_and_contributing_lead_to_files():
+    for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md"):
+        text = (ROOT / name).read_text(encoding="utf-8")
+        for link in re.findall(r"\]\(([^)#]+)", text):
+            assert link.startswith("https://") or (ROOT / link).is_file(), f"{name}: {link}"

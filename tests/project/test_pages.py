@@ -1,0 +1,78 @@
+"""The Python blocks of README and documentation run, their assertions included, and so do the commands for machines.
+
+All blocks of a page run in order, in one namespace that the page has for itself.
+"""
+
+import os
+import re
+import shlex
+import socket
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from tests.support import markdown
+from tests.support.markdown import ROOT
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_compilation():
+    """Half of the time goes into XLA's optimizations, which these small programs do not need."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+    jax.clear_caches()  # other tests read what is compiled
+
+
+def run(name, program, folder):
+    # As a user has it: with JAX's own promotion of dtypes and ranks.
+    with (
+        jax.numpy_dtype_promotion("standard"),
+        jax.numpy_rank_promotion("allow"),
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        patch.chdir(folder)  # a block may write a file
+        exec(compile(program, str(ROOT / name), "exec"), {"__name__": "page"})
+
+
+@pytest.mark.parametrize(("name", "program"), [pytest.param(*page, id=page[0]) for page in markdown.pages().items()])
+def test_blocks_run(name, program, tmp_path):
+    run(name, program, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", markdown.pages(slow=True))
+def test_slow_blocks_run(name, tmp_path):
+    run(name, markdown.pages(slow=True)[name], tmp_path)
+
+
+def test_a_page_is_one_program_with_the_lines_of_the_page():
+    block = "```python\nx = 1\n```\n"
+    text = f'# Page\n\n{block}\n=== "Tab"\n\n    ```python\n    if x:\n        y = x\n    ```\n\n<!-- slow -->\n{block}'
+    program = markdown.program(text)
+    assert program.split("\n").index("if x:") == text.split("\n").index("    if x:")
+    assert program.count("x = 1") == 1
+    assert markdown.program(text, slow=True).count("x = 1") == 2
+    assert markdown.program("# Page") == ""
+
+
+@pytest.mark.slow
+def test_the_commands_for_two_machines_run(tmp_path):
+    page = (ROOT / "docs" / "guides" / "devices.md").read_text(encoding="utf-8")
+    section = page.partition("<!-- commands: two machines -->")[2].partition("```\n")[0]
+    commands = re.findall(r"^\.venv/bin/python (-m experiments .*)$", section, re.MULTILINE)
+    assert len(commands) == 2
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    small = f" --steps 4 --eval-every 4 --seeds 1 --hidden 8 --out {tmp_path / 'out'}"
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+    running = []
+    for command in commands:
+        local = command.replace("10.0.0.1:1234", address).replace("/shared", str(tmp_path)) + small
+        running.append(subprocess.Popen([sys.executable, *shlex.split(local)], env=environment, cwd=ROOT))
+    assert [process.wait(timeout=120) for process in running] == [0, 0]
+    assert (tmp_path / "run").is_dir()
+    assert (tmp_path / "out" / "convergence" / "metrics.jsonl").is_file()
