@@ -10,6 +10,13 @@ INSTALL := -m pip install --quiet --disable-pip-version-check
 # The environments hold jax for the CPU. Compilers for TPUs and GPUs lie beside it, whose search for a device is noise.
 export JAX_PLATFORMS ?= cpu
 
+# `make test CACHE=1` keeps compiled programs under .cache, where the next run finds those that have not changed.
+ifdef CACHE
+export JAX_COMPILATION_CACHE_DIR = $(CURDIR)/.cache/jax
+export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS = 0
+export JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES = -1
+endif
+
 .PHONY: help demo claims compiled bench test test-all oracles docs test-oldest test-flax lint format wheel clean
 
 help:
@@ -76,4 +83,4 @@ wheel: $(VENV)/.installed ## build the wheel under dist/
 	$(BIN)/python -m build --wheel
 
 clean: ## remove everything that was made
-	rm -rf $(VENV) $(OLDEST) $(OTHERS) .flax dist site results .pytest_cache .hypothesis .ruff_cache
+	rm -rf $(VENV) $(OLDEST) $(OTHERS) .cache .flax dist site results .pytest_cache .hypothesis .ruff_cache
