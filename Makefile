@@ -48,10 +48,10 @@ test: $(VENV)/.installed ## the test suite, except what takes long by its nature
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 test-all: $(VENV)/.installed ## the tests that `test` leaves out: processes, whole experiments, real models, programs for TPUs
-	$(BIN)/python -m pytest --numprocesses 2 -m slow
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal -m slow
 
 oracles: $(OTHERS)/.installed ## compare it live with PyTorch, Keras, Haiku, Equinox, Flax and ONNX; compile it for a GPU
-	$(OTHERS)/bin/python -m pytest --numprocesses 2 tests/oracles
+	$(OTHERS)/bin/python -m pytest --numprocesses 2 --dist loadfile tests/oracles
 	$(OTHERS)/bin/python -m pytest tests/experiments/test_compiled.py -m slow -k gpu
 
 docs: $(VENV)/.installed ## build the documentation under site/; a broken link or an undocumented public name fails
