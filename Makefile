@@ -13,7 +13,14 @@ INSTALL := -m pip install --quiet --disable-pip-version-check
 # The environments hold jax for the CPU. Compilers for TPUs and GPUs lie beside it, whose search for a device is noise.
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: help demo claims compiled bench test oracles docs test-oldest test-newest test-pure test-flax lint format wheel clean
+# `make test CACHE=1` keeps compiled programs under .cache, where the next run finds those that have not changed.
+ifdef CACHE
+export JAX_COMPILATION_CACHE_DIR = $(CURDIR)/.cache/jax
+export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS = 0
+export JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES = -1
+endif
+
+.PHONY: help demo claims compiled bench test test-all oracles docs test-oldest test-newest test-pure test-flax lint format wheel clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -40,12 +47,15 @@ $(OTHERS)/.installed: pyproject.toml constraints.txt
 bench: $(OTHERS)/.installed ## time it against Flax, Haiku, Equinox, Keras and PyTorch; tables, and figures under results/
 	$(OTHERS)/bin/python -m experiments bench
 
-test: $(VENV)/.installed ## the whole test suite
-	$(BIN)/python -m pytest --numprocesses 2
+test: $(VENV)/.installed ## the test suite, except what takes long by its nature
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+
+test-all: $(VENV)/.installed ## the tests that `test` leaves out: processes, whole experiments, real models, programs for TPUs
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal -m slow
 
 oracles: $(OTHERS)/.installed ## compare it live with PyTorch, Keras, Haiku, Equinox, Flax and ONNX; compile it for a GPU
-	$(OTHERS)/bin/python -m pytest --numprocesses 2 tests/oracles
-	$(OTHERS)/bin/python -m pytest tests/experiments/test_compiled.py -k gpu
+	$(OTHERS)/bin/python -m pytest --numprocesses 2 --dist loadfile tests/oracles
+	$(OTHERS)/bin/python -m pytest tests/experiments/test_compiled.py -m slow -k gpu
 
 docs: $(VENV)/.installed ## build the documentation under site/; a broken link or an undocumented public name fails
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
@@ -89,4 +99,4 @@ wheel: $(VENV)/.installed ## build the wheel and the source distribution under d
 	$(BIN)/python -m twine check --strict dist/*
 
 clean: ## remove everything that was made
-	rm -rf $(VENV) $(OLDEST) $(NEWEST) $(PURE) $(OTHERS) .flax dist site results .pytest_cache .hypothesis .ruff_cache
+	rm -rf $(VENV) $(OLDEST) $(NEWEST) $(PURE) $(OTHERS) .cache .flax dist site results .pytest_cache .hypothesis .ruff_cache

@@ -1,5 +1,6 @@
 """Eight CPU devices, and no silent promotion of dtypes or ranks in any test."""
 
+import contextlib
 import os
 
 os.environ["JAX_PLATFORMS"] = os.environ.get("JAX_PLATFORMS", "cpu")
@@ -10,12 +11,24 @@ import jax
 import numpy as np
 import pytest
 
+from tests.support.compiling import unoptimized
+
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # Compiling dominates a first example, so a deadline would measure the machine.
 hypothesis.settings.register_profile("bnjax", deadline=None, derandomize=True, max_examples=40)
 hypothesis.settings.load_profile("bnjax")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    """Compile without optimization, in half the time, except in tests marked `optimized`.
+
+    Nearly all of the suite's time is compiling. What asserts accuracy, or what was compiled, has to be marked.
+    """
+    with unoptimized() if item.get_closest_marker("optimized") is None else contextlib.nullcontext():
+        return (yield)
 
 
 @pytest.fixture

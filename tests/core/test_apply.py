@@ -1,6 +1,7 @@
 """bn_init and bn_apply: the formula, every option, and the defined results for bad data."""
 
 import itertools
+from functools import partial
 
 import chex
 import hypothesis
@@ -79,7 +80,8 @@ def test_absent_scale_and_bias_are_one_and_zero(with_scale, with_bias, train, rn
     full = bnjax.BNParams(
         params.scale if with_scale else np.ones(4, "f"), params.bias if with_bias else np.zeros(4, "f")
     )
-    (y, _), gradient = jax.value_and_grad(lambda p: loss(bnjax.bn_apply(p, state, x, train)), has_aux=True)(given)
+    total = jax.value_and_grad(lambda p: loss(bnjax.bn_apply(p, state, x, train)), has_aux=True)
+    (y, _), gradient = jax.jit(total)(given)
     want = reference.normalize(x, *(reference.moments(x)[1:] if train else state[:2]), *full)
     np.testing.assert_allclose(y, np.sum(want**2), rtol=1e-4)
     assert (gradient.scale is None, gradient.bias is None) == (not with_scale, not with_bias)
@@ -247,6 +249,13 @@ def test_integer_and_boolean_masks_agree_with_weights_and_rows(rng):
     chex.assert_trees_all_equal(bnjax.bn_apply(params, state, x, True, mask=negative), (y, new))
 
 
+@jax.jit
+@partial(jax.value_and_grad, argnums=(0, 1), has_aux=True)
+def masked_total(params, x, state, g, mask):
+    y, new = bnjax.bn_apply(params, state, x, True, mask=mask)
+    return jnp.sum(jnp.where(g == 0, 0, y) * g) + jnp.sum(new.mean + new.var**2), (y, new)
+
+
 @pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf, 3e38])
 @pytest.mark.parametrize("real", [False, True])
 def test_masked_places_change_nothing_elsewhere(poison, real, rng):
@@ -257,12 +266,8 @@ def test_masked_places_change_nothing_elsewhere(poison, real, rng):
     x[~keep] = poison
     params, state = fresh((3,), rng)
 
-    def total(params, x, g, mask):
-        y, new = bnjax.bn_apply(params, state, x, True, mask=mask)
-        return jnp.sum(jnp.where(g == 0, 0, y) * g) + jnp.sum(new.mean + new.var**2), (y, new)
-
-    got = jax.value_and_grad(total, (0, 1), has_aux=True)(params, x, np.where(keep[:, None], g, 0), mask)
-    want = jax.value_and_grad(total, (0, 1), has_aux=True)(params, x[keep], g[keep], mask[keep])
+    got = masked_total(params, x, state, np.where(keep[:, None], g, 0), mask)
+    want = masked_total(params, x[keep], state, g[keep], mask[keep])
     (_, (y, new)), (dparams, dx) = got
     (_, (want_y, want_new)), (want_dparams, want_dx) = want
     chex.assert_trees_all_close((y[keep], new, dparams, dx[keep]), (want_y, want_new, want_dparams, want_dx), **CLOSE)
@@ -277,14 +282,16 @@ def test_masked_nan_leaves_the_gradients_of_evaluation(rng):
     def total(params, x, mask):
         return jnp.sum(jnp.where(mask, bnjax.bn_apply(params, state, x, False, mask=mask)[0], 0))
 
-    got = jax.grad(total)(params, np.where(keep, x, np.nan), keep)
-    chex.assert_trees_all_close(got, jax.grad(total)(params, x[:5], keep[:5]), rtol=1e-6)
+    gradient = jax.jit(jax.grad(total))
+    got = gradient(params, np.where(keep, x, np.float32(np.nan)), keep)
+    chex.assert_trees_all_close(got, gradient(params, x[:5], keep[:5]), rtol=1e-6)
 
 
 def test_the_mask_is_not_differentiated(rng):
     x = rng.standard_normal((8, 3)).astype(np.float32)
     params, state = fresh((3,), rng)
-    gradient = jax.grad(lambda m: jnp.sum(bnjax.bn_apply(params, state, x, True, mask=m)[0] ** 2))(jnp.ones((8, 1)))
+    total = jax.jit(jax.grad(lambda m: jnp.sum(bnjax.bn_apply(params, state, x, True, mask=m)[0] ** 2)))
+    gradient = total(np.ones((8, 1), np.float32))
     np.testing.assert_array_equal(gradient, 0)
 
 

@@ -26,6 +26,8 @@ from tests.support.whole_batch import (
     loss,
 )
 
+pytestmark = pytest.mark.optimized
+
 
 def test_examples_under_vmap_cost_linear_in_their_number():
     def flops(rows):

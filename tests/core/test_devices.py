@@ -1,6 +1,6 @@
 """Training on many devices gives the numbers of one device with the whole batch."""
 
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,7 @@ import pytest
 from experiments.harness import data, train
 from experiments.harness.runtime import Runtime, put
 from experiments.models import networks
+from tests.support.pairwise import pairwise
 
 INIT = partial(networks.mlp_init, sizes=(64, 16, 8, 10), weight_std=0.3, batch_norm=True)
 APPLY = partial(networks.mlp_apply, momentum=0.9)
@@ -25,9 +26,9 @@ def batch(seed, step, batch_size):
     return indices[weights > 0]
 
 
-@pytest.fixture(scope="module", params=[50, 3])
-def one_device(request):
-    """Batch size, and losses and running statistics of a plain loop over whole batches, without mask or padding."""
+@cache
+def one_device(batch_size):
+    """Losses and running statistics of a plain loop over whole batches, without mask or padding."""
 
     @jax.jit
     def step(params, state, opt_state, x, y):
@@ -44,24 +45,29 @@ def one_device(request):
         params, state = INIT(jax.random.key(seed))
         opt_state = OPTIMIZER.init(params)
         for i in range(STEPS):
-            rows = batch(seed, i, request.param)
+            rows = batch(seed, i, batch_size)
             x, y = SMALL.train_images[rows].reshape(len(rows), -1), SMALL.train_labels[rows]
             params, state, opt_state, losses[i, seed] = step(params, state, opt_state, x, y)
         states.append(state)
-    return request.param, losses, jax.tree.map(lambda *leaves: np.stack(leaves), *states)
+    return losses, jax.tree.map(lambda *leaves: np.stack(leaves), *states)
 
 
-@pytest.mark.parametrize("parallel", ["jit", "shard_map"])
-@pytest.mark.parametrize("devices", [1, 4, 8])
-def test_devices_give_the_losses_and_statistics_of_one_with_the_whole_batch(parallel, devices, one_device):
-    batch_size, expected_losses, expected_state = one_device  # of 50 the last has 40: with 8 devices two have none
+@cache
+def start():
+    """The first Learner, of NumPy's arrays."""
+    params, state = jax.jit(jax.vmap(lambda seed: INIT(jax.random.key(seed))))(np.arange(SEEDS))
+    opt_state = jax.jit(jax.vmap(OPTIMIZER.init))(params)
+    return jax.tree.map(np.asarray, train.Learner(params, state, opt_state, np.zeros(SEEDS, np.float32)))
+
+
+@pytest.mark.parametrize(("devices", "parallel", "batch_size"), pairwise([1, 4, 8], ["jit", "shard_map"], [50, 3]))
+def test_devices_give_the_losses_and_statistics_of_one_with_the_whole_batch(devices, parallel, batch_size):
+    expected_losses, expected_state = one_device(batch_size)  # of 50 the last has 40: with 8 devices two have none
     tolerance = 1e-5 if batch_size == 50 else 2e-4  # small variances, whose roots three examples have, enlarge rounding
     mesh = Runtime(devices=devices).mesh()
     size = -(-batch_size // devices) * devices
     update = train.updater(APPLY, lambda: OPTIMIZER, mesh, parallel)
-    params, state = jax.vmap(lambda seed: INIT(jax.random.key(seed)))(jnp.arange(SEEDS))
-    learner = train.Learner(params, state, jax.vmap(OPTIMIZER.init)(params), jnp.zeros(SEEDS))
-    learner = jax.tree.map(lambda leaf: put(np.asarray(leaf), mesh), learner)
+    learner = jax.tree.map(lambda leaf: put(leaf, mesh), start())
     images, labels = put(SMALL.train_images.reshape(NUMBER, -1), mesh), put(SMALL.train_labels, mesh)
     losses = [np.zeros(SEEDS)]
     for i in range(STEPS):
@@ -77,9 +83,9 @@ def test_devices_give_the_losses_and_statistics_of_one_with_the_whole_batch(para
         np.testing.assert_allclose(layer.var, expected.var, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("one_device", [50], indirect=True)
-def test_fit_on_8_devices_matches_the_loop_on_one(one_device):
-    batch_size, expected_losses, _ = one_device
+def test_fit_on_8_devices_matches_the_loop_on_one():
+    batch_size = 50
+    expected_losses, _ = one_device(batch_size)
     evaluations = {
         devices: list(
             train.fit(
@@ -103,13 +109,12 @@ def test_fit_on_8_devices_matches_the_loop_on_one(one_device):
     np.testing.assert_allclose([e.loss for e in evaluations[8][1:]], means, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("parallel", ["jit", "shard_map"])
 def test_each_device_computes_its_part_of_the_batch_alone(parallel):
     mesh = Runtime().mesh()
     update = train.updater(APPLY, lambda: OPTIMIZER, mesh, parallel)
-    params, state = jax.vmap(lambda seed: INIT(jax.random.key(seed)))(jnp.arange(SEEDS))
-    learner = train.Learner(params, state, jax.vmap(OPTIMIZER.init)(params), jnp.zeros(SEEDS))
-    learner = jax.tree.map(lambda leaf: put(np.asarray(leaf), mesh), learner)
+    learner = jax.tree.map(lambda leaf: put(leaf, mesh), start())
     indices, weights = (put(np.zeros((SEEDS, 5, 56), t), mesh, None, None, "data") for t in (np.int32, np.float32))
     images, labels = put(SMALL.train_images.reshape(NUMBER, -1), mesh), put(SMALL.train_labels, mesh)
     text = update.lower(learner, indices, weights, np.int32(5), images, labels).compile().as_text()

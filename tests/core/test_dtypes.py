@@ -10,6 +10,8 @@ import bnjax
 from tests.support import reference
 from tests.support.tolerances import CLOSE
 
+pytestmark = pytest.mark.optimized
+
 
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
 def test_half_precision_reduces_in_float32(dtype, rng):

@@ -2,6 +2,7 @@
 
 import importlib
 import sys
+from functools import cache, partial
 
 import flax.linen as nn
 import jax
@@ -16,6 +17,8 @@ import bnjax.nnx
 from bnjax.core.records import Collected
 from tests.support import reference
 from tests.support.collecting import apply_and_collect
+from tests.support.compiling import compilations
+from tests.support.pairwise import pairwise
 
 RNG = np.random.default_rng(5)
 X = (RNG.standard_normal((12, 3)) * 2 + 5).astype(np.float32)
@@ -36,56 +39,66 @@ def assert_matches(y, state, weights=WEIGHTS, tolerance=2e-6):
     np.testing.assert_array_equal(state.count, 1)
 
 
+@jax.jit
+def weighted(x, weights):
+    return bnjax.bn_apply(PARAMS, STATE, x, True, mask=weights, unbiased_var=True, momentum=0.0)
+
+
+@jax.jit
+@partial(jax.vmap, out_axes=(0, None), axis_name="i")
+def weighted_parts(x, weights):
+    options = {"axis_name": "i", "unbiased_var": True, "momentum": 0.0}
+    return bnjax.bn_apply(PARAMS, STATE, x, True, mask=weights, **options)
+
+
 @pytest.mark.parametrize("factor", FAR)
 @pytest.mark.parametrize("name", ["one device", "many devices", "vmap", "examples", "ghost", "features"])
 def test_only_ratios_of_weights_count(name, factor):
-    weights = jnp.asarray(WEIGHTS * np.float32(factor))
+    weights = WEIGHTS * np.float32(factor)
     options = {"unbiased_var": True, "momentum": 0.0}
     if name == "ghost":
         _, state = bnjax.ghost_bn_apply(PARAMS, STATE, X, True, ghost_size=5, mask=weights, **options)
         y = bnjax.bn_apply(PARAMS, None, X, True, mask=weights)[0]
     elif name in ("vmap", "examples"):
         rows = 4 if name == "vmap" else 1
-        parts = (v.reshape(-1, rows, v.shape[1]) for v in (jnp.asarray(X), weights))
-        y, state = jax.vmap(
-            lambda x, w: bnjax.bn_apply(PARAMS, STATE, x, True, mask=w, axis_name="i", **options),
-            out_axes=(0, None),
-            axis_name="i",
-        )(*parts)
+        y, state = weighted_parts(*(v.reshape(-1, rows, v.shape[1]) for v in (X, weights)))
         y = y.reshape(X.shape)
     elif name == "many devices":
         mesh = jax.make_mesh((4,), ("a",), axis_types=(jax.sharding.AxisType.Auto,))
-        put = jax.NamedSharding(mesh, jax.P("a"))
-        x, weights = jax.device_put((X, weights), put)
-        y, state = jax.jit(lambda x, w: bnjax.bn_apply(PARAMS, STATE, x, True, mask=w, **options))(x, weights)
+        y, state = weighted(*jax.device_put((X, weights), jax.NamedSharding(mesh, jax.P("a"))))
     else:
-        weights = weights if name == "one device" else jnp.broadcast_to(weights, X.shape)
+        weights = weights if name == "one device" else np.broadcast_to(weights, X.shape)
         y, state = bnjax.bn_apply(PARAMS, STATE, X, True, mask=weights, **options)
     assert_matches(y, state)
 
 
-@pytest.mark.parametrize("factor", FAR)
-def test_only_ratios_of_weights_count_for_derivatives(factor):
-    def loss(params, x, weights):
+@jax.jit
+def differentiated(params, x, weights):
+    """Gradients of a loss, and its derivative along G."""
+
+    def loss(params, x):
         return jnp.sum(bnjax.bn_apply(params, None, x, True, mask=weights)[0] * G)
 
-    weights = jnp.asarray(WEIGHTS * np.float32(factor))
-    dparams, dx = jax.grad(loss, (0, 1))(PARAMS, jnp.asarray(X), weights)
+    return jax.grad(loss, (0, 1))(params, x), jax.jvp(lambda x: loss(params, x), (x,), (G,))[1]
+
+
+@pytest.mark.parametrize("factor", FAR)
+def test_only_ratios_of_weights_count_for_derivatives(factor):
+    (dparams, dx), tangent = differentiated(PARAMS, X, WEIGHTS * np.float32(factor))
     want_dx, dscale, dbias = reference.gradients(X, G, PARAMS.scale, mask=WEIGHTS)
     np.testing.assert_allclose(dx, want_dx, atol=1e-5)
     np.testing.assert_allclose(dparams.scale, dscale, atol=2e-5)
     np.testing.assert_allclose(dparams.bias, dbias, atol=2e-5)
-    tangent = jax.jvp(lambda x: loss(PARAMS, x, weights), (jnp.asarray(X),), (jnp.asarray(G),))[1]
     np.testing.assert_allclose(tangent, np.sum(want_dx * G), rtol=1e-5)
 
 
 @pytest.mark.parametrize("factor", FAR)
 def test_only_ratios_of_weights_count_over_an_accumulation(factor):
-    weights = jnp.asarray(WEIGHTS * np.float32(factor))
+    weights = WEIGHTS * np.float32(factor)
     earlier, state = None, STATE
     for part in (slice(0, 5), slice(5, 12)):
         options = OPTIONS | {"mask": weights[part], "unbiased_var": True, "earlier": earlier}
-        _, state, earlier = apply_and_collect(PARAMS, STATE, jnp.asarray(X[part]), **options)
+        _, state, earlier = apply_and_collect(PARAMS, STATE, X[part], **options)
     assert isinstance(earlier, Collected)
     y = bnjax.bn_apply(PARAMS, None, X, True, mask=weights)[0]
     assert_matches(y, state)
@@ -95,16 +108,26 @@ def test_only_ratios_of_weights_count_over_an_accumulation(factor):
     np.testing.assert_array_equal(earlier.support.valid, 9)
 
 
+@jax.jit
+def moments(x, weights):
+    return bnjax.batch_moments(x, mask=weights)
+
+
+@jax.jit
+def merged(*parts):
+    return bnjax.merge_moments(*(moments(*part) for part in parts))
+
+
 @pytest.mark.parametrize("factor", FAR)
 def test_the_weight_of_moments_is_the_sum_of_the_mask_and_merges_are_by_ratios(factor):
-    weights = jnp.asarray(WEIGHTS * np.float32(factor))
-    whole = bnjax.batch_moments(jnp.asarray(X), mask=weights)
-    parts = bnjax.merge_moments(*(bnjax.batch_moments(jnp.asarray(X[i::3]), mask=weights[i::3]) for i in range(3)))
+    weights = WEIGHTS * np.float32(factor)
+    whole = moments(X, weights)
+    parts = merged(*((X[i::3], weights[i::3]) for i in range(3)))
     total, mean, var = reference.moments(X, mask=weights)
-    for moments in (whole, parts):
-        np.testing.assert_allclose(moments.weight, total, rtol=1e-6)
-        np.testing.assert_allclose(moments.mean, mean, rtol=1e-6)
-        np.testing.assert_allclose(moments.var, var, rtol=2e-6)
+    for got in (whole, parts):
+        np.testing.assert_allclose(got.weight, total, rtol=1e-6)
+        np.testing.assert_allclose(got.mean, mean, rtol=1e-6)
+        np.testing.assert_allclose(got.var, var, rtol=2e-6)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.int8, jnp.int32])
@@ -134,38 +157,42 @@ def masked_loss(apply, train, mask, dtype):
     return loss
 
 
+@cache
+def second_derivative(name, train):
+    """Of gradients along a direction that is nothing at masked places; a function of x and the mask."""
+
+    @jax.jit
+    def second(x, mask):
+        first = jax.grad(masked_loss(VARIANTS[name], train, mask, jnp.float32), (0, 1, 2))
+        return jax.jvp(first, (PARAMS, STATE[:2], x), (PARAMS, STATE[:2], np.where(MASK, G, 0)))
+
+    return second
+
+
 @pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
 @pytest.mark.parametrize("train", [True, False])
 @pytest.mark.parametrize("name", VARIANTS)
 def test_what_is_not_finite_at_a_masked_place_enters_no_derivative(name, train, value):
-    x = jnp.asarray(X)
-    bad = jnp.where(MASK, x, value)
-    for mask in (jnp.asarray(MASK), jnp.asarray(MASK, jnp.float32)):
-        loss = masked_loss(VARIANTS[name], train, mask, jnp.float32)
-        stats = STATE[:2]
-        first = jax.grad(loss, (0, 1, 2))
-        direction = (PARAMS, stats, jnp.where(MASK, G, 0))
-
-        def second(x, first=first, stats=stats, direction=direction):
-            return jax.jvp(first, (PARAMS, stats, x), direction)
-
-        got, want = second(bad), second(jnp.where(MASK, x, 0))
+    second = second_derivative(name, train)
+    for mask in (MASK, MASK.astype(np.float32)):
+        got, want = (second(np.where(MASK, X, np.float32(there)), mask) for there in (value, 0))
         for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-            keep = MASK if a.shape == x.shape else True
+            keep = MASK if a.shape == X.shape else True
             np.testing.assert_allclose(np.where(keep, a, 0), np.where(keep, b, 0), rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("train", [True, False])
 def test_what_overflows_in_half_precision_at_a_masked_place_enters_no_derivative(train):
-    params = PARAMS._replace(scale=jnp.array([100.0, 100.0, 100.0]))
-    loss = masked_loss(bnjax.bn_apply, train, jnp.asarray(MASK), jnp.float16)
-    got, want = (jax.grad(loss, (0, 1))(params, STATE[:2], jnp.where(MASK, X / 16, value)) for value in (60000.0, 0.0))
+    params = PARAMS._replace(scale=np.full(3, 100, np.float32))
+    gradients = jax.jit(jax.grad(masked_loss(bnjax.bn_apply, train, MASK, jnp.float16), (0, 1)))
+    filled = (np.where(MASK, X / 16, np.float32(value)) for value in (60000, 0))
+    got, want = (gradients(params, STATE[:2], x) for x in filled)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3), got, want)
 
 
 def test_what_is_not_finite_at_a_masked_place_shows_there_alone():
-    bad = jnp.where(MASK, jnp.asarray(X), jnp.inf)
-    y, state = bnjax.bn_apply(PARAMS, STATE, bad, True, mask=jnp.asarray(MASK), momentum=0.0)
+    bad = np.where(MASK, X, np.float32(np.inf))
+    y, state = bnjax.bn_apply(PARAMS, STATE, bad, True, mask=MASK, momentum=0.0)
     want, mean, var = reference.train(X, *PARAMS, 0, 1, momentum=0.0, mask=MASK)
     np.testing.assert_allclose(np.where(MASK, y, 0), np.where(MASK, want, 0), atol=1e-5)
     np.testing.assert_allclose(state.mean, mean, rtol=1e-6)
@@ -222,23 +249,8 @@ def test_a_lambda_written_at_each_call_is_not_compiled_each_time(name):
         apply(PARAMS, STATE, jnp.asarray(X), True, momentum=lambda count: count / (count + 1), **limits)
 
     step()
-    assert [_compilations(step) for _ in range(2)] == [0, 0]
-    assert _compilations(lambda: jax.jit(lambda x: x + 1)(X)) == 1  # which it sees
-
-
-def _compilations(call):
-    events = []
-
-    def record(event, duration, **_):
-        if event == "/jax/core/compile/backend_compile_duration":
-            events.append(duration)
-
-    jax.monitoring.register_event_duration_secs_listener(record)
-    try:
-        call()
-    finally:
-        jax.monitoring.unregister_event_duration_listener(record)
-    return len(events)
+    assert [compilations(step) for _ in range(2)] == [0, 0]
+    assert compilations(lambda: jax.jit(lambda x: x + 1)(X)) == 1  # which it sees
 
 
 # Names and spellings
@@ -329,12 +341,15 @@ def test_errors_of_a_layer_name_its_class(name, layer):
 # Dtypes under strict promotion, which conftest.py sets; the standard rules are the oracle.
 
 
-@pytest.mark.parametrize("options", [{}, {"dtype": jnp.bfloat16}, {"param_dtype": jnp.bfloat16}])
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-@pytest.mark.parametrize("layer", [linen, of_nnx])
-@pytest.mark.parametrize("name", LAYERS)
-def test_layers_need_no_promotion_of_dtypes(name, layer, dtype, options):
-    x = jnp.asarray(X, dtype)
+HALVES = [{}, {"dtype": jnp.bfloat16}, {"param_dtype": jnp.bfloat16}]
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "layer", "dtype"),
+    pairwise(tuple(LAYERS), HALVES, [linen, of_nnx], [jnp.bfloat16, jnp.float16]),
+)
+def test_layers_need_no_promotion_of_dtypes(name, options, layer, dtype):
+    x = X.astype(dtype)
     strict = layer(name, x, options)
     with jax.numpy_dtype_promotion("standard"):
         standard = layer(name, x, options)

@@ -1,6 +1,6 @@
 """Explicit sharding: the value, the state and the gradients of the whole arrays, or an error that says what to pass."""
 
-import itertools
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import bnjax
+from tests.support.pairwise import pairwise
 
 RNG = np.random.default_rng(9)
 X = (RNG.standard_normal((16, 4)) * 2 + 5).astype(np.float32)
@@ -64,12 +65,13 @@ def mesh():
     return jax.make_mesh((4, 2), ("a", "b"), axis_types=(AxisType.Explicit,) * 2)
 
 
+@partial(jax.jit, static_argnums=0)
 def step(function, params, state, x, mask, g, *rest):
     def loss(params, x):
         y, new = function(params, state, x, mask, *rest)
         return jnp.sum(y * g), (y, new)
 
-    return jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(params, x)
+    return jax.value_and_grad(loss, (0, 1), has_aux=True)(params, x)
 
 
 def put(tree, spec):
@@ -84,8 +86,8 @@ def put(tree, spec):
     return jax.tree.map(one, tree)
 
 
-# All of them for the layer itself; the variants see each spec once, with the mask that has most to do.
-SHARDED = [("bn_apply", mask, *specs) for mask in MASKS for specs in itertools.product(X_SPECS, VARIABLE_SPECS)]
+# All pairs for the layer itself; the variants see each spec once, with the mask that has most to do.
+SHARDED = [("bn_apply", *case) for case in pairwise(tuple(MASKS), X_SPECS, VARIABLE_SPECS)]
 SHARDED += [
     (name, "weights", x_spec, VARIABLE_SPECS[(i + j) % 3])
     for i, name in enumerate(CASES)

@@ -16,11 +16,29 @@ from tests.support import reference
 from tests.support.collecting import apply_and_collect
 from tests.support.tolerances import EPS, FACTOR
 
+pytestmark = pytest.mark.optimized
+
 ROWS, FEATURES = 4096, 5
 PARAMS, FRESH = bnjax.bn_init(FEATURES, scale=2.0, bias=0.5)
 # How far the running mean is from the batch's, in standard deviations: inside the guard, at its edge of sqrt(8), and
 # far outside of it; and what no mean can be.
 OFFSETS = [0.0, 1.0, 2.7, 3.0, 30.0, 1e4, 1e12, np.inf, np.nan]
+
+
+@jax.jit
+def step(x, state, mask=None):
+    return bnjax.bn_apply(PARAMS, state, x, True, momentum=0.0, mask=mask)
+
+
+@jax.jit
+def collect(x, mask, state):  # what a state absorbs that is not itself NaN
+    return apply_and_collect(PARAMS, state, x, mask=mask)[2].moments
+
+
+@jax.jit
+def both(params, x, state, g):
+    y, pullback, new = jax.vjp(lambda p, x: bnjax.bn_apply(p, state, x, True), params, x, has_aux=True)
+    return y, pullback(g), new
 
 
 @pytest.fixture
@@ -34,7 +52,7 @@ def batch(mean, std, rng, dtype=np.float32):
 
 
 def state_at(mean):
-    return FRESH._replace(mean=jnp.full(FEATURES, mean, jnp.float32))
+    return FRESH._replace(mean=np.full(FEATURES, mean, np.float32))
 
 
 def assert_exact(x, mean, var, mask=None, axis=-1):
@@ -55,11 +73,6 @@ def test_moments_are_exact_wherever_the_running_mean_is(offset, mean, masked, ev
     x = batch(mean, 1.0, rng)
     mask = None if masked is None else rng.random((ROWS, 1)) < 0.6
     mask = mask if masked != "weights" else (mask * rng.random((ROWS, 1))).astype(np.float32)
-
-    @jax.jit
-    def collect(x, mask, state):  # what a state absorbs that is not itself NaN
-        return apply_and_collect(PARAMS, state, x, mask=mask)[2].moments
-
     found = collect(jax.device_put(x, everywhere), mask, state_at(mean + offset))
     assert_exact(x, found.mean, found.var, mask)
 
@@ -68,13 +81,9 @@ def test_moments_are_exact_wherever_the_running_mean_is(offset, mean, masked, ev
 def test_the_output_and_its_gradients_are_exact_wherever_the_running_mean_is(offset, everywhere, rng):
     x, g = batch(3.0, 1.0, rng), batch(0.0, 1.0, rng)
     scale, bias = np.asarray(PARAMS.scale, float), np.asarray(PARAMS.bias, float)
-
-    @jax.jit
-    def both(params, x, state):
-        y, pullback, new = jax.vjp(lambda p, x: bnjax.bn_apply(p, state, x, True), params, x, has_aux=True)
-        return y, pullback(jax.device_put(g, everywhere)), new
-
-    y, (dparams, dx), _ = both(PARAMS, jax.device_put(x, everywhere), state_at(3.0 + offset))
+    y, (dparams, dx), _ = both(
+        PARAMS, jax.device_put(x, everywhere), state_at(3.0 + offset), jax.device_put(g, everywhere)
+    )
     _, mean, var = reference.moments(x)
     np.testing.assert_allclose(y, reference.normalize(x, mean, var, scale, bias), atol=2e-5)
     want_dx, want_dscale, want_dbias = reference.gradients(x, g, scale)
@@ -88,7 +97,6 @@ def test_only_features_outside_the_guard_make_the_others_wait(everywhere, rng):
     x = batch(0.0, 1.0, rng)
     x[:, 2] += 1e4
     state = FRESH
-    step = jax.jit(lambda x, s: bnjax.bn_apply(PARAMS, s, x, True, momentum=0.0))
     for _ in range(2):
         _, state = step(jax.device_put(x, everywhere), state)
         assert_exact(x, state.mean, state.var)
@@ -97,7 +105,6 @@ def test_only_features_outside_the_guard_make_the_others_wait(everywhere, rng):
 @pytest.mark.parametrize("running", [0.0, 1e4, 1e4 + 1 / 1024, 1e4 * (1 + 50 * EPS), -1e4])
 def test_a_constant_feature_has_no_variance(running, everywhere):
     x = np.full((ROWS, FEATURES), 1e4, np.float32)
-    step = jax.jit(lambda x, s: bnjax.bn_apply(PARAMS, s, x, True, momentum=0.0))
     y, new = step(jax.device_put(x, everywhere), state_at(running))
     np.testing.assert_array_equal(new.mean, 1e4)
     assert (new.var <= (EPS * 1e4) ** 2).all()  # what rounding the mean does to it
@@ -107,21 +114,20 @@ def test_a_constant_feature_has_no_variance(running, everywhere):
 @pytest.mark.parametrize("running", [0.0, 3.0, 1e4, np.nan])
 def test_one_valid_value_becomes_the_bias(running, everywhere, rng):
     x, mask = batch(1e4, 1.0, rng), np.arange(ROWS)[:, None] == 7
-    step = jax.jit(lambda x, s: bnjax.bn_apply(PARAMS, s, x, True, mask=mask))
-    y, _ = step(jax.device_put(x, everywhere), state_at(running))
+    y, _ = step(jax.device_put(x, everywhere), state_at(running), mask)
     np.testing.assert_array_equal(y[7], PARAMS.bias)
 
 
 def test_squares_that_overflow_around_the_shift_are_taken_around_the_mean(everywhere, rng):
     x = batch(1e20, 1e15, rng)
-    _, new = jax.jit(lambda x: bnjax.bn_apply(PARAMS, FRESH, x, True, momentum=0.0))(jax.device_put(x, everywhere))
+    _, new = step(jax.device_put(x, everywhere), FRESH)
     assert_exact(x, new.mean, new.var)
 
 
 def test_a_value_that_is_not_finite_shows_in_its_feature_alone(everywhere, rng):
     x = batch(0.0, 1.0, rng)
     x[5, 1], x[9, 3] = np.nan, np.inf
-    y, new = jax.jit(lambda x: bnjax.bn_apply(PARAMS, FRESH, x, True, momentum=0.0))(jax.device_put(x, everywhere))
+    y, new = step(jax.device_put(x, everywhere), FRESH)
     np.testing.assert_array_equal(np.isnan(y).all(0), [False, True, False, True, False])
     np.testing.assert_array_equal(new.count, [1, 0, 1, 0, 1])
     assert_exact(x[:, ::2], new.mean[::2], new.var[::2])
@@ -132,7 +138,7 @@ def test_complex_moments_are_exact_wherever_the_running_mean_is(everywhere, rng)
     params, state = bnjax.bn_init(FEATURES, dtype=jnp.complex64)
     step = jax.jit(lambda x, s: bnjax.bn_apply(params, s, x, True, momentum=0.0))
     for running in 0, 40 - 30j, 1e4j:
-        _, new = step(jax.device_put(x, everywhere), state._replace(mean=jnp.full(FEATURES, running, jnp.complex64)))
+        _, new = step(jax.device_put(x, everywhere), state._replace(mean=np.full(FEATURES, running, np.complex64)))
         _, mean, var = reference.moments(x)
         np.testing.assert_allclose(new.mean, mean, rtol=1e-6)
         np.testing.assert_allclose(new.var, var, rtol=5e-6)

@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 import bnjax
 from tests.support import reference
 
+pytestmark = pytest.mark.optimized
+
 
 def moments_of(rows, rng, offset=0.0):
     return bnjax.batch_moments((rng.standard_normal((rows, 3)) + offset).astype(np.float32))

@@ -77,6 +77,7 @@ def assert_same_metrics(folder, one_process):
     np.testing.assert_allclose(*losses, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_metrics_of_one(start, one_process, tmp_path):
     address = free_address()
     running = [start(address, i, "--out", tmp_path) for i in (0, 1)]
@@ -89,6 +90,7 @@ def test_two_processes_give_the_metrics_of_one(start, one_process, tmp_path):
     assert_same_metrics(tmp_path / "convergence", one_process)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("victim", "sent"), [(1, signal.SIGKILL), (0, signal.SIGKILL), (1, signal.SIGSTOP)])
 def test_a_lost_process_stops_the_other_with_a_message(victim, sent, start, one_process, tmp_path):
     address = free_address()
@@ -113,6 +115,7 @@ def test_a_lost_process_stops_the_other_with_a_message(victim, sent, start, one_
         assert_same_metrics(tmp_path / "convergence", one_process)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("process", [0, 1])
 def test_a_process_whose_peer_is_absent_stops_with_a_message(process, start, tmp_path):
     address = free_address()
@@ -126,6 +129,7 @@ def test_a_process_whose_peer_is_absent_stops_with_a_message(process, start, tmp
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_processes_with_different_settings_are_refused(start, tmp_path):
     address = free_address()
     running = [start(address, i, "--out", tmp_path, "--learning-rate", 1 + i) for i in (0, 1)]
@@ -135,6 +139,7 @@ def test_processes_with_different_settings_are_refused(start, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_automatic_detection_without_a_cluster_is_one_line(tmp_path):
     command = [sys.executable, "-m", "experiments", *FLAGS, "--distributed", "--out", str(tmp_path)]
     ended = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)

@@ -2,6 +2,7 @@
 
 import itertools
 import re
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,8 @@ from jax.sharding import PartitionSpec as P
 import bnjax
 from bnjax.core import reductions
 from bnjax.core.reductions import spread, sums
+
+pytestmark = pytest.mark.optimized
 
 # Places to reduce over: none, fewer than there are slabs, as many, a prime, with and without something left over, more
 # than one level of slabs; before, after and around the feature axis.
@@ -40,7 +43,15 @@ def float64():
 def make(shape, axes, rng):
     """g and x, and per feature mean, c and k."""
     few = [1 if a in axes else size for a, size in enumerate(shape)]
-    return [jnp.asarray(rng.standard_normal(s)) for s in (shape, shape, few, few, few)]
+    return [rng.standard_normal(s) for s in (shape, shape, few, few, few)]
+
+
+@partial(jax.jit, static_argnums=5)
+def transposes(g, x, mean, c, k, axes):
+    """`sums` and `spread`, and what each is transposed to."""
+    (g_bar,) = jax.linear_transpose(lambda g: sums(g, x, mean, axes), g)((c, k))
+    c_bar, k_bar = jax.linear_transpose(lambda c, k: spread(c, k, x, mean), c, k)(g)
+    return sums(g, x, mean, axes), spread(c, k, x, mean), g_bar, c_bar, k_bar
 
 
 @pytest.mark.parametrize(("shape", "axes"), CASES)
@@ -64,12 +75,10 @@ def test_batch_moments_match_numpy_however_many_places(shape, axes, rng):
 @pytest.mark.parametrize(("shape", "axes"), CASES)
 def test_sums_and_spread_are_each_others_transpose(shape, axes, rng):
     g, x, mean, c, k = make(shape, axes, rng)
-    total, product = sums(g, x, mean, axes)
-    left = jnp.sum(c * total) + jnp.sum(k * product)
-    np.testing.assert_allclose(left, jnp.sum(g * spread(c, k, x, mean)), rtol=1e-12)
-    (g_bar,) = jax.linear_transpose(lambda g: sums(g, x, mean, axes), g)((c, k))
+    (total, product), spreaded, g_bar, c_bar, k_bar = transposes(g, x, mean, c, k, axes)
+    left = np.sum(c * total) + np.sum(k * product)
+    np.testing.assert_allclose(left, np.sum(g * spreaded), rtol=1e-12)
     np.testing.assert_allclose(g_bar, c + k * (x - mean), rtol=1e-12)
-    c_bar, k_bar = jax.linear_transpose(lambda c, k: spread(c, k, x, mean), c, k)(g)
     np.testing.assert_allclose(c_bar, total, atol=1e-11)
     np.testing.assert_allclose(k_bar, product, atol=1e-11)
 
@@ -99,10 +108,10 @@ def test_derivatives_match_those_of_plain_autodiff(name, rng):
         return jax.grad(lambda *args: sum(jnp.sum(d**2) for d in gradient(f)(*args)), every)
 
     def forward(f):
-        return lambda *args: jax.jvp(nonlinear(f), args, jax.tree.map(jnp.cos, args))
+        return lambda *args: jax.jvp(nonlinear(f), args, tuple(map(jnp.cos, args)))
 
     for derive in gradient, second, forward:
-        got, want = (jax.tree.leaves(derive(f)(*args)) for f in (ours, plain))
+        got, want = (jax.tree.leaves(jax.jit(derive(f))(*args)) for f in (ours, plain))
         for a, b in zip(got, want, strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9)
 
@@ -110,14 +119,12 @@ def test_derivatives_match_those_of_plain_autodiff(name, rng):
 @pytest.mark.parametrize("mapped", list(itertools.product([None, 0], [None, 0, 1], [None, 0]))[1:])  # not all None
 def test_vmap_is_a_loop(mapped, rng):
     shapes = (40, 3), (40, 3), (1, 3)
-    args = [
-        jnp.asarray(rng.standard_normal(s if d is None else np.insert(s, d, 4)))
-        for s, d in zip(shapes, mapped, strict=True)
-    ]
-    got = jax.vmap(lambda *a: sums(*a, (0,)), mapped)(*args)
+    args = [rng.standard_normal(s if d is None else np.insert(s, d, 4)) for s, d in zip(shapes, mapped, strict=True)]
+    summed = jax.jit(sums, static_argnums=3)
+    got = jax.jit(jax.vmap(lambda *a: sums(*a, (0,)), mapped))(*args)
     for i in range(4):
-        each = [a if d is None else jnp.take(a, i, d) for a, d in zip(args, mapped, strict=True)]
-        for one, many in zip(sums(*each, (0,)), got, strict=True):
+        each = [a if d is None else np.take(a, i, d) for a, d in zip(args, mapped, strict=True)]
+        for one, many in zip(summed(*each, (0,)), got, strict=True):
             np.testing.assert_allclose(many[i], one, rtol=1e-12, atol=1e-12)
 
 

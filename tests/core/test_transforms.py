@@ -1,7 +1,7 @@
 """Every transform, one answer: the float64 oracle's for the whole batch on one device."""
 
 import re
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 import bnjax
 from experiments.benchmark.traffic import Program
 from tests.support import reference
+from tests.support.pairwise import pairwise
 from tests.support.whole_batch import (
     BIAS,
     DEVICE_ROWS,
@@ -35,7 +36,13 @@ def split(v, *shape):
 
 
 def whole(step, mask):
-    return jax.jit(jax.value_and_grad(step, (0, 1), has_aux=True))(PARAMS, X, mask, G)
+    return jax.tree.map(np.asarray, differentiated(step)(PARAMS, X, mask, G))
+
+
+@cache
+def differentiated(step):
+    """Compiled once for masks of one shape and dtype."""
+    return jax.jit(jax.value_and_grad(step, (0, 1), has_aux=True))
 
 
 def mapped(mapping, shape, name):
@@ -53,6 +60,7 @@ def mapped(mapping, shape, name):
     return step
 
 
+@cache
 def sharded_map(sizes, check_vma):
     names = tuple("ab"[: len(sizes)])
     mesh = jax.make_mesh(sizes, names, axis_types=(AxisType.Auto,) * len(sizes))
@@ -99,30 +107,42 @@ def test_transforms_match_the_whole_batch(name, mask):
     assert_matches_the_oracle(whole(STEPS[name], MASKS[mask]), MASKS[mask])
 
 
-@pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
-@pytest.mark.parametrize("spec", [P("a"), P("a", "b"), P(None, "b")])
+SHARDED_JIT = pairwise([P("a"), P("a", "b"), P(None, "b")], [AxisType.Auto, AxisType.Explicit], tuple(MASKS))
+
+
+def sharded(spec, kind, mask):
+    """A mesh, and params, x, mask, cotangent and state on it."""
+    mesh = jax.make_mesh((2, 3) if spec[1:] == ("b",) else (4, 1), ("a", "b"), axis_types=(kind, kind))
+    x, g = jax.device_put((X, G), NamedSharding(mesh, spec))
+    m = None if MASKS[mask] is None else jax.device_put(MASKS[mask], NamedSharding(mesh, P(spec[0])))
+    params, state = jax.device_put((PARAMS, STATE), NamedSharding(mesh, P(*spec[1:])))
+    return mesh, params, x, m, g, state
+
+
+@pytest.mark.parametrize(("spec", "kind", "mask"), SHARDED_JIT)
 def test_sharded_jit_matches_the_whole_batch(spec, kind, mask):
-    sizes = (2, 3) if spec[1:] == ("b",) else (4, 1)
-    mesh = jax.make_mesh(sizes, ("a", "b"), axis_types=(kind, kind))
-    by_feature = NamedSharding(mesh, P(*spec[1:]))
+    mesh, *arrays = sharded(spec, kind, mask)
     with jax.set_mesh(mesh):
-        x, g = jax.device_put((X, G), NamedSharding(mesh, spec))
-        m = None if MASKS[mask] is None else jax.device_put(MASKS[mask], NamedSharding(mesh, P(spec[0])))
-        params, state = jax.device_put((PARAMS, STATE), by_feature)
-        step = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))
-        assert_matches_the_oracle(step(params, x, m, g, state), MASKS[mask])
+        assert_matches_the_oracle(differentiated(loss)(*arrays), MASKS[mask])
 
-        @jax.jit
-        def layer(params, x):  # without a loss, which is a collective of its own
-            y, transpose, new = jax.vjp(lambda p, x: bnjax.bn_apply(p, state, x, True, mask=m), params, x, has_aux=True)
-            return y, new, transpose(g)
 
+@jax.jit
+def layer(params, x, mask, g, state):
+    """Without a loss, which is a collective of its own."""
+    y, transpose, new = jax.vjp(lambda p, x: bnjax.bn_apply(p, state, x, True, mask=mask), params, x, has_aux=True)
+    return y, new, transpose(g)
+
+
+@pytest.mark.optimized
+@pytest.mark.parametrize(("spec", "kind", "mask"), SHARDED_JIT)
+def test_sharded_jit_has_one_collective_each_way(spec, kind, mask):
+    mesh, *arrays = sharded(spec, kind, mask)
+    with jax.set_mesh(mesh):
         # The pair of the forward pass and that of the backward pass; features over "b" need none, but for the guard,
         # which is true where it is for all features.
-        always = [c.bytes for c in Program(layer.lower(params, x).compile().as_text()).collectives]
-        assert always.count(1) == (sizes[1] > 1)
-        assert len([size for size in always if size > 1]) == (0 if spec[0] is None else 2)
+        always = [c.bytes for c in Program(layer.lower(*arrays).compile().as_text()).collectives]
+    assert always.count(1) == (spec[1:] == ("b",))
+    assert len([size for size in always if size > 1]) == (0 if spec[0] is None else 2)
 
 
 def collectives(lowered):
@@ -134,21 +154,30 @@ def collectives(lowered):
     ]
 
 
-@pytest.mark.parametrize("check_vma", [True, False])
-@pytest.mark.parametrize("sizes", [(4,), (2, 2)])
-@pytest.mark.parametrize("mask", MASKS)
+@cache
+def forward(step):
+    return jax.jit(lambda *args: step(*args)[1])
+
+
+@cache
+def gradients(step):
+    return jax.jit(jax.grad(step, (0, 1), has_aux=True))
+
+
+@pytest.mark.optimized
+@pytest.mark.parametrize(("mask", "sizes", "check_vma"), pairwise(tuple(MASKS), [(4,), (2, 2)], [True, False]))
 def test_named_axes_cost_one_collective_forward_and_one_backward(mask, sizes, check_vma):
     step = sharded_map(sizes, check_vma)
     args = (PARAMS, X, MASKS[mask], G)
     payload = (5 if mask == "weights" else 3) * FEATURES
     # The forward's outputs alone; the loss of this test would be a collective of its own.
-    forward = jax.jit(lambda *args: step(*args)[1]).lower(*args)
-    assert collectives(forward) == [("all-gather", 4 * payload)]
-    both = collectives(jax.jit(jax.grad(step, (0, 1), has_aux=True)).lower(*args))
+    assert collectives(forward(step).lower(*args)) == [("all-gather", 4 * payload)]
+    both = collectives(gradients(step).lower(*args))
     # Unchecked, JAX sums the gradients of scale and bias itself, and XLA joins the three sums into one.
     assert both == [("all-gather", 4 * payload), ("all-reduce", (2 if check_vma else 4) * FEATURES)]
 
 
+@pytest.mark.optimized
 def test_gradients_inside_shard_map_cost_one_collective_backward():
     mesh = jax.make_mesh((4,), ("a",), axis_types=(AxisType.Auto,))
 
@@ -160,6 +189,7 @@ def test_gradients_inside_shard_map_cost_one_collective_backward():
     assert [kind for kind, _ in collectives(step.lower(PARAMS, X, G))] == ["all-gather", "all-reduce"]
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("wrt", ["scale", "bias"])
 @pytest.mark.parametrize("train", [True, False])
 def test_the_gradient_of_scale_or_bias_alone_moves_no_more_than_its_size(wrt, train):
@@ -280,8 +310,16 @@ def test_derivatives_where_x_is_replicated_over_one_of_the_named_axes():
     def forward(x):
         return bnjax.bn_apply(PARAMS, STATE, x, True, axis_name=("a", "b"))[0]
 
-    _, transpose = jax.vjp(forward, X)
-    np.testing.assert_allclose(transpose(jnp.asarray(G))[0], reference.gradients(X, G, SCALE)[0], atol=2e-5)
+    (got,) = jax.jit(lambda x, g: jax.vjp(forward, x)[1](g))(X, G)
+    np.testing.assert_allclose(got, reference.gradients(X, G, SCALE)[0], atol=2e-5)
+
+
+@jax.jit
+def each_alone(x, mask):
+    def one(x, m):
+        return bnjax.bn_apply(PARAMS, STATE, x, True, mask=m, momentum=0.9, axis_name="i")
+
+    return jax.vmap(one, (0, None if mask is None else 0), axis_name="i")(x, mask)
 
 
 @pytest.mark.parametrize("mask", MASKS)
@@ -292,10 +330,7 @@ def test_vmap_over_an_axis_with_explicit_sharding_matches_the_whole_batch(mask):
         x = jax.device_put(X, P("a"))
         m = None if MASKS[mask] is None else jax.device_put(MASKS[mask], P("a"))
 
-        def one(x, m):
-            return bnjax.bn_apply(PARAMS, STATE, x, True, mask=m, momentum=0.9, axis_name="i")
-
-        y, new = jax.jit(jax.vmap(one, (0, None if m is None else 0), axis_name="i"))(x, m)
+        y, new = each_alone(x, m)
     want, mean, var = reference.train(X, SCALE, BIAS, np.zeros(3), np.ones(3), momentum=0.9, mask=MASKS[mask])
     np.testing.assert_allclose(y, want, atol=2e-5)
     np.testing.assert_allclose(new.mean, np.broadcast_to(mean, X.shape), rtol=2e-6)
@@ -309,8 +344,7 @@ def test_explicitly_sharded_features_need_not_be_sharded_alike(x_spec, state_spe
         x, g = (jax.device_put(v, x_spec) for v in (X, G))
         m = None if MASKS[mask] is None else jax.device_put(MASKS[mask], P("a"))
         params, state = jax.device_put((PARAMS, STATE), NamedSharding(jax.sharding.get_mesh(), state_spec))
-        step = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))
-        result = step(params, x, m, g, state)
+        result = differentiated(loss)(params, x, m, g, state)
     assert_matches_the_oracle(result, MASKS[mask])
 
 

@@ -111,7 +111,7 @@ def check(got, want):
 
 def linen_network(**options):
     model = Network(**options)
-    variables = drawn(model.init(jax.random.key(0), BATCHES[0], False))
+    variables = drawn(jax.eval_shape(partial(model.init, train=False), jax.random.key(0), BATCHES[0]))
     return partial(model.apply, train=True), variables
 
 

@@ -35,6 +35,7 @@ def names(folder):
     return sorted(path.name for path in folder.glob("*")) if folder.exists() else []
 
 
+@pytest.mark.slow
 def test_a_run_killed_at_random_moments_has_the_metrics_of_one_that_was_not(tmp_path):
     whole = start(tmp_path, "whole")
     delay, saved = random.Random(0), tmp_path / "saved" / "convergence"

@@ -4,6 +4,7 @@ A change that adds a pass or a collective fails here. Flax, compiled beside ours
 """
 
 import importlib.util
+import itertools
 import json
 from functools import partial
 
@@ -19,7 +20,10 @@ from experiments.benchmark import compiled, compilers
 from experiments.benchmark.traffic import Program
 from experiments.harness.data import InputError
 
-CASES = [("bn", "forward"), ("bn_relu", "forward"), ("bn", "backward"), ("bn_relu", "backward")]
+pytestmark = pytest.mark.optimized
+
+CASES = list(itertools.product(["bn", "bn_relu"], ["forward", "backward"], ["bfloat16", "float32"]))
+FAST = ("bn", "backward", "float32")
 
 
 def has(name):
@@ -57,8 +61,10 @@ def layer(block, direction, dtype, devices, apply=bnjax.bn_apply, variables=None
 
 
 @needs_tpu_compiler
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize(("block", "direction"), CASES)
+@pytest.mark.parametrize(
+    ("block", "direction", "dtype"),
+    [case if case == FAST else pytest.param(*case, marks=pytest.mark.slow) for case in CASES],
+)
 def test_a_layer_for_tpu_reads_once_and_has_one_collective_each_way(block, direction, dtype, tpu):
     found = compiled.count(tpu, *layer(block, direction, dtype, tpu.size))
     # Forward: x for the statistics, x again, y. Backward: x and dy for the sums; both again, and dx, where XLA reads x
@@ -70,6 +76,7 @@ def test_a_layer_for_tpu_reads_once_and_has_one_collective_each_way(block, direc
     assert found["temporary"] < 0.02 * np.prod(compiled.SHAPE) * jnp.dtype(dtype).itemsize
 
 
+@pytest.mark.slow
 @needs_tpu_compiler
 @pytest.mark.parametrize("name", ["masked", "without a state", "renorm_bn_apply", "indexed_bn_apply", "conditional"])
 def test_a_variant_for_tpu_reads_once_and_has_one_collective_each_way(name, tpu):
@@ -84,6 +91,7 @@ def test_a_variant_for_tpu_reads_once_and_has_one_collective_each_way(name, tpu)
     assert [kind for kind, _ in found["collectives"]] == ["all-reduce", "all-reduce"]
 
 
+@pytest.mark.slow
 @needs_tpu_compiler
 def test_models_under_vmap_for_tpu_read_once_and_share_one_collective(tpu):
     models, shape = 4, (compiled.SHAPE[0] * tpu.size, *compiled.SHAPE[1:])
@@ -96,12 +104,14 @@ def test_models_under_vmap_for_tpu_read_once_and_share_one_collective(tpu):
     assert [kind for kind, _ in found["collectives"]] == ["all-reduce"]
 
 
+@pytest.mark.slow
 @needs_cuda_compiler
 def test_a_compiler_that_fails_says_why():
     with pytest.raises(InputError, match=r"(?s)h100: the compiler stopped.*no_such_part"):
         list(compilers.lines("h100", "-c", "import sys; sys.stderr.write('x' * 10**6); import no_such_part"))
 
 
+@pytest.mark.slow
 @needs_tpu_compiler
 def test_groups_for_tpu_need_no_collective_for_the_output(tpu):
     ghost = partial(bnjax.ghost_bn_apply, ghost_size=16)
@@ -114,6 +124,7 @@ def test_groups_for_tpu_need_no_collective_for_the_output(tpu):
     assert found["collectives"] == []
 
 
+@pytest.mark.slow
 @needs_tpu_compiler
 def test_a_named_axis_for_tpu_has_one_collective_each_way(tpu):
     f, variables, arrays, pass_bytes = layer("bn", "backward", "bfloat16", tpu.size, axis_name="data")
@@ -123,6 +134,7 @@ def test_a_named_axis_for_tpu_has_one_collective_each_way(tpu):
     assert [kind for kind, _ in found["collectives"]] == ["all-gather", "all-reduce"]
 
 
+@pytest.mark.slow
 @needs_tpu_compiler
 def test_a_network_for_tpu_moves_no_more_than_with_flax(tpu):
     with jax.numpy_dtype_promotion("standard"):  # as Flax's convolutions need it
@@ -136,6 +148,7 @@ def test_a_network_for_tpu_moves_no_more_than_with_flax(tpu):
     assert ours["temporary"] <= flax["temporary"] + 2.1 * (128 * 32 * 32 * 64 * 2)
 
 
+@pytest.mark.slow
 @needs_cuda_compiler
 @pytest.mark.parametrize("name", ["h100", "h100-8"])
 def test_programs_for_gpu_move_no_more_than_with_flax(name):

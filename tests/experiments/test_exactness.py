@@ -23,6 +23,7 @@ def test_oracle_matches_autodiff_in_float64(rng, flax_promotion):
         np.testing.assert_allclose(exactness.oracle(x, g)[1], pullback(jax.numpy.asarray(g))[0], atol=1e-12)
 
 
+@pytest.mark.optimized
 def test_a_small_run_finds_this_library_exact_and_flax_not(tmp_path, capsys, flax_promotion):
     flags = ["--ratios", "1", "1000", "--rows", "64", "--features", "2", "--seeds", "1"]
     main(["exactness", *flags, "--libraries", "bnjax", "Flax Linen", "--out", str(tmp_path)])

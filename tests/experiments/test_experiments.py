@@ -218,6 +218,7 @@ def bench_run(tmp_path_factory):
     arguments += ["--blocks", "bn", "bn_add_relu", "--megabytes", "1", "--ghost-size", "2", "--rounds", "3"]
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
         patch.setattr(bench, "keep_memory", lambda: False)  # this process is for other tests too
+        patch.setattr(bench, "REST", 0)
         patch.setattr(contenders, "installed", lambda: ["bnjax", "Flax Linen", "Flax NNX"])
         assert main(["bench", *arguments, "--out", str(folder)]) == 0
     return bench.read(folder / "bench"), printed.getvalue(), folder / "bench"

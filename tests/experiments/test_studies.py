@@ -65,6 +65,7 @@ def assert_report_has(folder, verdicts):
     assert figures == [(folder / name / f"{name}.png").read_bytes() for name in IDS]
 
 
+@pytest.mark.slow
 def test_all_in_smoke_write_report_and_verdicts_and_go_on_where_they_were_stopped(tmp_path, monkeypatch):
     measured, write_run = [], records.write_run
     monkeypatch.setattr(
@@ -123,6 +124,7 @@ def test_committed_verdicts_follow_from_the_committed_metrics():
     assert_report_has(RESULTS, verdicts)
 
 
+@pytest.mark.slow
 def test_the_committed_report_is_drawn_without_a_message():
     messages, drawn = open_in_browser(RESULTS / "report.html")
     assert not messages
@@ -229,11 +231,31 @@ def probed(monkeypatch, experiment):
     return found
 
 
+@pytest.mark.parametrize("kind", [each for each in STUDIES if each.NAME != "cost"], ids=lambda kind: kind.NAME)
+def test_every_network_of_a_study_has_a_logit_for_each_class_and_is_probed(kind, monkeypatch):
+    """Traced, not compiled: in every setting, in training with a mask and in evaluation."""
+    networks = probed(monkeypatch, kind.of("smoke"))
+    assert len(networks) >= 2
+    x, mask = np.zeros((4, 64), np.float32), np.ones((4, 1), bool)
+    with jax.numpy_dtype_promotion("standard"):
+        for init, apply, options in networks:
+            for setting in options.get("settings", [{}]):
+                params, state = jax.eval_shape(partial(init, **setting), jax.random.key(0))
+                for call in (partial(apply, train=True, mask=mask), partial(apply, train=False)):
+                    logits, new = jax.eval_shape(call, params, state, x)
+                    assert logits.shape == (4, 10)
+                    assert jax.tree.map(jnp.shape, new) == jax.tree.map(jnp.shape, state)
+                if options.get("probe"):
+                    known = jax.eval_shape(options["probe"], params, state)
+                    assert known
+                    assert all(jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in jax.tree.leaves(known))
+
+
 def test_gradients_are_those_of_the_output_of_each_layer(monkeypatch):
     """Of the plain network, by the chain rule in float64."""
     (init, _, options), *_ = probed(monkeypatch, gradients.Gradients(depth=3, width=5))
     params, state = init(jax.random.key(0))
-    norms = options["probe"](params, state)["gradient_norm"]
+    norms = jax.jit(options["probe"])(params, state)["gradient_norm"]
     digits = data.digits()
     x, labels = np.float64(data.flat(digits.train_images)[:500]), digits.train_labels[:500]
     kernels = [np.float64(layer["kernel"]) for layer in params]
@@ -254,22 +276,27 @@ def test_smoothness_follows_the_gradient_downhill(monkeypatch):
     experiment = smoothness.Smoothness(hidden=(5,), learning_rate=0.01)
     (init, apply, options), *_ = probed(monkeypatch, experiment)
     params, state = init(jax.random.key(0))
-    got = options["probe"](params, state)
+    got = jax.jit(options["probe"])(params, state)
     digits = data.digits()
     x, labels = data.flat(digits.train_images)[:60], digits.train_labels[:60]
 
+    @jax.jit
+    @jax.value_and_grad
     def loss(params):
         logits, _ = apply(params, state, x, True)
         return -jnp.mean(jax.nn.log_softmax(logits)[np.arange(60), labels])
 
-    gradient = jax.grad(loss)(params)
-    there = [jax.tree.map(lambda p, g, h=h: p - 0.01 * h * g, params, gradient) for h in (0.5, 1, 2, 4)]
-    losses = [float(loss(each)) for each in there]
+    _, gradient = loss(params)
+    there = [
+        jax.tree.map(lambda p, g, h=h: np.asarray(p) - np.float32(0.01 * h) * np.asarray(g), params, gradient)
+        for h in (0.5, 1, 2, 4)
+    ]
+    losses = [float(loss(each)[0]) for each in there]
     assert losses == sorted(losses, reverse=True)  # such short steps lead downhill
     np.testing.assert_allclose(got["loss_range"], losses[0] - losses[-1], rtol=1e-3)
     distances = [
         np.sqrt(sum(np.sum(np.square(np.float64(a) - b)) for a, b in zip(*map(jax.tree.leaves, pair), strict=True)))
-        for pair in ((jax.grad(loss)(each), gradient) for each in there)
+        for pair in ((loss(each)[1], gradient) for each in there)
     ]
     np.testing.assert_allclose(got["gradient_distance"], max(distances), rtol=1e-3)
     norm = np.sqrt(sum(np.sum(np.square(np.float64(leaf))) for leaf in jax.tree.leaves(gradient)))
@@ -279,7 +306,7 @@ def test_smoothness_follows_the_gradient_downhill(monkeypatch):
 def test_activations_are_percentiles_of_the_last_hidden_layer(monkeypatch):
     _, (init, _, options) = probed(monkeypatch, activations.Activations(hidden=(6, 4), units=3))
     params, state = init(jax.random.key(0))
-    got = options["probe"](params, state)["percentiles"]
+    got = jax.jit(options["probe"])(params, state)["percentiles"]
     x = np.float64(data.flat(data.digits().test_images))
     for layer in params[:2]:
         x = x @ np.float64(layer["kernel"])

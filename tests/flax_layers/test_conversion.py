@@ -15,6 +15,7 @@ import bnjax
 import bnjax.linen
 import bnjax.nnx
 from tests.support import reference
+from tests.support.folding import called
 from tests.support.resnet import LinenResNet, NNXResNet
 
 KEY = jax.random.key(0)
@@ -75,9 +76,20 @@ def far(rng):
     return (1e4 + rng.standard_normal((64, 3))).astype(np.float32)
 
 
-def run(model, x, **options):
-    y, variables = model.init_with_output(KEY, x, **options)
-    return y, variables, model.apply(variables, x, mutable=["batch_stats"], **options)
+def run(model, x):
+    """In one program: the output and the variables of initialization, and what the model gives then."""
+
+    @jax.jit
+    def both(x):
+        y, variables = model.init_with_output(KEY, x)
+        return y, variables, model.apply(variables, x, mutable=["batch_stats"])
+
+    return both(x)
+
+
+@partial(jax.jit, static_argnums=0)
+def initialized(model, x):
+    return model.init(KEY, x, True)
 
 
 def assert_equal(ours, expected):
@@ -111,6 +123,7 @@ def test_a_linen_model_converts_to_a_variant(far, to, options):
     assert_equal(run(bnjax.linen.convert(ours, to=kind, **options), far), run(expected, far))
 
 
+@pytest.mark.optimized
 def test_a_linen_model_and_its_conversion_are_compiled_apart(far):
     # Whichever comes first: jit knows a function by its object and its arguments, not by what surrounds the call.
     norm = partial(nn.BatchNorm, use_running_average=False)
@@ -122,7 +135,7 @@ def test_a_linen_model_and_its_conversion_are_compiled_apart(far):
 
     for model in (Compiled(norm), nn.remat(Compiled)(norm), Holder(Compiled(norm))):
         converted = bnjax.linen.convert(model)
-        variables = model.init(KEY, far)
+        variables = jax.jit(model.init)(KEY, far)
         for order in ([model, converted], [converted, model]):
             jax.clear_caches()
             errors = {order[i] is converted: np.abs(step(order[i], variables, far) - exact).max() for i in (0, 1, 0, 1)}
@@ -130,6 +143,7 @@ def test_a_linen_model_and_its_conversion_are_compiled_apart(far):
             assert errors[False] > 1
 
 
+@pytest.mark.optimized
 def test_submodules_of_a_bound_conversion_are_converted(far):
     model = Encoder(partial(nn.BatchNorm, use_running_average=False))
     variables = model.init(KEY, far)
@@ -143,6 +157,7 @@ def test_submodules_of_a_bound_conversion_are_converted(far):
     np.testing.assert_allclose(bound.layers[0](far), exact, atol=EXACT)
 
 
+@pytest.mark.optimized
 def test_a_conversion_in_a_model_leaves_the_rest_of_it_alone(far):
     norm = partial(nn.BatchNorm, use_running_average=False)
 
@@ -176,10 +191,14 @@ def test_the_innermost_conversion_counts(far):
 def test_where_chooses_layers_by_path(far):
     model = LinenResNet()
     x = far.reshape(4, 4, 4, 3)
-    variables = model.init(KEY, x, True)
+    variables = initialized(model, x)
+
+    @partial(jax.jit, static_argnums=0)
+    def stats_of(model, variables):
+        return model.apply(variables, x, True, mutable=["batch_stats"])[1]["batch_stats"]
 
     def means(model):
-        stats = model.apply(variables, x, True, mutable=["batch_stats"])[1]["batch_stats"]
+        stats = stats_of(model, variables)
         return {jax.tree_util.keystr(k): v for k, v in jax.tree_util.tree_leaves_with_path(stats) if "mean" in str(k)}
 
     flax, ours = means(model), means(bnjax.linen.convert(model, momentum=0.0, where=lambda path: "Block_1" in path))
@@ -199,9 +218,10 @@ def test_equal_conversions_are_equal_and_others_are_not(far):
     x = far.reshape(4, 4, 4, 3)
     assert repr(ours) == repr(model)
     assert ours.tabulate(KEY, x, True) == model.tabulate(KEY, x, True)
-    assert_equal(ours.init(KEY, x, True), model.init(KEY, x, True))
+    assert_equal(initialized(ours, x), initialized(model, x))
 
 
+@pytest.mark.optimized
 def test_a_linen_layer_itself_is_converted(far):
     layer = bnjax.linen.convert(nn.BatchNorm(use_running_average=False), momentum=0.0)
     np.testing.assert_allclose(run(layer, far)[0], reference.train(far.astype(np.float64), 1, 0, 0, 1)[0], atol=EXACT)
@@ -282,7 +302,7 @@ def nnx_model(make):
 def test_a_converted_nnx_model_is_the_model_written_with_our_layers(far, changes):
     model = bnjax.nnx.convert(nnx_model(partial(nnx.BatchNorm, 3, axis_name="batch")), axis_name=None, **changes)
     expected = nnx_model(partial(bnjax.nnx.BatchNorm, 3, **changes))
-    assert_equal(nnx.jit(lambda model: model(far))(model), nnx.jit(lambda model: model(far))(expected))
+    assert_equal(called(model, far), called(expected, far))
     assert_equal(nnx.state(model, nnx.BatchStat), nnx.state(expected, nnx.BatchStat))
 
 
@@ -293,7 +313,7 @@ def test_an_nnx_model_converts_to_a_variant_and_back(far, to, options):
     kind = getattr(bnjax.nnx, to)
     expected = nnx_model(partial(kind, 3, **options))
     model = bnjax.nnx.convert(nnx_model(partial(nnx.BatchNorm, 3)), to=kind, **options)
-    assert_equal(nnx.jit(lambda model: model(far))(model), nnx.jit(lambda model: model(far))(expected))
+    assert_equal(called(model, far), called(expected, far))
     assert_equal(nnx.state(model, nnx.BatchStat), nnx.state(expected, nnx.BatchStat))
     model = bnjax.nnx.convert(model, to=bnjax.nnx.BatchNorm)
     assert type(model.first) is bnjax.nnx.BatchNorm

@@ -17,7 +17,7 @@ import bnjax.linen
 import bnjax.nnx
 from bnjax.core import trees
 from experiments.benchmark import footprint
-from tests.support.folding import CLOSE, drawn, numbers
+from tests.support.folding import CLOSE, applied, called, drawn, numbers
 
 # A case: the class of a linear layer and its options.
 
@@ -72,7 +72,7 @@ def image(kind, options):
 def linen_pair(kind, options, previous):
     linear, norm = getattr(nn, kind)(8, **options), bnjax.linen.BatchNorm(use_running_average=True)
     model = nn.Sequential([linear, norm] if previous else [norm, linear])
-    return model, drawn(model.init(jax.random.key(0), image(kind, options)))
+    return model, drawn(jax.eval_shape(model.init, jax.random.key(0), image(kind, options)))
 
 
 def nnx_pair(kind, options, previous):
@@ -96,25 +96,25 @@ def test_linen_fold_preserves_output(previous, kind, options):
     linear = "layers_0" if previous else "layers_1"
     assert set(folded) == {"params"}
     assert {k: set(v) for k, v in folded["params"].items()} == {linear: {"kernel", "bias"}}
-    with nn.intercept_methods(interceptor):
-        got = model.apply(folded, x)
-    np.testing.assert_allclose(got, model.apply(variables, x), **CLOSE)
+    got = applied(model, folded, x, interceptor)
+    np.testing.assert_allclose(got, applied(model, variables, x), **CLOSE)
     bare = getattr(nn, kind)(8, **{**options, "use_bias": True})
-    np.testing.assert_allclose(bare.apply({"params": folded["params"][linear]}, x), got, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(applied(bare, {"params": folded["params"][linear]}, x), got, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize(("previous", "kind", "options"), PAIRS, ids=IDS)
 def test_nnx_fold_preserves_output(previous, kind, options):
     model = nnx_pair(kind, options, previous)
     x = image(kind, options)
-    want = model(x)
+    want = called(model, x)
     assert bnjax.nnx.fold_model(model, [("layers/0", "layers/1")]) is model
-    np.testing.assert_allclose(model(x), want, **CLOSE)
+    got = called(model, x)
+    np.testing.assert_allclose(got, want, **CLOSE)
     linear = "layers/0" if previous else "layers/1"
     assert {k: set(v) for k, v in trees.leaves(nnx.state(model, nnx.Param)).items()} == {linear: {"kernel", "bias"}}
     assert not nnx.state(model, nnx.BatchStat)
     graph, state = nnx.split(model)
-    np.testing.assert_array_equal(nnx.merge(graph, state)(x), model(x))
+    np.testing.assert_array_equal(called(nnx.merge(graph, state), x), got)
 
 
 @pytest.mark.parametrize(("kind", "options"), INEXACT.values(), ids=INEXACT)
@@ -161,7 +161,7 @@ LINEN = [(f"{b}/{i}", f"{b}/{j}") for b in ("Block_0", "last") for i, j in NAMES
 @pytest.mark.parametrize("norm", [bnjax.linen.BatchNorm, nn.BatchNorm])
 def test_a_linen_model_is_folded_and_exported(norm):
     model, x = Network(norm), numbers(2, 5, 5, 3)
-    variables = drawn(model.init(jax.random.key(0), x))
+    variables = drawn(jax.eval_shape(model.init, jax.random.key(0), x))
     folded, interceptor = bnjax.linen.fold_model(model, variables, LINEN, x)
     assert set(trees.norms(folded["params"], folded["batch_stats"])) == {"Block_0/BatchNorm_2", "last/BatchNorm_2"}
     assert set(folded["params"]["Block_0"]["Conv_0"]) == {"kernel", "bias"}
@@ -171,12 +171,13 @@ def test_a_linen_model_is_folded_and_exported(norm):
         with nn.intercept_methods(interceptor):
             return model.apply(folded, x)
 
-    want = model.apply(variables, x)
+    want = applied(model, variables, x)
     np.testing.assert_allclose(serve(folded, x), want, **CLOSE)
     exported = jax.export.deserialize(jax.export.export(serve)(folded, x).serialize())
     np.testing.assert_allclose(exported.call(folded, x), serve(folded, x), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.optimized
 def test_a_folded_model_compiles_to_the_operations_of_one_without_norms():
     def operations(call):
         text = call.func.lower(*call.args).compile().as_text()
@@ -206,17 +207,18 @@ def test_an_nnx_model_is_folded_and_exported(norm):
     model = nnx.Sequential(NnxBlock(3, 4, norm, rngs), NnxBlock(4, 6, norm, rngs))
     nnx.update(model, drawn(nnx.state(model, (nnx.Param, nnx.BatchStat))))
     model.eval()
-    want = model(x)
+    want = called(model, x)
     pairs = [(f"layers/{i}/{a}", f"layers/{i}/{b}") for i in (0, 1) for a, b in [("conv1", "bn1"), ("bn2", "conv2")]]
     bnjax.nnx.fold_model(model, pairs)
     assert set(trees.norms({}, nnx.state(model, nnx.BatchStat))) == {"layers/0/bn3", "layers/1/bn3"}
     np.testing.assert_allclose(model(x), want, **CLOSE)
-    np.testing.assert_allclose(nnx.jit(lambda model, x: model(x))(model, x), want, **CLOSE)
+    got = called(model, x)
+    np.testing.assert_allclose(got, want, **CLOSE)
     graph, state = nnx.split(model)
     leaves, structure = jax.tree.flatten(state)
     exported = jax.export.export(jax.jit(lambda leaves, x: nnx.merge(graph, structure.unflatten(leaves))(x)))
     again = jax.export.deserialize(exported(leaves, x).serialize())
-    np.testing.assert_allclose(again.call(leaves, x), model(x), rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(again.call(leaves, x), got, rtol=1e-6, atol=1e-6)
 
 
 class Scanned(nn.Module):
@@ -235,9 +237,8 @@ def test_a_scanned_stack_is_folded_layer_by_layer():
     variables = drawn(model.init(jax.random.key(0), x))
     assert variables["batch_stats"]["BatchNorm_0"]["mean"].shape == (3, 4)
     folded, interceptor = bnjax.linen.fold_model(model, variables, [("Dense_0", "BatchNorm_0")], x)
-    want = model.apply(variables, x)
-    with nn.intercept_methods(interceptor):
-        np.testing.assert_allclose(model.apply(folded, x), want, **CLOSE)
+    want = applied(model, variables, x)
+    np.testing.assert_allclose(applied(model, folded, x, interceptor), want, **CLOSE)
 
 
 def test_a_vmapped_stack_is_folded_layer_by_layer():
@@ -309,9 +310,8 @@ def test_shared_layers_are_folded_once():
     model, x = Twice(), numbers(5, 4)
     variables = drawn(model.init(jax.random.key(0), x))
     folded, interceptor = bnjax.linen.fold_model(model, variables, [("Dense_0", "BatchNorm_0")], x)
-    want = model.apply(variables, x)
-    with nn.intercept_methods(interceptor):
-        np.testing.assert_allclose(model.apply(folded, x), want, **CLOSE)
+    want = applied(model, variables, x)
+    np.testing.assert_allclose(applied(model, folded, x, interceptor), want, **CLOSE)
 
 
 LINEN_ERRORS = {

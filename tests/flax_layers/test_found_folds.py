@@ -12,7 +12,7 @@ from flax import nnx
 
 import bnjax.linen
 import bnjax.nnx
-from tests.support.folding import CLOSE, drawn, numbers
+from tests.support.folding import CLOSE, applied, drawn, numbers
 
 KEY = jax.random.key(0)
 BN = partial(nn.BatchNorm, use_running_average=True)
@@ -92,9 +92,9 @@ def test_linen_fold_finds_layers_side_by_side(model, pairs):
     assert interceptor.report.folded == pairs
     assert not interceptor.report.unfolded
     assert "batch_stats" not in folded
-    want = model.apply(variables, x)
+    want = applied(model, variables, x)
     np.testing.assert_allclose(interceptor.model.apply(folded, x), want, **CLOSE)
-    np.testing.assert_allclose(jax.jit(interceptor.model.apply)(folded, x), want, **CLOSE)
+    np.testing.assert_allclose(applied(interceptor.model, folded, x), want, **CLOSE)
     shapes = jax.ShapeDtypeStruct(x.shape, x.dtype)
     assert bnjax.linen.fold_model(model, variables, shapes)[1].report == interceptor.report
 

@@ -89,6 +89,7 @@ def after_training(apply, state, batch, folder, keys=None):
     return variables
 
 
+@pytest.mark.slow
 def test_the_resnet_of_flax_from_conversion_to_serving(rng, tmp_path):
     model = real_models.ResNet(
         stage_sizes=[1, 1], block_cls=real_models.BottleneckResNetBlock, num_classes=10, num_filters=4
@@ -113,6 +114,7 @@ def test_the_resnet_of_flax_from_conversion_to_serving(rng, tmp_path):
         np.testing.assert_allclose(got, want[: len(got)], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_all_53_norms_of_a_resnet_50_are_found(rng):
     model = real_models.ResNet50(num_classes=10, num_filters=4)
     x = rng.normal(0.5, 1, (2, 32, 32, 3)).astype(np.float32)
@@ -134,7 +136,7 @@ def test_all_53_norms_of_a_resnet_50_are_found(rng):
     np.testing.assert_allclose(got, want, rtol=0, atol=8 * 1.2e-7 * np.sqrt(53) * np.abs(want).max())
 
 
-@pytest.mark.parametrize("kind", ["tutorial", "scanned"])
+@pytest.mark.parametrize("kind", [pytest.param("tutorial", marks=pytest.mark.slow), "scanned"])
 def test_nnx_models_of_flax_from_conversion_to_serving(rng, kind, tmp_path):
     def make():
         rngs = nnx.Rngs(params=0, dropout=1)

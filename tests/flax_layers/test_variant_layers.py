@@ -1,5 +1,7 @@
 """The Linen and NNX layers of the variants against the pure functions, and the BN-LSTM against its paper."""
 
+from functools import partial
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -32,19 +34,21 @@ def close(actual, expected, tolerance=1e-5):
 
 def linen_run(name, options, batches, call):
     layer = getattr(bnjax.linen, f"{name}BatchNorm")(momentum=0.8, **options)
-    variables = layer.init(KEY, batches[0], use_running_average=False, **call)
+    variables = jax.jit(partial(layer.init, use_running_average=False, **call))(KEY, batches[0])
+    train = jax.jit(partial(layer.apply, use_running_average=False, mutable=["batch_stats"], **call))
     for x in batches:
-        y, updates = layer.apply(variables, x, use_running_average=False, mutable=["batch_stats"], **call)
+        y, updates = train(variables, x)
         variables = {**variables, **updates}
-    return y, variables["batch_stats"], layer.apply(variables, x, use_running_average=True, **call)
+    return y, variables["batch_stats"], jax.jit(partial(layer.apply, use_running_average=True, **call))(variables, x)
 
 
 def nnx_run(name, options, batches, call):
     layer = getattr(bnjax.nnx, f"{name}BatchNorm")(3, momentum=0.8, rngs=nnx.Rngs(0), **options)
+    run = nnx.jit(lambda layer, x: layer(x, **call))
     for x in batches:
-        y = layer(x, **call)
+        y = run(layer, x)
     layer.eval()
-    return y, nnx.to_pure_dict(nnx.state(layer, nnx.BatchStat)), layer(x, **call)
+    return y, nnx.to_pure_dict(nnx.state(layer, nnx.BatchStat)), run(layer, x)
 
 
 @pytest.mark.parametrize("run", [linen_run, nnx_run])
@@ -113,7 +117,7 @@ def test_a_frozen_layer_trains_like_evaluation(frozen_params, rng):
         y, updates = layer.apply({**variables, "params": params}, x, mutable=["batch_stats"])
         return jnp.sum(y**2), (y, updates)
 
-    gradient, (y, updates) = jax.grad(linen_loss, has_aux=True)(variables["params"])
+    gradient, (y, updates) = jax.jit(jax.grad(linen_loss, has_aux=True))(variables["params"])
     close(y, expected)
     close(updates["batch_stats"], stats, 0)
     xhat = (x - stats["mean"]) / np.sqrt(stats["var"] + 1e-5)
@@ -176,7 +180,7 @@ def test_bn_lstm_matches_the_oracle(lengths, lstm, rng):
         return (carry, state), carry.output
 
     start = bnjax.bn_lstm_carry(8, 6, length=None if lengths is None else jnp.asarray(lengths))
-    (carry, new), outputs = jax.lax.scan(one, (start, state), x.swapaxes(0, 1))
+    (carry, new), outputs = jax.jit(partial(jax.lax.scan, one))((start, state), x.swapaxes(0, 1))
     clean = np.nan_to_num(x)
     expected, statistics = bn_lstm_oracle(params, clean, np.full(8, 5) if lengths is None else lengths, 4)
     close(outputs.swapaxes(0, 1), expected, 2e-4)
@@ -199,17 +203,18 @@ def test_the_bn_lstm_layers_compute_what_the_function_computes(lengths, lstm, rn
         carry, state = bnjax.bn_lstm_apply(params, carry[1], carry[0], x, True)
         return (carry, state), carry.output
 
-    (carry, new), outputs = jax.lax.scan(one, (bnjax.bn_lstm_carry(8, 6, length=lengths), state), x.swapaxes(0, 1))
-    outputs = outputs.swapaxes(0, 1)
+    start = bnjax.bn_lstm_carry(8, 6, length=lengths), state
+    (carry, new), outputs = jax.jit(partial(jax.lax.scan, one))(start, x.swapaxes(0, 1))
+    outputs = np.asarray(outputs).swapaxes(0, 1)
 
     cell = bnjax.linen.BNLSTMCell(features=6, num_steps=4, use_running_average=False)
     layer = bnjax.linen.BNLSTM(cell)
-    variables = layer.init(KEY, x)
+    variables = jax.jit(layer.init)(KEY, x)
     kernels = {name: getattr(params, name) for name in ("input_kernel", "recurrent_kernel", "bias")}
     variables["params"]["cell"].update(kernels)
     close(variables["params"]["cell"]["cell_bn"], {"scale": np.full(6, 0.1), "bias": np.zeros(6)})
     assert set(variables["params"]["cell"]["input_bn"]) == {"scale"}
-    (last, y), updates = layer.apply(variables, x, length=lengths, mutable=["batch_stats"])
+    (last, y), updates = jax.jit(partial(layer.apply, mutable=["batch_stats"]))(variables, x, length=lengths)
     close(y, outputs)
     close(last.cell, carry.cell)
     for name in bnjax.BNLSTMState._fields:
@@ -218,15 +223,16 @@ def test_the_bn_lstm_layers_compute_what_the_function_computes(lengths, lstm, rn
     cell = bnjax.nnx.BNLSTMCell(3, 6, num_steps=4, rngs=nnx.Rngs(0))
     for name, kernel in kernels.items():
         getattr(cell, name)[...] = kernel
-    y = nnx.RNN(cell)(x, initial_carry=cell.initialize_carry((8, 3), length=lengths))
+    start = cell.initialize_carry((8, 3), length=lengths)
+    y = nnx.jit(lambda cell, x: nnx.RNN(cell)(x, initial_carry=start))(cell, x)
     close(y, outputs)
     for name in bnjax.BNLSTMState._fields:
         close(getattr(cell, name).var[...], getattr(new, name).var)
     evaluated = []
     cell.eval()
-    evaluated.append(nnx.RNN(cell)(x))
+    evaluated.append(nnx.jit(lambda cell, x: nnx.RNN(cell)(x))(cell, x))
     frozen = bnjax.linen.BNLSTM(bnjax.linen.BNLSTMCell(features=6, num_steps=4, use_running_average=True))
-    evaluated.append(frozen.apply({**variables, **updates}, x)[1])
+    evaluated.append(jax.jit(frozen.apply)({**variables, **updates}, x)[1])
     close(*evaluated)
     assert np.abs(evaluated[0] - outputs).max() > 1e-3
 
@@ -234,7 +240,7 @@ def test_the_bn_lstm_layers_compute_what_the_function_computes(lengths, lstm, rn
 def test_bn_lstm_gradients_match_plain_autodiff(rng):
     with jax.enable_x64(True):
         params, state = bnjax.bn_lstm_init(KEY, 3, 4, num_steps=3, dtype=jnp.float64)
-        x = jnp.asarray(rng.normal(size=(6, 3, 3)))
+        x = rng.normal(size=(6, 3, 3))
 
         def loss(params, x):
             def one(carry, x):
@@ -260,7 +266,7 @@ def test_bn_lstm_gradients_match_plain_autodiff(rng):
                 total += jnp.sum(output**3)
             return total
 
-        close(jax.grad(loss, (0, 1))(params, x), jax.grad(plain, (0, 1))(params, x), 1e-8)
+        close(*(jax.jit(jax.grad(f, (0, 1)))(params, x) for f in (loss, plain)), 1e-8)
 
 
 def test_a_bn_lstm_over_a_named_axis_is_one_device(lstm, rng):
@@ -274,21 +280,22 @@ def test_a_bn_lstm_over_a_named_axis_is_one_device(lstm, rng):
         return bnjax.bn_lstm_apply(params, state, carry, x, True, axis_name="data")
 
     halves = jax.tree.map(lambda v: v.reshape(4, 2, -1) if v.ndim else v, carry)
-    (new, stats) = jax.vmap(apply, ((split), 0), axis_name="data", out_axes=(split, None))(halves, x.reshape(4, 2, 3))
+    mapped = jax.jit(jax.vmap(apply, (split, 0), axis_name="data", out_axes=(split, None)))
+    new, stats = mapped(halves, x.reshape(4, 2, 3))
     close(new.output.reshape(8, 6), expected[0].output, 1e-4)
     close(stats, expected[1], 1e-4)
 
 
 def test_nan_after_a_sequence_reaches_no_gradient(lstm):
     params, state = lstm
-    x = jnp.where((jnp.arange(8) < 5)[:, None], 1.0 + jnp.arange(24.0).reshape(8, 3), jnp.nan)
-    carry = bnjax.bn_lstm_carry(8, 6, length=jnp.arange(8) < 5)
+    x = np.where((np.arange(8) < 5)[:, None], 1 + np.arange(24, dtype=np.float32).reshape(8, 3), np.float32(np.nan))
+    carry = bnjax.bn_lstm_carry(8, 6, length=np.arange(8) < 5)
 
     def loss(params, x):
         return jnp.sum(bnjax.bn_lstm_apply(params, state, carry, x, True)[0].output ** 2)
 
-    gradients = jax.grad(loss, (0, 1))(params, x)
-    expected = jax.grad(loss, (0, 1))(params, jnp.nan_to_num(x))
+    gradient = jax.jit(jax.grad(loss, (0, 1)))
+    gradients, expected = gradient(params, x), gradient(params, np.nan_to_num(x))
     close(gradients, expected)
     assert np.abs(gradients[0].input_kernel).max() > 0
 
@@ -299,7 +306,8 @@ def test_a_bn_lstm_in_half_precision_scans(dtype):
     params, _ = bnjax.bn_lstm_init(KEY, 2, 5, num_steps=3, dtype=dtype)
     kernel = params.recurrent_kernel.astype(jnp.float32)
     close(kernel @ kernel.T, np.eye(5), 0.03)
-    outputs = nnx.RNN(bnjax.nnx.BNLSTMCell(2, 5, num_steps=3, param_dtype=dtype, rngs=nnx.Rngs(0)))(x)
+    cell = bnjax.nnx.BNLSTMCell(2, 5, num_steps=3, param_dtype=dtype, rngs=nnx.Rngs(0))
+    outputs = nnx.jit(lambda cell, x: nnx.RNN(cell)(x))(cell, x)
     assert (outputs.shape, outputs.dtype) == ((4, 3, 5), dtype)
 
 
@@ -307,7 +315,7 @@ def test_a_bn_lstm_layer_runs_in_shard_map_and_refuses_two_lengths(rng):
     x = rng.normal(size=(8, 3, 2)).astype(np.float32)
     cell = bnjax.linen.BNLSTMCell(features=4, num_steps=3, use_running_average=False, axis_name="data")
     layer = bnjax.linen.BNLSTM(cell)
-    variables = layer.init(KEY, x)
+    variables = jax.jit(layer.init)(KEY, x)
 
     def apply(x):
         return layer.apply(variables, x, mutable=["batch_stats"])[0][1]
@@ -316,7 +324,8 @@ def test_a_bn_lstm_layer_runs_in_shard_map_and_refuses_two_lengths(rng):
     spec = jax.sharding.PartitionSpec("data")
     outputs = jax.jit(jax.shard_map(apply, mesh=mesh, in_specs=spec, out_specs=spec))(x)
     whole = bnjax.linen.BNLSTM(bnjax.linen.BNLSTMCell(features=4, num_steps=3, use_running_average=False))
-    close(outputs, whole.apply(variables, x, mutable=["batch_stats"])[0][1], 1e-4)
+    (_, want), _ = jax.jit(partial(whole.apply, mutable=["batch_stats"]))(variables, x)
+    close(outputs, want, 1e-4)
     with pytest.raises(ValueError, match="the carry holds the length"):
         layer.init(KEY, x, length=jnp.ones(8, int), initial_carry=bnjax.bn_lstm_carry(8, 4))
 

@@ -26,6 +26,9 @@ def pair(**options):
     )
 
 
+called = nnx.jit(lambda layer, x, **call: layer(x, **call))
+
+
 def values(layer):
     return nnx.to_pure_dict(nnx.state(layer))
 
@@ -69,12 +72,12 @@ def test_variables_are_those_of_flax(options):
 @pytest.mark.parametrize("options", [options for name, options in LAYERS.items() if name != "complex parameters"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "int32"])
 def test_training_and_evaluation_match_flax(options, dtype, rng):
-    x = jnp.asarray(rng.normal(2, 3, (6, 3, 5, 3)), dtype)
+    x = rng.normal(2, 3, (6, 3, 5, 3)).astype(jnp.dtype(dtype))
     results = []
     for layer in pair(momentum=0.7, **options):
-        trained = [layer(x), layer(x)]
+        trained = [called(layer, x), called(layer, x)]
         layer.eval()
-        results.append((trained, layer(x), values(layer)))
+        results.append((trained, called(layer, x), values(layer)))
         layer.train()
         assert layer.use_running_average is False
     half = "bfloat16" if options.get("dtype") == jnp.bfloat16 else str(results[1][1].dtype)
@@ -107,7 +110,7 @@ def test_complex_parameters_leave_the_statistics_of_real_data_real(rng):
 def test_a_mask_of_any_rank_matches_flax(shape, rng):
     x = rng.normal(1, 2, (6, 4, 3)).astype(np.float32)
     mask = np.ones(shape, bool) if shape in ((), (3,)) else rng.random(shape) < 0.7
-    flax, ours = ((layer(x, mask=mask), values(layer)) for layer in pair())
+    flax, ours = ((called(layer, x, mask=mask), values(layer)) for layer in pair())
     assert_same(ours, flax)
 
 
@@ -124,6 +127,7 @@ def test_the_call_goes_before_the_constructor_and_a_view_sets_the_layer(rng):
     np.testing.assert_allclose(layer(x, use_running_average=True), evaluated, rtol=1e-6)
 
 
+@pytest.mark.optimized
 def test_statistics_far_from_zero_are_exact(rng):
     x = (1e4 + rng.standard_normal((512, 3))).astype(np.float32)
     layer = bnjax.nnx.BatchNorm(3, momentum=0.0, rngs=nnx.Rngs(0))
@@ -140,7 +144,7 @@ def test_a_checkpoint_of_one_continues_in_the_other(rng, tmp_path):
     batches = rng.normal(1, 2, (4, 32, 3)).astype(np.float32)
     for i, (writer, reader) in enumerate((pair(momentum=0.8), pair(momentum=0.8)[::-1])):
         for x in batches[:2]:
-            writer(x)
+            called(writer, x)
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(tmp_path / str(i), values(writer))
             checkpointer.wait_until_finished()
@@ -148,7 +152,7 @@ def test_a_checkpoint_of_one_continues_in_the_other(rng, tmp_path):
             nnx.replace_by_pure_dict(state, checkpointer.restore(tmp_path / str(i), values(reader)))
         nnx.update(reader, state)
         for x in batches[2:]:
-            outputs = [layer(x) for layer in (writer, reader)]
+            outputs = [called(layer, x) for layer in (writer, reader)]
             assert_same(*outputs)
         assert_same(values(writer), values(reader))
 
@@ -158,9 +162,8 @@ def test_momentum_as_a_function_adds_a_count_which_starts_at_0_without_one(rng):
     layer = bnjax.nnx.BatchNorm(3, momentum=bnjax.cumulative_average, rngs=nnx.Rngs(0))
     assert described(values(layer)["count"]) == ((3,), jnp.int32)
     nnx.update(layer, nnx.state(pair()[0]))  # a state without count
-    step = nnx.jit(lambda layer, x: layer(x))
     for x in batches:
-        step(layer, x)
+        called(layer, x)
     np.testing.assert_array_equal(layer.count[...], 3)
     np.testing.assert_allclose(layer.mean[...], batches.mean((0, 1)), rtol=1e-5)
     np.testing.assert_allclose(layer.var[...], batches.var(1).mean(0), rtol=1e-5)
@@ -185,7 +188,7 @@ def test_unbiased_var_and_several_axis_names(rng):
         layer = nnx.merge(graphdef, state, copy=True)
         return layer(x), nnx.state(layer, nnx.BatchStat)
 
-    y, stats = jax.vmap(jax.vmap(apply, axis_name="b"), axis_name="a")(x)
+    y, stats = jax.jit(jax.vmap(jax.vmap(apply, axis_name="b"), axis_name="a"))(x)
     np.testing.assert_allclose(stats["var"][...][0, 0], x.reshape(-1, 3).var(0, ddof=1), rtol=1e-5)
     flat = x.reshape(-1, 3)
     np.testing.assert_allclose(y.reshape(-1, 3), (flat - flat.mean(0)) / np.sqrt(flat.var(0) + 1e-5), atol=1e-5)
@@ -213,7 +216,7 @@ def train_resnet(model, x, labels, steps=3):
 
     losses = jnp.stack([step(model, optimizer) for _ in range(steps)])
     model.eval()
-    evaluated = model(x)
+    evaluated = called(model, x)
     model.train()
     return losses, evaluated, values(model)
 
@@ -234,6 +237,7 @@ def test_a_converted_resnet_trains_like_flax_where_flax_is_good(rng):
     assert_same(train_resnet(ours, x, labels), train_resnet(flax, x, labels), 2e-3, 1e-3)
 
 
+@pytest.mark.optimized
 def test_conversion_reaches_lists_stacks_and_shared_layers(rng):
     x = rng.normal(1e4, 1, (64, 3)).astype(np.float32)
 
@@ -279,7 +283,7 @@ def test_a_functional_model_computes_what_the_model_computes(rng):
     model = bnjax.nnx.convert(NNXResNet(nnx.Rngs(0)))
     apply, variables = bnjax.nnx.functional(model)
     y, updates = jax.jit(lambda v: apply(v, x, mutable=["batch_stats", "batch_moments"]))(variables)
-    expected = model(x)
+    expected = called(model, x)
     assert_same(y, expected, 1e-4, 1e-4)
     assert_same(nnx.to_pure_dict(updates["batch_stats"]), nnx.to_pure_dict(nnx.state(model, nnx.BatchStat)), 1e-4, 1e-4)
     assert set(updates["batch_moments"]) == {
@@ -289,7 +293,7 @@ def test_a_functional_model_computes_what_the_model_computes(rng):
     stem = bnjax.batch_moments(model.stem.layers[0](x))
     np.testing.assert_allclose(updates["batch_moments"]["stem/layers/1"].moments.var, stem.var, rtol=1e-4)
     model.eval()
-    assert_same(apply({**variables, **updates}, x), model(x), 1e-4, 1e-4)
+    assert_same(jax.jit(apply)({**variables, **updates}, x), called(model, x), 1e-4, 1e-4)
 
 
 def test_a_functional_model_wants_a_key_for_each_stream_of_random_numbers():

@@ -16,6 +16,11 @@ from bnjax.core.moments import wider
 ROUNDINGS = 32
 
 
+def pytest_itemcollected(item):
+    """What is compared is accuracy, so all is compiled as users compile it."""
+    item.add_marker(pytest.mark.optimized)
+
+
 @pytest.fixture(params=["float32", "float64"])
 def dtype(request):
     with jax.enable_x64(request.param == "float64"):

@@ -17,15 +17,6 @@ from tests.support import markdown
 from tests.support.markdown import ROOT
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-    """Half of the time goes into XLA's optimizations, which these small programs do not need."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-    jax.clear_caches()  # other tests read what is compiled
-
-
 def run(name, program, folder):
     # As a user has it: with JAX's own promotion of dtypes and ranks.
     with (

@@ -1,6 +1,7 @@
 """Training: against a plain loop, accumulated against merged, and what the checkpoint policy saves."""
 
 import re
+from functools import cache, partial
 
 import flax.core
 import flax.linen as nn
@@ -48,15 +49,21 @@ def batch(rng):
     return {"x": rng.normal(1, 2, (24, 5)).astype(np.float32), "y": rng.integers(0, 3, 24)}
 
 
+@cache
+def initialized(model):
+    """The variables of a network for this batch."""
+    return jax.jit(partial(model.init, train=False))(KEY, np.zeros((24, 5), np.float32))
+
+
 def start(model, batch, tx=None, **fields):
-    variables = model.init(KEY, batch["x"], False)
+    variables = initialized(model)
     tx = optax.adam(0.01) if tx is None else tx
     return training.TrainState.create(apply_fn=model.apply, tx=tx, **variables, **fields)
 
 
 def test_steps_match_a_plain_loop(batch):
     model, tx = Network(), optax.adam(0.01)
-    variables = model.init(KEY, batch["x"], False)
+    variables = initialized(model)
     params, stats, opt_state = variables["params"], variables["batch_stats"], tx.init(variables["params"])
 
     def plain(params, stats):
@@ -64,11 +71,15 @@ def test_steps_match_a_plain_loop(batch):
         logits, updates = model.apply(variables, batch["x"], True, mutable=["batch_stats"])
         return -jnp.mean(jax.nn.log_softmax(logits)[np.arange(24), batch["y"]]), updates["batch_stats"]
 
+    @jax.jit
+    def plain_step(params, stats, opt_state):
+        (value, stats), gradients = jax.value_and_grad(plain, has_aux=True)(params, stats)
+        updates, opt_state = tx.update(gradients, opt_state, params)
+        return optax.apply_updates(params, updates), stats, opt_state, value
+
     state, step = start(model, batch), training.train_step(loss)
     for _ in range(5):
-        (value, stats), gradients = jax.jit(jax.value_and_grad(plain, has_aux=True))(params, stats)
-        updates, opt_state = tx.update(gradients, opt_state, params)
-        params = optax.apply_updates(params, updates)
+        params, stats, opt_state, value = plain_step(params, stats, opt_state)
         state, metrics = step(state, batch)
         np.testing.assert_allclose(metrics["loss"], value, rtol=1e-5)
     assert_same(state.params, params, 1e-4, 1e-5)
@@ -83,7 +94,7 @@ def test_steps_match_a_plain_loop(batch):
 
 def test_the_state_is_donated_unless_told_otherwise(batch):
     model = Network()
-    variables = model.init(KEY, batch["x"], False)
+    variables = initialized(model)
     rngs = {"dropout": jax.random.key(1)}
     state = training.TrainState.create(apply_fn=model.apply, tx=optax.adam(0.01), rngs=rngs, **variables)
     training.train_step(loss, donate=False)(state, batch)
@@ -95,15 +106,16 @@ def test_the_state_is_donated_unless_told_otherwise(batch):
 
 def moments_of_layers(model, variables, parts):
     """Per layer the moments of each part, by hand: one forward pass a part."""
+    collect = jax.jit(partial(model.apply, train=True, mutable=["batch_stats", "batch_moments"]))
     for part in parts:
-        _, seen = model.apply(variables, part, True, mutable=["batch_stats", "batch_moments"])
+        _, seen = collect(variables, part)
         yield {name: layer["moments"] for name, layer in seen["batch_moments"].items()}
 
 
 @pytest.mark.parametrize("accumulate", [2, 4])
 def test_accumulation_averages_gradients_and_absorbs_the_merged_moments_once(batch, accumulate):
     model = Network()
-    variables = model.init(KEY, batch["x"], False)
+    variables = initialized(model)
     parts = [{k: v[i::accumulate] for k, v in batch.items()} for i in range(accumulate)]
     state, metrics = training.train_step(loss, accumulate=accumulate)(start(model, batch, optax.sgd(1.0)), batch)
     seen = list(moments_of_layers(model, variables, [part["x"] for part in parts]))
@@ -120,7 +132,8 @@ def test_accumulation_averages_gradients_and_absorbs_the_merged_moments_once(bat
         bound = training.Model(model.apply, {**variables, "params": params}, ["batch_stats"], None)
         return loss(bound, part, True)[0]
 
-    values, gradients = zip(*(jax.value_and_grad(value)(variables["params"], part) for part in parts), strict=True)
+    both = jax.jit(jax.value_and_grad(value))
+    values, gradients = zip(*(both(variables["params"], part) for part in parts), strict=True)
     np.testing.assert_allclose(metrics["loss"], np.mean(values), rtol=1e-5)
     expected = jax.tree.map(lambda p, *g: p - np.mean(g, 0), variables["params"], *gradients)
     assert_same(state.params, expected, 1e-4, 1e-5)
@@ -230,7 +243,7 @@ def test_a_frozen_layer_stays_while_another_accumulates(rng):
 
 
 def test_a_state_of_frozen_dicts_keeps_its_structure(batch):
-    variables = flax.core.freeze(Network().init(KEY, batch["x"], False))
+    variables = flax.core.freeze(initialized(Network()))
     state = training.TrainState.create(apply_fn=Network().apply, tx=optax.sgd(0.1), **variables)
     after, _ = training.train_step(loss, donate=False)(state, batch)
     assert jax.tree.structure(after) == jax.tree.structure(state)
