@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from jax._src import compiler
 
-from tests.support.compiling import QUICK, compilations, unoptimized
+from tests.support.compiling import compilations, quick_options, unoptimized
 from tests.support.pairwise import pairwise
 
 
@@ -32,7 +32,8 @@ def options():
 
 
 def test_tests_compile_without_optimization():
-    assert options() == QUICK
+    assert options() == quick_options()
+    assert quick_options()["xla_backend_optimization_level"] == "0"
 
 
 @pytest.mark.optimized
