@@ -4,6 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 OLDEST := .venv-oldest
 OLDEST_JAX := 0.10.0
+NEWEST := .venv-newest
+NEWEST_PYTHON ?= $(PYTHON)
+PURE := .venv-pure
 OTHERS := .venv-others
 INSTALL := -m pip install --quiet --disable-pip-version-check
 
@@ -17,7 +20,7 @@ export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS = 0
 export JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES = -1
 endif
 
-.PHONY: help demo claims compiled bench test test-all oracles docs test-oldest test-flax lint format wheel clean
+.PHONY: help demo claims compiled bench test test-all oracles docs test-oldest test-newest test-pure test-flax lint format wheel clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -66,6 +69,17 @@ format: $(VENV)/.installed ## rewrite in the project's format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+test-newest: ## the library's tests on the newest supported jax, with the newest supported Python
+	test -d $(NEWEST) || $(NEWEST_PYTHON) -m venv $(NEWEST)
+	$(NEWEST)/bin/python $(INSTALL) --upgrade --editable '.[test]'
+	$(NEWEST)/bin/python -m pytest --numprocesses 2
+
+# For platforms such as macOS, for which there are no compilers for TPUs and GPUs.
+test-pure: ## the tests of the pure functions, which need no Flax layers; with the newest supported jax
+	test -d $(PURE) || $(PYTHON) -m venv $(PURE)
+	$(PURE)/bin/python $(INSTALL) --editable '.[test]'
+	$(PURE)/bin/python -m pytest --numprocesses 2 tests/core tests/variants bnjax/core bnjax/variants
+
 test-oldest: ## the library's tests on the oldest supported jax
 	test -d $(OLDEST) || $(PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/python $(INSTALL) --editable '.[test]' 'jax==$(OLDEST_JAX)' 'jaxlib==$(OLDEST_JAX)'
@@ -79,8 +93,10 @@ test-flax: $(VENV)/.installed ## Flax's own tests of what uses BatchNorm, with o
 	cd $(FLAX)/tests && PYTHONPATH=$(CURDIR) $(CURDIR)/$(BIN)/python -m pytest -p tests.support.flax_swapped -W ignore \
 		$$(grep -rl BatchNorm . --include='*_test.py')
 
-wheel: $(VENV)/.installed ## build the wheel under dist/
-	$(BIN)/python -m build --wheel
+wheel: $(VENV)/.installed ## build the wheel and the source distribution under dist/, and check both
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/python -m twine check --strict dist/*
 
 clean: ## remove everything that was made
-	rm -rf $(VENV) $(OLDEST) $(OTHERS) .cache .flax dist site results .pytest_cache .hypothesis .ruff_cache
+	rm -rf $(VENV) $(OLDEST) $(NEWEST) $(PURE) $(OTHERS) .cache .flax dist site results .pytest_cache .hypothesis .ruff_cache

@@ -15,7 +15,7 @@ from flax.training import train_state
 from jax import Array
 
 from bnjax.core import checks, trees
-from bnjax.core.array_moments import CHECKPOINT_NAME
+from bnjax.core.checkpoint import CHECKPOINT_NAME
 
 __all__ = ["Model", "TrainState", "decay_mask", "eval_step", "save_statistics", "train_step"]
 
@@ -110,7 +110,7 @@ class Model:
     """
 
     def __init__(self, apply_fn: Callable[..., Any], variables: dict[str, Any], mutable: list[str], rngs: Any):
-        self.variables = variables
+        self.variables: dict[str, Any] = variables
         self._apply, self._mutable, self._rngs = apply_fn, mutable, rngs
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -247,8 +247,8 @@ def eval_step(loss: Loss) -> Callable[[TrainState, Any], dict[str, Array]]:
       >>> import jax.numpy as jnp, optax
       >>> from bnjax.training import TrainState, eval_step
       >>> def apply(variables, x):
-      ...     return variables["params"] * x
-      >>> state = TrainState.create(apply_fn=apply, params=2.0, tx=optax.sgd(0.1))
+      ...     return variables["params"]["scale"] * x
+      >>> state = TrainState.create(apply_fn=apply, params={"scale": 2.0}, tx=optax.sgd(0.1))
       >>> eval_step(lambda model, batch, train: jnp.mean(model(batch)))(state, jnp.ones(3))["loss"].tolist()
       2.0
     """

@@ -1,5 +1,5 @@
-"""Experiments on batch normalization: `all` of them and their report, or one. Each writes its configuration and what it
-measured to a folder of its name."""
+"""Experiments on batch normalization: `all` of them with a report, or one. Each writes its configuration and its
+measurements to a folder of its name."""
 
 import argparse
 import sys
@@ -47,20 +47,22 @@ STUDIES: tuple[type[study.Study], ...] = (
 
 @dataclass(frozen=True)
 class All:
-    """Every experiment on a claim, those excepted that are done, and the report on all."""
+    """Run every experiment on a claim that is not done yet, and write the report on all of them."""
 
     preset: study.Preset = "default"
-    """smoke to see that it works, default for verdicts, full for a longer look"""
+    """smoke for a quick check, default for verdicts, full for longer runs with more seeds"""
     data_dir: Path | None = None
-    """folder of (Fashion-)MNIST's four IDX files or of CIFAR-10's binary ones; by default scikit-learn's digits"""
+    """folder of the four IDX files of (Fashion-)MNIST or of the binary files of CIFAR-10; default: the digits of
+    scikit-learn"""
     out: Path = Path("results")
     """folder for report.html, verdicts.json and a folder for each experiment"""
 
 
 def run_all(config: All) -> None:
-    """All experiments on claims, those excepted that are done, and their report."""
+    """Run the experiments on claims that are not done yet, and write the report."""
     studies = [each.of(config.preset, data_dir=config.data_dir, out=config.out) for each in STUDIES]
-    studies[0] = replace(studies[0], runtime=runtime.Runtime(devices=1))  # like all but those that are about several
+    # As most experiments, which do not measure the effect of devices.
+    studies[0] = replace(studies[0], runtime=runtime.Runtime(devices=1))
     study.run_all(studies)
 
 
@@ -81,7 +83,7 @@ def main(args: list[str] | None = None) -> int:
 
 
 def _commands(args: list[str]) -> dict[str, Any]:
-    """What runs each experiment; the flags' defaults are those of the preset that is asked for."""
+    """By name, the function that runs each experiment. The defaults of its flags are those of the given preset."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--preset", nargs="?", default="default")
     preset = parser.parse_known_args(args)[0].preset

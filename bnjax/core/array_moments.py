@@ -18,21 +18,16 @@ This module knows neither devices, nor derivatives, nor running statistics.
 """
 
 import math
-from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.ad_checkpoint import checkpoint_name
 
+from bnjax.core.checkpoint import named
 from bnjax.core.jax_internals import PlatformFunction
 from bnjax.core.records import Moments
 from bnjax.core.reductions import FORWARD_SLABS, cut, two_sums
-from bnjax.core.weights import is_real, relative, total_weight, weighted_mean
-
-# The name of the statistics for `jax.checkpoint`: a policy that saves it keeps the backward from reducing x again.
-CHECKPOINT_NAME = "bnjax_statistics"
-named = partial(checkpoint_name, name=CHECKPOINT_NAME)
+from bnjax.core.weights import divided, is_real, relative, total_weight, weighted_sum
 
 # The guard accepts |mean - c|^2 <= NEAR var + (ROUNDED eps mean)^2. Sums by trees, as TPUs and GPUs take them, round by
 # about eps, so the error of `var` is about 9 eps at the most; the tests of accuracy allow 16 eps or more. The second
@@ -60,31 +55,35 @@ def merged_moments(parts: Moments, axes: tuple[int, ...]) -> Moments:
     """
     weight, unit = relative(parts.weight, axes)
     between = _two_reads(parts.mean, weight, axes)
-    within = weighted_mean(parts.var, weight, between.weight, axes)
+    within = divided(weighted_sum(parts.var, weight, axes), between.weight)
     return Moments(named(between.weight * unit), between.mean, between.var + within)
 
 
 def _two_reads(x, weight, axes):
-    total = named(total_weight(x.shape, weight, axes, like=jnp.sum(x, axes)))
+    plain = weighted_sum(x, weight, axes)
+    total = named(total_weight(x.shape, weight, axes, like=plain))
     # The plain mean carries the rounding of a plain sum. The sums around it are near 0, and so is their rounding.
-    plain_mean = named(weighted_mean(x, weight, total, axes))
-    offset, var = _around(x - jnp.expand_dims(plain_mean, axes), weight, total, axes)
+    plain_mean = named(divided(plain, total))
+    centered = x - jnp.expand_dims(plain_mean, axes)
+    offset = named(divided(weighted_sum(centered, weight, axes), total))
+    var = _variance(centered, offset, weight, total, axes)
     # Rounding may leave `var` below 0. Not jnp.maximum, whose derivative is a half at 0 and nothing below.
     return Moments(total, plain_mean + offset, var - lax.stop_gradient(jnp.minimum(var, 0)))
-
-
-def _around(centered, weight, total, axes):
-    """E[x - c] and E|x - c|^2 - |E[x - c]|^2 of x - c; rounding may leave the latter a little below 0."""
-    offset = named(weighted_mean(centered, weight, total, axes))
-    return offset, weighted_mean(abs_square(centered), weight, total, axes) - abs_square(offset)
 
 
 def _one_read(x, shift, weight, axes):
     """The moments around the shift, `var` perhaps a little below 0, and mean - shift."""
     centered = x.astype(shift.dtype) - shift
-    total = total_weight(x.shape, weight, axes, like=jnp.sum(centered, axes))
-    offset, var = _around(centered, weight, total, axes)
-    return Moments(total, jnp.where(total > 0, jnp.squeeze(shift, axes) + offset, 0), var), offset
+    plain = weighted_sum(centered, weight, axes)
+    total = total_weight(x.shape, weight, axes, like=plain)
+    offset = divided(plain, total)
+    mean = jnp.where(total > 0, jnp.squeeze(shift, axes) + offset, 0)
+    return Moments(total, mean, _variance(centered, offset, weight, total, axes)), offset
+
+
+def _variance(centered, offset, weight, total, axes):
+    """E|x - c|^2 - |E[x - c]|^2 of x - c, whose mean is the offset; rounding may leave it a little below 0."""
+    return divided(weighted_sum(abs_square(centered), weight, axes), total) - abs_square(offset)
 
 
 def guarded(x: Array, shift: Array, *weight: Array, axes: tuple[int, ...]) -> tuple[Array, ...]:

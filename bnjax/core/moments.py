@@ -23,12 +23,13 @@ import numpy as np
 from jax import Array, lax
 
 from bnjax.core import checks
-from bnjax.core.array_moments import guarded_moments, merged_moments, named, two_read_moments, unguarded_moments
+from bnjax.core.array_moments import guarded_moments, merged_moments, two_read_moments, unguarded_moments
+from bnjax.core.checkpoint import named
 from bnjax.core.collectives import Groups, gather, kinds_of_axes, sum_over
 from bnjax.core.records import Collected, Moments, Support
 from bnjax.core.reductions import sums
 from bnjax.core.sharding import sharded_as
-from bnjax.core.weights import is_real, mean_weight, nonzero, relative, sum_as, valid, weigh, weighted_mean
+from bnjax.core.weights import divided, is_real, mean_weight, nonzero, relative, sum_as, valid, weigh, weighted_sum
 
 
 class Batch(NamedTuple):
@@ -194,7 +195,7 @@ def merge_parts(parts: Collected, axis: int) -> Collected:
     """The moments and the support of all parts of a batch, which lie along an array axis."""
     moments = merged_moments(parts.moments, (axis,))
     weight, unit = relative(parts.moments.weight, (axis,))
-    own = weighted_mean(parts.support.mean_weight, weight, moments.weight / unit, (axis,))
+    own = divided(weighted_sum(parts.support.mean_weight, weight, (axis,)), moments.weight / unit)
     return Collected(moments, Support(jnp.sum(parts.support.valid, axis), own))
 
 

@@ -10,6 +10,8 @@ from typing import Any, TypeGuard
 import jax.numpy as jnp
 from jax import Array, lax
 
+from bnjax.core.checkpoint import named
+
 
 def is_real(weight: Any) -> TypeGuard[Array]:
     """Whether the weights are real-valued."""
@@ -46,14 +48,19 @@ def valid_elements(shape: tuple[int, ...], weight: Array, axes: tuple[int, ...],
     return sum_as(shape, (weight > 0).astype(weight.dtype), axes, like)
 
 
-def weighted_mean(values: Array, weight: Array | None, total: Array, axes: tuple[int, ...]) -> Array:
-    """sum(w v) / sum(w) over `axes`, for total = sum(w); 0 where that is 0."""
-    return jnp.sum(weigh(weight, values), axes) * (1 / nonzero(total)).astype(values.dtype)
+def weighted_sum(values: Array, weight: Array | None, axes: tuple[int, ...]) -> Array:
+    """sum(w v) over `axes`."""
+    return jnp.sum(weigh(weight, values), axes)
+
+
+def divided(weighted: Array, total: Array) -> Array:
+    """A weighted sum divided by the sum of the weights; 0 where no weight is positive."""
+    return weighted * (1 / nonzero(total)).astype(weighted.dtype)
 
 
 def mean_weight(shape: tuple[int, ...], weight: Array, axes: tuple[int, ...], total: Array) -> Array:
     """sum(w^2) / sum(w) over `axes` of an array of this shape, for total = sum(w)."""
-    return sum_as(shape, weigh(weight, weight), axes, total) * (1 / nonzero(total))
+    return divided(sum_as(shape, weigh(weight, weight), axes, total), total)
 
 
 def relative(weight: Any, axes: tuple[int, ...]) -> tuple[Any, Any]:
@@ -67,7 +74,7 @@ def relative(weight: Any, axes: tuple[int, ...]) -> tuple[Any, Any]:
     info = jnp.finfo(weight.dtype)
     positive = lax.stop_gradient(jnp.where(weight > 0, weight, 0))
     largest = jnp.clip(jnp.max(positive, axes, keepdims=True, initial=0), info.tiny, info.max / 4)
-    unit = lax.reduce_precision(largest, info.nexp, 0)
+    unit = named(lax.reduce_precision(largest, info.nexp, 0))
     return weight / unit, jnp.squeeze(unit, axes)
 
 

@@ -161,9 +161,8 @@ def _measured(layer: str, params: BNParams, state: BNState, moments: Mapping[str
         shift = np.where(seen, abs(mean - batch_mean) / np.sqrt(batch_var + epsilon), np.nan)
         ratio = np.where(seen, (var + epsilon) / (batch_var + epsilon), np.nan)
         nonfinite |= seen & ~(np.isfinite(batch_mean) & np.isfinite(batch_var))
-        silent = (
-            seen & (batch_var < epsilon) & ~dead
-        )  # in this batch; rarely active features are, so a few do not count
+        # Features without variance in this batch. A few do not count, because a feature may be active rarely.
+        silent = seen & (batch_var < epsilon) & ~dead
         dead |= silent & (silent.sum() >= SHARE * silent.size)
     return LayerReport(
         var.size,

@@ -1,7 +1,7 @@
-"""What the Linen and the NNX layers share.
+"""Code shared by the Linen and the NNX layers.
 
     conventions   Flax's rules for axes, masks and dtypes around the pure functions
-    conversion    the changes that `convert` takes
+    conversion    the changes that `convert` makes to layers
 
-They hold no variables and know neither Linen nor NNX.
+These modules hold no variables, and use neither Linen nor NNX.
 """

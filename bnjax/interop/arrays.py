@@ -67,7 +67,7 @@ def updates(count: Any) -> np.ndarray:
     return np.array(np.max([] if count is None else count, initial=0), np.int64)
 
 
-def as_array(value):
+def as_array(value: Any) -> np.ndarray:
     """An array or a PyTorch tensor as a NumPy array."""
     if hasattr(value, "detach"):
         value = value.detach().cpu()
@@ -76,7 +76,7 @@ def as_array(value):
     return np.asarray(value)
 
 
-def checked(call, values):
+def checked(call: str, values: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """The values as arrays. They must be floating, of the same shape (features,), without a negative variance."""
     arrays = {name: as_array(value) for name, value in values.items()}
     shapes = {name: array.shape for name, array in arrays.items()}
@@ -89,6 +89,7 @@ def checked(call, values):
     return arrays
 
 
-def check_floating(call, name, array):
+def check_floating(call: str, name: str, array: Any) -> None:
+    """Reject an array of integers or booleans, such as an index stored among the weights."""
     if not jnp.issubdtype(array.dtype, jnp.floating):
         raise ValueError(f"{call}: {name} is {array.dtype}. Expected floating numbers.")

@@ -47,8 +47,9 @@ def calls(
             given[i] = array
         args, kwargs = jax.tree.unflatten(structure, given)
         if isinstance(model, nn.Module):
+            options: dict[str, Any] = {"mutable": nn.DenyList("params"), **kwargs}
             with nn.intercept_methods(_linen(record)):
-                model.apply(variables, *args, **{"mutable": nn.DenyList("params"), **kwargs})
+                model.apply(variables, *args, **options)
             return
         whole = nnx.merge(graph, variables, copy=True)
         for path, module in [*nnx.iter_graph(whole)]:

@@ -28,7 +28,10 @@ class Atom:
     """A piece of an axis. An atom that was split, or equated with another one, consists of its parts."""
 
     def __init__(self, size: int, role: Any = None, whole: "Atom | None" = None):
-        self.size, self.role, self.whole, self.parts = size, role, whole, []
+        self.size: int = size
+        self.role: Any = role
+        self.whole: Atom | None = whole
+        self.parts: list[Atom] = []
 
 
 Axes = list[list[Atom]]

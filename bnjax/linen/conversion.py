@@ -10,7 +10,7 @@ context of JAX, which is part of that key.
 
 import functools
 import inspect
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
@@ -124,7 +124,7 @@ def convert(model: nn.Module, *, to: type | None = None, where: Where | None = N
 
 def contexts(module: nn.Module) -> tuple[Any, ...]:
     """The contexts in which a module's methods run, the outermost first."""
-    return module._contexts if isinstance(module, _Wrapped) else ()
+    return module._contexts if isinstance(module, _Wrapped) else ()  # pyright: ignore[reportPrivateUsage]
 
 
 def class_of(module: nn.Module) -> type:
@@ -189,7 +189,7 @@ class _Converting(NamedTuple):
     conversion: Conversion
 
     @contextmanager
-    def active(self) -> Iterator[None]:
+    def active(self) -> Generator[None, None, None]:
         with ExitStack() as stack:
             if _active.value is None:
                 stack.enter_context(nn.intercept_methods(_intercept))

@@ -122,7 +122,8 @@ class Folded:
     """The interceptor that `fold_model` returns, with the `model` that runs under it and the `report`."""
 
     def __init__(self, model: nn.Module, folded: Mapping[str, Any], biased: set[str], report: FoldReport):
-        self._folded, self._biased, self.report = folded, biased, report
+        self._folded, self._biased = folded, biased
+        self.report: FoldReport = report
         # This context comes before that of a conversion, whose interceptor would compute the folded norms.
         self.model: Any = wrapped(model.clone(), self, *contexts(model))
 

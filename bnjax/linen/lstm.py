@@ -75,6 +75,7 @@ class BNLSTMCell(nn.RNNCellBase, kw_only=True):
 
     @property
     def num_feature_axes(self) -> int:
+        """The number of feature axes of the inputs."""
         return 1
 
 

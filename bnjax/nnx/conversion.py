@@ -4,6 +4,7 @@ from typing import Any, TypeVar
 
 from flax import nnx
 
+from bnjax.flax_shared.conventions import counts
 from bnjax.flax_shared.conversion import VARIANTS, Where, conversion
 from bnjax.nnx import norm as norm_module
 from bnjax.nnx.norm import BatchNorm
@@ -57,7 +58,7 @@ def convert(model: Model, *, to: type | None = None, where: Where | None = None,
             _become(layer, changed.to or BatchNorm)
         for name, value in changed.changes:
             setattr(layer, name, value)
-        if layer._counts() and not hasattr(layer, "count"):
+        if counts(layer) and not hasattr(layer, "count"):
             layer._add_count()
     return model
 

@@ -58,10 +58,10 @@ class BNLSTMCell(nnx.RNNCellBase):
         rngs: nnx.Rngs,
     ):
         width = 4 * hidden_features
-        self.input_kernel = nnx.Param(kernel_init(rngs.params(), (in_features, width), param_dtype))
+        self.input_kernel: nnx.Param[Array] = nnx.Param(kernel_init(rngs.params(), (in_features, width), param_dtype))
         recurrent = recurrent_kernel_init(rngs.params(), (hidden_features, width), param_dtype)
-        self.recurrent_kernel = nnx.Param(recurrent)
-        self.bias = nnx.Param(bias_init(rngs.params(), (width,), param_dtype))
+        self.recurrent_kernel: nnx.Param[Array] = nnx.Param(recurrent)
+        self.bias: nnx.Param[Array] = nnx.Param(bias_init(rngs.params(), (width,), param_dtype))
         for name, size, bias in norm_layers(hidden_features):
             norm = IndexedBatchNorm(
                 size,
@@ -77,7 +77,8 @@ class BNLSTMCell(nnx.RNNCellBase):
                 rngs=rngs,
             )
             setattr(self, name, norm)
-        self.hidden_features, self.param_dtype = hidden_features, param_dtype
+        self.hidden_features: int = hidden_features
+        self.param_dtype: Any = param_dtype
 
     def __call__(self, carry: BNLSTMCarry, inputs: Array) -> tuple[BNLSTMCarry, Array]:  # pyright: ignore
         """The next carry, and the output of shape (batch, hidden_features), for inputs (batch, in_features)."""
@@ -97,4 +98,5 @@ class BNLSTMCell(nnx.RNNCellBase):
 
     @property
     def num_feature_axes(self) -> int:
+        """The number of feature axes of the inputs."""
         return 1

@@ -37,8 +37,9 @@ def claims() -> list[dict[str, Any]]:
 def verdicts(names: Sequence[str] = (), report: str = "results/report.html") -> str:
     """Each claim with what was measured and the verdict; of these experiments alone if any are named."""
     chosen = [claim for claim in claims() if not names or claim["id"] in names]
-    rows = [[f"[{c['id']}]({report}#{c['id']})", c["claim"], c["measured"], c["verdict"]] for c in chosen]
-    return table(["experiment", "claim", "measured", "verdict"], rows)
+    rows = [[f"[{c['id']}]({report}#{c['id']})", c["claim"], c["verdict"], c["measured"]] for c in chosen]
+    text = table(["experiment", "claim", "verdict", "measured"], rows)
+    return f'<div class="verdicts" markdown>\n\n{text}\n\n</div>'
 
 
 def tally() -> str:

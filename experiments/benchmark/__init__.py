@@ -1,1 +1,1 @@
-"""What batch normalization costs: times, memory, and programs compiled for TPU and GPU."""
+"""The cost of batch normalization: times, memory, and programs compiled for TPU and GPU."""

@@ -1,13 +1,14 @@
-"""What batch normalization costs: here, in other libraries, and at the speed at which this machine copies.
+"""The cost of batch normalization in bnjax and in other libraries, relative to the machine's speed of copying.
 
-All that is compared runs in one process, in turn. Before each there is a rest, since the threads of another library
-may still spin (PyTorch's do for about 20 ms); then a call to warm up, and the one that is timed. glibc hands large
-blocks back to the system, and paging them in again can take longer than the layer; here it keeps them (`keep_memory`).
-On a shared machine neighbours only add to a time, and most to PyTorch, whose threads spin at barriers. So the least of
-a call's times stands for it, with the spread of the others beside it; ratios, since an absolute time says little.
+All calls that are compared run in one process, interleaved. Before each there is a rest, because the threads of another
+library may still spin (those of PyTorch for about 20 ms), then a warm-up call, then the timed call. glibc returns large
+blocks to the system, and paging them in again can take longer than the layer, so `keep_memory` makes it keep them. On a
+shared machine other programs can only add to a time, most to that of PyTorch, whose threads spin at barriers. A call is
+therefore represented by its least time, with the spread of its times beside it. Results are ratios, because absolute
+times depend on the machine.
 
-A pass is one reading or writing of an array of x's size. Forward needs 3 (read x for the statistics, read x, write y);
-with backward 8 (read x and dy for the two sums, read both, write dx). Copying an array is two passes.
+A pass is one read or write of an array of x's size. The forward pass needs 3 (read x for the statistics, read x, write
+y), forward and backward pass together 8 (read x and dy for the two sums, read both again, write dx), a copy 2.
 """
 
 import ctypes
@@ -37,7 +38,7 @@ from experiments.harness import data, plot, records
 
 Part = Literal["libraries", "growth", "small", "vmap", "variants", "network", "folded"]
 
-# Of arrays of x's size, the fewest that the block can do with.
+# The least number of passes that a block needs.
 PASSES = {
     ("bn", "forward"): 3,
     ("bn", "backward"): 8,
@@ -53,25 +54,25 @@ REST = 0.03  # seconds
 
 @dataclass(frozen=True)
 class Bench:
-    """One run of the benchmark; the command line's flags are these fields."""
+    """The configuration of the benchmark. Its fields are the flags of the command line."""
 
     parts: tuple[Part, ...] = get_args(Part)
     """what to measure: all libraries; growth with size; a small batch; eight models in one vmap; the variants of
-    batch normalization; memory and compile time of networks; evaluation with it folded away"""
+    batch normalization; memory and compile time of networks; evaluation with folded batch normalization"""
     shapes: tuple[str, ...] = ("32x56x56x64", "64x28x28x128", "256x7x7x512", "8192x256")
-    """of x, channels last"""
+    """shapes of x, channels last"""
     blocks: tuple[Block, ...] = get_args(Block)
     """batch normalization alone, with ReLU, or with the addition of another branch and ReLU"""
     directions: tuple[Direction, ...] = get_args(Direction)
     """forward alone, or forward with backward"""
     dtypes: tuple[Dtype, ...] = get_args(Dtype)
-    """of x; those after the first are timed in the first layout alone"""
+    """dtypes of x; those after the first are timed in the first layout alone"""
     layouts: tuple[Layout, ...] = get_args(Layout)
     """channels last or first"""
     libraries: tuple[str, ...] = tuple(contenders.CONTENDERS)
-    """those to time, of which only what is installed is"""
+    """libraries to time; a library that is not installed is left out"""
     megabytes: tuple[int, ...] = MEGABYTES
-    """sizes of x for the growth, of 2**20 bytes"""
+    """sizes of x for the growth, in units of 2**20 bytes"""
     ghost_size: int = 16
     """examples in a group, for the variants"""
     rounds: int = 25
@@ -91,7 +92,7 @@ class Bench:
 
 
 def sizes(shape: str) -> tuple[int, ...]:
-    """(8192, 256) of 8192x256; a size that is no number is 0."""
+    """The shape (8192, 256) from the text 8192x256. A size that is not a number becomes 0."""
     return tuple(int(size) if size.isdecimal() else 0 for size in shape.split("x"))
 
 
@@ -119,7 +120,7 @@ def run(config: Bench) -> None:
 
 
 def read(folder: Path) -> dict[str, list[dict[str, Any]]]:
-    """What a run measured, by part."""
+    """The measurements of a run, by part."""
     results: dict[str, list[dict[str, Any]]] = {}
     for line in (folder / "times.jsonl").read_text().splitlines():
         entry = json.loads(line)
@@ -128,7 +129,7 @@ def read(folder: Path) -> dict[str, list[dict[str, Any]]]:
 
 
 def keep_memory() -> bool:
-    """Whether glibc was told to keep freed memory: one arena, no block mapped by itself, nothing trimmed."""
+    """Make glibc keep freed memory (one arena, no separately mapped blocks, no trimming); False if that failed."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     arena_max, mmap_max, trim_threshold = -8, -4, -1  # of malloc.h
     return mallopt is not None and all(
@@ -137,7 +138,7 @@ def keep_memory() -> bool:
 
 
 def times(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each call, taken in turn."""
+    """The seconds of each call, with the calls interleaved."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
@@ -150,7 +151,7 @@ def times(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[fl
 
 
 def copies(x: np.ndarray, dtype: str) -> dict[str, Callable[[], Any]]:
-    """Ways to read an array and write one of its size; the fastest is the limit."""
+    """Ways to read an array and write one of the same size. The fastest is the limit."""
     here = jnp.asarray(x, dtype)
     negative = jax.jit(jnp.negative)
     calls: dict[str, Callable[[], Any]] = {"copy by XLA": lambda: negative(here)}
@@ -169,7 +170,7 @@ def _timed(case: Case, rounds: int, names: Iterable[str]) -> dict[str, Any]:
 
 
 def _libraries(config: Bench) -> Iterator[dict[str, Any]]:
-    # Arrays are made once for each shape and layout. The second dtype and the second layout are each tried alone.
+    # Arrays are made once per shape and layout. The second dtype and the second layout are not combined.
     matrix = itertools.product(config.layouts, config.shapes, config.dtypes, config.blocks, config.directions)
     cases = [
         Case(sizes(shape), block, direction, dtype, layout)
@@ -196,7 +197,7 @@ def _small(config: Bench) -> Iterator[dict[str, Any]]:
 
 
 def _vmap(config: Bench) -> Iterator[dict[str, Any]]:
-    """Eight models at once, and eight calls of one."""
+    """Eight models in one vmap, and eight calls of one model."""
     shape = (32, 28, 28, 64)
     x, cotangent = jax.random.normal(jax.random.key(0), (2, MODELS, *shape))
     params, state = bnjax.bn_init(shape[-1])
@@ -223,14 +224,14 @@ def _variants(config: Bench) -> Iterator[dict[str, Any]]:
 
 
 def _folded(config: Bench) -> Iterator[dict[str, Any]]:
-    """Evaluation of a network without batch normalization, with it folded away, and with it."""
+    """Evaluation of a network without batch normalization, with folded batch normalization, and with it."""
     shape = (32, 32, 32, 32)
     calls = footprint.serving(jax.random.normal(jax.random.key(0), shape))
     yield {"shape": shape, "seconds": times(calls, 3 * config.rounds)}
 
 
 def variants(shape: tuple[int, ...], ghost_size: int) -> dict[str, tuple[Callable[..., Any], tuple[Any, Any]]]:
-    """Calls of the form of `bn_apply(params, state, x, train)`, and their variables."""
+    """Functions with the call `bn_apply(params, state, x, train)`, and their variables."""
     features = shape[-1]
     plain, indexed = bnjax.bn_init(features), bnjax.indexed_bn_init(features, 10)
     classes = jax.tree.map(lambda v: jnp.broadcast_to(v, (10, features)), plain[0])
@@ -262,7 +263,7 @@ def variants(shape: tuple[int, ...], ghost_size: int) -> dict[str, tuple[Callabl
 
 
 def _step(apply, state) -> Callable[..., Any]:
-    """Output, state, and the gradients in parameters and x."""
+    """Output, state, and the gradients with respect to parameters and x."""
 
     def step(params, x, cotangent):
         y, pullback, kept = jax.vjp(lambda params, x: apply(params, state, x, True), params, x, has_aux=True)
@@ -283,14 +284,14 @@ MEASURES: dict[str, Callable[[Bench], Iterator[dict[str, Any]]]] = {
 
 
 def least(entry: dict[str, Any]) -> dict[str, float]:
-    """The least time of each call, with the fastest of the copies under the name `copy`."""
+    """The least time of each call, with the fastest copy under the name `copy`."""
     found = {name: min(seconds) for name, seconds in entry["seconds"].items()}
     copied = [found.pop(name) for name in list(found) if name.startswith("copy by")]
     return {**found, "copy": min(copied)} if copied else found
 
 
 def of_the_limit(entry: dict[str, Any]) -> dict[str, float]:
-    """Time of each library over that of its block's passes at the speed of copying."""
+    """The time of each library, divided by the time of the block's passes at the speed of copying."""
     found = least(entry)
     limit = PASSES[entry["block"], entry["direction"]] * found.pop("copy") / 2
     return {name: seconds / limit for name, seconds in found.items()}
@@ -301,13 +302,13 @@ def geometric_mean(values: Iterable[float]) -> float:
 
 
 def spread(entry: dict[str, Any], name: str) -> float:
-    """How far the median of a call's times is above the least, in parts of that."""
+    """(median - least) / least of the times of each call."""
     seconds = entry["seconds"][name]
     return statistics.median(seconds) / min(seconds) - 1
 
 
 def disturbed(entry: dict[str, Any]) -> list[str]:
-    """The calls whose median is more than half above the least: somebody else was at work."""
+    """The calls whose median exceeds the least time by more than half, which other programs on the machine cause."""
     return [name for name in entry["seconds"] if spread(entry, name) > 0.5]
 
 
@@ -342,8 +343,8 @@ def report(results: dict[str, Any]) -> None:
     """Print the tables."""
     if entries := results.get("libraries"):
         names = [name for name in entries[0]["seconds"] if not name.startswith("copy")]
-        print("\nHow many times as fast as each library, by least times, geometric mean over the shapes; time over")
-        print("that of the passes at the speed of copying; and how far the median of its times is above the least.\n")
+        print("\nThe time of each library divided by bnjax's (least times, geometric mean over shapes); bnjax's time")
+        print("divided by that of the passes at the speed of copying (limit); (median - least) / least (spread).\n")
         print(f"{'':34}" + "".join(f"{name:>14}" for name in names[1:]) + f"{'limit':>8}{'spread':>8}")
         keys = [tuple(e[k] for k in ("layout", "dtype", "direction", "block")) for e in entries]
         for key in dict.fromkeys(keys):

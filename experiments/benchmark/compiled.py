@@ -1,9 +1,9 @@
-"""What batch normalization costs in programs compiled for TPUs and GPUs: main memory, collectives, temporary memory.
+"""The cost of batch normalization in programs compiled for TPUs and GPUs: traffic, collectives, temporary memory.
 
-Nothing runs: `compilers` compiles for devices that are not here, and `traffic` reads what comes out. A pass is one
-reading or writing of one device's part of an array of x's size. Forward needs 3 (read x for the statistics, read x,
-write y), fewer where the statistics are taken as x is made. In a network normalization is counted by what it adds to
-the bytes of the same network whose layers have a scale and a bias alone.
+No program runs: `compilers` compiles for devices that this machine does not have, and `traffic` reads the result. A
+pass is one read or write of one device's shard of an array of x's size. The forward pass needs 3 (read x for the
+statistics, read x, write y), and fewer if the statistics are fused into the operation that makes x. In a network, the
+cost of normalization is the difference in bytes to the same network whose layers have only a scale and a bias.
 """
 
 import itertools
@@ -35,16 +35,16 @@ Part = Literal["layer", "variants", "resnet50", "nnx"]
 
 LIBRARIES = ("bnjax", "Flax Linen", "Flax Linen, two reads", "Haiku", "Equinox")
 NONE = "none"
-"""A network whose layers have a scale and a bias alone."""
+"""A network whose layers have only a scale and a bias."""
 SHAPE = (128, 56, 56, 256)
-"""of x on one device: larger than what a TPU keeps on the chip"""
+"""shapes of x on one device, larger than the on-chip memory of a TPU"""
 IMAGES = {"v5e": 128, "h100": 128, "h100-8": 32}
-"""images on one device, for the targets for which networks are compiled"""
+"""images per device, by the targets for which networks are compiled"""
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """One run of the counts; the command line's flags are these fields."""
+    """The configuration of the counts. Its fields are the flags of the command line."""
 
     targets: tuple[str, ...] = tuple(compilers.TARGETS)
     """what to compile for; a target whose compiler is not installed is left out"""
@@ -57,7 +57,7 @@ class Compiled:
 
 def run(config: Compiled) -> None:
     """Passes over memory, collectives and temporary memory in programs compiled for TPU and GPU, without either."""
-    jax.config.update("jax_platforms", "cpu")  # nothing runs; a plugin without its device would say so at length
+    jax.config.update("jax_platforms", "cpu")  # no program runs, and a plugin without its device would log errors
     folder = config.out / "compiled"
     targets = compilers.installed(config.targets)
     for name in config.targets:
@@ -77,7 +77,7 @@ def run(config: Compiled) -> None:
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
-    """What a run counted, an entry for each program; those that the compiler could not print are named."""
+    """The counts of a run, an entry for each program. Programs that the compiler could not print are named."""
     entries = [json.loads(line) for line in (folder / "programs.jsonl").read_text().splitlines()]
     for e in entries:
         if "unread" in e:
@@ -86,13 +86,13 @@ def read(folder: Path) -> list[dict[str, Any]]:
 
 
 def compiled_for(name: str, *parts: str) -> Iterator[dict[str, Any]]:
-    """The entries of these parts for one target, as a process of its own counts them."""
+    """The entries of these parts for one target, counted by a separate process."""
     for line in compilers.lines(name, "-m", __name__, name, *parts):
         if line.startswith("{"):
             yield json.loads(line)
 
 
-# The process that compiles for one target.
+# Functions of the process that compiles for one target.
 
 
 def programs(mesh: Any, name: str, part: str) -> Iterator[dict[str, Any]]:
@@ -109,11 +109,11 @@ def programs(mesh: Any, name: str, part: str) -> Iterator[dict[str, Any]]:
 
 
 def count(mesh: Any, f: Callable[..., Any], variables: Any, arrays: list[Any], pass_bytes: int = 0) -> dict[str, Any]:
-    """Compile `f(*variables, *arrays)`, the arrays divided by examples among the devices, and count.
+    """Compile `f(*variables, *arrays)`, with the arrays sharded over the devices by examples, and count.
 
     Returns:
       Bytes moved, also in passes of `pass_bytes`; collectives as [kind, bytes]; temporary bytes; seconds to compile.
-      Where the compiler cannot print its program, the reason alone, as `unread`.
+      If the compiler cannot print its program, only the reason, as `unread`.
     """
     whole, divided = NamedSharding(mesh, P()), NamedSharding(mesh, P("data"))
     variables, arrays = (
@@ -125,7 +125,7 @@ def count(mesh: Any, f: Callable[..., Any], variables: Any, arrays: list[Any], p
     seconds = time.perf_counter() - begun
     try:
         text, memory = compiled.as_text(), compiled.memory_analysis()
-    except jax.errors.JaxRuntimeError as error:  # a compiler that cannot print what it made, as for some of TPU 7x
+    except jax.errors.JaxRuntimeError as error:  # the compiler cannot print some programs for TPU 7x
         return {"unread": str(error).partition("\n")[0]}
     assert text is not None
     assert memory is not None
@@ -144,7 +144,7 @@ def _layers(part: str, devices: int) -> Iterator[tuple[dict[str, Any], Callable[
     if part == "layer":
         matrix = itertools.product(_known(), get_args(Block), get_args(Direction), get_args(Dtype))
         for library, block, direction, dtype in matrix:
-            # ReLU and addition are the same for all, so that two libraries tell what they add.
+            # ReLU and addition cost the same in all libraries, so two libraries suffice to measure them.
             if block == "bn" or library in LIBRARIES[:3]:
                 case = Case(shape, block, direction, dtype)
                 yield _layer(case, library, contenders.LAYERS[library][1](case))
@@ -169,7 +169,7 @@ def _known() -> list[str]:
 
 
 def _variants(shape) -> dict[str, tuple[Callable[..., Any], Any]]:
-    """Calls of the form of `bn_apply(params, state, x)`, and their variables."""
+    """Functions with the call `bn_apply(params, state, x)`, and their variables."""
     calls = bench.variants(shape, 16)
     calls |= {
         "without a state": (
@@ -230,7 +230,7 @@ def _nnx_norms() -> dict[str, Any]:
 
 
 def _nnx_step(norm):
-    """A step of a network of six convolutions in NNX, and its variables."""
+    """A training step of a network of six convolutions in NNX, and its variables."""
     import optax
     from flax import nnx
 
@@ -255,7 +255,8 @@ def _nnx_step(norm):
         params, stats = variables
 
         def loss(params):
-            model = nnx.merge(graph, params, jax.tree.map(lambda v: v, stats))  # new variables, of this trace
+            # A copy of the variables: NNX rejects variables of another trace.
+            model = nnx.merge(graph, params, jax.tree.map(lambda v: v, stats))
             value = optax.softmax_cross_entropy_with_integer_labels(model(x), label).mean()
             return value, nnx.state(model, nnx.BatchStat)
 
@@ -265,7 +266,7 @@ def _nnx_step(norm):
     return step, (params, stats)
 
 
-# Tables and figure, from what was counted.
+# Tables and figure, from the counts.
 
 
 def of(entries: list[dict[str, Any]], **facts: Any) -> dict[str, dict[str, Any]]:
@@ -274,13 +275,13 @@ def of(entries: list[dict[str, Any]], **facts: Any) -> dict[str, dict[str, Any]]
 
 
 def added(entries: dict[str, dict[str, Any]], library: str) -> float:
-    """Bytes that a library's normalization adds to a network, in parts of what Flax's adds."""
+    """Bytes that a library's normalization adds to a network, divided by those that Flax's adds."""
     none, flax = entries[NONE]["bytes"], entries["Flax Linen"]["bytes"]
     return (entries[library]["bytes"] - none) / (flax - none)
 
 
 def _adds(entries: dict[str, dict[str, Any]]) -> bool:
-    """Whether the network without normalization is a baseline: on several GPUs it compiles otherwise and moves more."""
+    """Whether the network without normalization is a baseline. On several GPUs it is compiled to move more bytes."""
     return NONE in entries and entries["Flax Linen"]["bytes"] > entries[NONE]["bytes"]
 
 

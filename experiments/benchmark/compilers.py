@@ -1,7 +1,7 @@
-"""Compilers for TPUs and GPUs that this machine does not have: JAX's, by a description of the device.
+"""JAX's compilers for TPUs and GPUs that this machine does not have, which need a description of the device alone.
 
-libtpu holds the compiler for TPUs, the CUDA plugin and its PJRT library that for GPUs; neither needs the device, nor
-NVIDIA's libraries. A process compiles for one of them, and its environment has to be set before JAX starts.
+libtpu contains the compiler for TPUs, the CUDA plugin and its PJRT library the compiler for GPUs. Neither needs the
+device or NVIDIA's libraries. A process compiles for one target, and its environment must be set before JAX starts.
 """
 
 import importlib.util
@@ -17,24 +17,24 @@ from typing import Any
 from experiments.harness.data import InputError
 
 H100 = Path(__file__).with_name("h100.textproto")
-"""a GpuTargetConfigProto: what the compiler knows of the device"""
+"""file of a GpuTargetConfigProto, which describes the device to the compiler"""
 
 
 @dataclass(frozen=True)
 class Target:
-    """What to compile for: `topology` as the compiler names it."""
+    """A target of the compiler; `topology` is its name there."""
 
     platform: str
     topology: str
 
     @property
     def module(self) -> str:
-        """The package that holds the compiler."""
+        """The package that contains the compiler."""
         return {"tpu": "libtpu", "cuda": "jax_cuda12_plugin"}[self.platform]
 
     @property
     def environment(self) -> dict[str, str]:
-        """The variables of a process that compiles for it."""
+        """The environment variables of a process that compiles for the target."""
         shared = {k: v for k, v in os.environ.items() if k not in ("JAX_PLATFORMS", "XLA_FLAGS")}
         if self.platform == "tpu":
             # Several processes may load libtpu at once, since none of them opens a TPU.
@@ -42,7 +42,7 @@ class Target:
         return shared | {
             "CUDA_VISIBLE_DEVICES": "-1",
             "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
-            "XLA_FLAGS": "--xla_gpu_autotune_level=0",  # there is nothing to time on
+            "XLA_FLAGS": "--xla_gpu_autotune_level=0",  # autotuning would need the device
         }
 
 
@@ -69,18 +69,18 @@ def target(name: str) -> Target:
 
 
 def installed(names: tuple[str, ...]) -> list[str]:
-    """Those of the targets whose compiler is installed."""
+    """The targets whose compiler is installed."""
     return [name for name in names if importlib.util.find_spec(target(name).module)]
 
 
 def lines(name: str, *arguments: str) -> Iterator[str]:
-    """The lines that a Python process with these arguments prints, set up to compile for the target.
+    """The lines printed by a Python process with these arguments, which can compile for the target.
 
     Raises:
       InputError: if the process fails, with the end of what it wrote to its standard error.
     """
     command = [sys.executable, *arguments]
-    # A file, since a pipe that nobody reads would fill with what compilers log, and stop the process.
+    # Standard error goes to a file: the compilers' log would fill a pipe that is not read, and block the process.
     with tempfile.TemporaryFile("w+") as log:
         pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": log, "text": True}
         with subprocess.Popen(command, env=target(name).environment, **pipes) as process:
@@ -92,7 +92,7 @@ def lines(name: str, *arguments: str) -> Iterator[str]:
 
 
 def mesh(name: str) -> Any:
-    """All devices of the target as a mesh of one axis, "data", in a process that `lines` has set up."""
+    """All devices of the target as a mesh of one axis, "data", in a process that `lines` started."""
     import jax
     import numpy as np
     from jax.experimental import topologies

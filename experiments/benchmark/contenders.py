@@ -1,7 +1,7 @@
-"""Batch normalization as other libraries have it, each behind one call, for the benchmark.
+"""Batch normalization of other libraries behind one interface, for the benchmark.
 
-A contender is made for a case and called with it: `make(case)` gives a function of no arguments that runs the block
-once and returns what to wait for. Libraries that are not installed are left out; bnjax and Flax always are.
+`make(case)` of a contender returns a function without arguments, which runs the case's block once and returns its
+results. Libraries that are not installed are left out; bnjax and Flax are always installed.
 """
 
 import functools
@@ -28,10 +28,10 @@ Layout = Literal["last", "first"]
 
 @dataclass(frozen=True)
 class Case:
-    """What is timed: `backward` is forward with backward, to x, scale, bias, and the other branch of an addition."""
+    """A block to time. With `backward`, gradients are taken for x, scale, bias and the other branch of an addition."""
 
     shape: tuple[int, ...]
-    """channels last; a `first` layout moves the channels"""
+    """shape of x, channels last; the layout `first` moves the channels"""
     block: Block = "bn"
     direction: Direction = "backward"
     dtype: Dtype = "float32"
@@ -68,11 +68,11 @@ def _block(case: Case, y: Array, other: Array) -> Array:
 
 
 Layer = tuple[Callable[[Any, Any, Array], Any], Any, Any]
-"""`apply(params, state, x)`, which gives y and whatever the layer keeps; params, and state."""
+"""`apply(params, state, x)`, which returns y and the new state; params; and state."""
 
 
 def step(case: Case, apply: Callable[[Any, Any, Array], Any]) -> Callable[..., Any]:
-    """The block as a function of params, state, x, the other branch of an addition and, with backward, a cotangent."""
+    """The block as a function of params, state, x, the other branch of an addition, and with `backward` a cotangent."""
 
     def forward(params, state, x, other):
         y, kept = apply(params, state, x)
@@ -123,7 +123,8 @@ def _nnx(case):
     graph, params, stats = nnx.split(layer, nnx.Param, nnx.BatchStat)
 
     def apply(params, stats, x):
-        layer = nnx.merge(graph, params, jax.tree.map(lambda v: v, stats))  # new variables, of this trace
+        # A copy of the variables: NNX rejects variables of another trace.
+        layer = nnx.merge(graph, params, jax.tree.map(lambda v: v, stats))
         return layer(x, use_running_average=False), nnx.state(layer, nnx.BatchStat)
 
     return apply, params, stats
@@ -146,7 +147,7 @@ def _equinox(case):
     channels = len(case.shape) - 2 if case.layout == "last" else 0
 
     def apply(params, state, x):
-        def example(x):  # its channels come first
+        def example(x):  # Equinox has channels first
             y, kept = eqx.combine(params, rest)(jnp.moveaxis(x, channels, 0), state)
             return jnp.moveaxis(y, 0, channels), kept
 
@@ -172,11 +173,11 @@ def _torch(case):
 
     device = "cuda" if jax.default_backend() == "gpu" else "cpu"
     x, other, cotangent = (torch.from_numpy(a).to(device, getattr(torch, case.dtype)) for a in case.arrays())
-    if case.layout == "last" and x.ndim == 4:  # its channels_last: NCHW in name, NHWC in memory
+    if case.layout == "last" and x.ndim == 4:  # PyTorch's channels_last: NCHW in shape, NHWC in memory
         x, other, cotangent = (t.permute(0, 3, 1, 2) for t in (x, other, cotangent))
     layer = (torch.nn.BatchNorm2d if x.ndim == 4 else torch.nn.BatchNorm1d)(case.shape[-1]).to(device)
 
-    def block(x, other):  # in place, as its own networks have it
+    def block(x, other):  # in place, as in torchvision's networks
         y = layer(x)
         if case.block == "bn_add_relu":
             y += other
@@ -215,7 +216,7 @@ LAYERS: dict[str, tuple[str, Callable[[Case], Layer]]] = {
 }
 """The module and the layer of each library on JAX."""
 
-# The second form of Flax's layer is for counting, not for timing.
+# A layer with a comma in its name is a variant of Flax's, which is counted in `compiled` and not timed.
 CONTENDERS: dict[str, tuple[str, Callable[[Case], Callable[[], Any]]]] = {
     **{name: (module, _compiled(layer)) for name, (module, layer) in LAYERS.items() if "," not in name},
     "PyTorch": ("torch", _torch),
@@ -223,7 +224,7 @@ CONTENDERS: dict[str, tuple[str, Callable[[Case], Callable[[], Any]]]] = {
 
 
 def installed() -> list[str]:
-    """Names of the contenders whose library is there."""
+    """The names of the contenders whose library is installed."""
     return [name for name, (module, _) in CONTENDERS.items() if importlib.util.find_spec(module)]
 
 

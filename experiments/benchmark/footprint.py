@@ -1,7 +1,8 @@
-"""What batch normalization adds to a network's memory and to the time it takes to trace and compile.
+"""The memory, and the time to trace and compile, that batch normalization adds to a network.
 
-Saved residuals are what a forward pass keeps for the backward beside its arguments, read from its jaxpr. XLA on CPU
-undoes rematerialization in unrolled code, so temporary memory and time are those of blocks under `jax.lax.scan`.
+Residuals are the arrays that a forward pass saves for the backward pass, except its arguments; they are read from the
+jaxpr. XLA on CPU undoes rematerialization in unrolled code, so temporary memory and time are measured with the blocks
+under `jax.lax.scan`.
 """
 
 import time
@@ -35,7 +36,7 @@ class Block(nn.Module):
 
 
 class Network(nn.Module):
-    """Blocks, the mean over places, a linear layer."""
+    """Blocks, the mean over pixels, and a linear layer."""
 
     norm: Callable[[], nn.Module] | None
     depth: int
@@ -73,7 +74,7 @@ def measure(rounds: int) -> Iterator[dict[str, Any]]:
 
 
 def serving(x: jax.Array) -> dict[str, Callable[[], Any]]:
-    """Evaluation of the network with batch normalization, with it folded away, and of one that never had any."""
+    """Evaluations of the network with batch normalization, with it folded, and without it."""
     plain = Network(None, BLOCKS, x.shape[-1])
     network = Network(partial(bnjax.linen.BatchNorm, use_running_average=True), BLOCKS, x.shape[-1])
     variables = network.init(jax.random.key(0), x)
@@ -103,7 +104,7 @@ def report(entries: list[dict[str, Any]]) -> None:
 
 
 def times(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-    """The least seconds of each call, made in turn, `rounds` times after one that is not counted."""
+    """The least seconds of each call over `rounds` interleaved calls, after a call that is not counted."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds + 1):  # the first is not counted
         for name, call in calls.items():
@@ -122,7 +123,7 @@ def _under(policy, f):
 
 
 def gradient(norm, policy, x):
-    """A function of params, statistics and x, the gradient of a loss of the network and its new statistics, and such
+    """A function of params, statistics and x, which returns the gradient of a loss and the new statistics; and such
     params and statistics."""
     network = Network(NORMS[norm], BLOCKS, x.shape[-1])
     variables = network.init(jax.random.key(0), x[:1])
@@ -130,7 +131,7 @@ def gradient(norm, policy, x):
 
 
 def residuals(norm, policy, x):
-    """Bytes that the forward pass keeps for the backward, beside its arguments."""
+    """The bytes of residuals that the forward pass saves, except its arguments."""
     network = Network(NORMS[norm], BLOCKS, x.shape[-1])
 
     def pullback(params, stats, x):

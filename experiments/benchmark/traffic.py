@@ -1,8 +1,8 @@
-"""What a compiled program moves, read from its text: bytes between main memory and the chip, and collectives.
+"""The traffic of a compiled program, read from its text: bytes between main memory and the chip, and collectives.
 
-Each instruction of the entry computation reads its operands and writes its result once. Not counted are instructions
-that only name or view an array, and arrays in on-chip memory (memory space S(1) of a TPU). Of a conditional the
-cheapest branch counts, which is the one that is usually taken; the body of a loop counts once.
+Each instruction of the entry computation reads its operands and writes its result once. Instructions that only name or
+view an array are not counted, and neither are arrays in on-chip memory (memory space S(1) of a TPU). A conditional
+counts as its cheapest branch, which is the usual one; the body of a loop counts once.
 """
 
 import re
@@ -10,10 +10,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
-_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8}
-_BYTES |= {"f64": 8, "c64": 8, "c128": 16}
-_VIEWS = {"parameter", "tuple", "get-tuple-element", "bitcast", "constant", "after-all", "partition-id", "iota"}
-_VIEWS |= {"opt-barrier"}
+_BYTES = {
+    **{"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8},
+    **{"f64": 8, "c64": 8, "c128": 16},
+}
+_VIEWS = {
+    *("parameter", "tuple", "get-tuple-element", "bitcast", "constant", "after-all", "partition-id", "iota"),
+    "opt-barrier",
+}
 _COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 
 _ARRAY = re.compile(r"(\w+)\[([\d,]*)\](\{[^}]*\})?")
@@ -58,7 +62,7 @@ class Program:
         for _, kind, operation, _ in self._instructions(self._entry):
             if (name := operation.removesuffix("-start")) in _COLLECTIVES:
                 sizes = [size for size, _ in _arrays(kind)]
-                # An asynchronous all-gather returns its operand beside its result.
+                # The result of an asynchronous all-gather includes its operand.
                 found.append(Collective(name, sizes[-1] if operation == "all-gather-start" else sum(sizes)))
         return found
 
@@ -85,7 +89,7 @@ class Program:
                 assert called is not None, rest
                 total += self._moved(called.group(1))
             elif operation in ("copy-start", "slice-start"):
-                # Asynchronous; the type names source and destination. What is moved has the destination's size.
+                # Asynchronous: the type names source and destination. The bytes moved are those of the destination.
                 (first, second) = arrays[:2]
                 (size, to_chip), (_, from_chip) = (first, second) if operation == "copy-start" else (second, first)
                 total += size * ((not to_chip) + (not from_chip))

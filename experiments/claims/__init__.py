@@ -1,1 +1,1 @@
-"""The claims made for batch normalization, one file each: what is measured, and what it is judged by."""
+"""The claims made for batch normalization, one file each, with its measurement and its threshold."""

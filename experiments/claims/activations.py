@@ -1,10 +1,10 @@
 """Batch normalization steadies the distributions of a layer's inputs (Ioffe & Szegedy, 2015, figure 1b and c).
 
-The networks of `convergence`. During training, over the test images as one batch: the 15th, 50th and 85th percentiles
-of what enters the sigmoids of the last hidden layer. Measured: the drift of a unit, which is the standard deviation of
-its median over training in units of half the mean distance of the outer percentiles (a normal distribution's standard
-deviation, nearly). The distribution is that of training, by statistics of the batch, whose mean and variance are
-steady by definition but for the scale and bias that are learned.
+The networks are those of `convergence`. At every evaluation the test images pass through the network as one batch, in
+training mode, and the 15th, 50th and 85th percentiles of the inputs of the last hidden layer's sigmoids are recorded.
+The drift of a unit is the standard deviation of its median over training, divided by half the mean distance of the
+outer percentiles, which is nearly the standard deviation of a normal distribution. The mean and the variance of a
+normalized input are steady by definition, except for the learned scale and bias.
 """
 
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ NETWORKS = ("plain", "batch normalization")
 
 @dataclass(frozen=True)
 class Activations(study.Study):
-    """One run of the experiment; the command line's flags are these fields."""
+    """The configuration of the experiment. Its fields are the flags of the command line."""
 
     NAME = "activations"
     CLAIM = "batch normalization steadies the distributions of a layer's inputs"
@@ -37,13 +37,13 @@ class Activations(study.Study):
     hidden: tuple[int, ...] = (100, 100, 100)
     """sigmoid units per hidden layer"""
     units: int = 10
-    """units of the last hidden layer that are watched"""
+    """units of the last hidden layer whose inputs are recorded"""
     batch_size: int = 60
     """images per step"""
     steps: int = 10_000
     """updates per run"""
     learning_rate: float = 1.0
-    """of plain stochastic gradient descent"""
+    """learning rate of plain stochastic gradient descent"""
     weight_std: float = 0.1
     """standard deviation of the initial kernels"""
     eval_every: int = 100

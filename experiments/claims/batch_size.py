@@ -1,13 +1,14 @@
-"""Small batches hurt batch normalization (Ioffe, 2017; Wu & He, 2018), and what helps.
+"""Small batches hurt batch normalization (Ioffe, 2017; Wu & He, 2018), and some remedies help.
 
-ReLU networks trained on as many images in batches of 2 to 256, at learning rates in proportion to the images of a step:
-with batch normalization, batch renormalization (Ioffe, 2017), ghost batches of 16 (Hoffer et al., 2017; where batches
-are larger), statistics synchronized over 4 devices, each with a batch of that size, and batch normalization
-recalibrated, whose running statistics are replaced by those of one pass over the training set. Measured: test error.
+ReLU networks are trained in batches of 2 to 256 on the same number of images, at learning rates in proportion to the
+images of a step. The methods are batch normalization; batch renormalization (Ioffe, 2017); ghost batches of 16 (Hoffer
+et al., 2017), for larger batches; statistics synchronized over 4 devices, each with a batch of the given size; and
+recalibration, which replaces the running statistics by the moments of the training set. The test error is measured.
 """
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +34,7 @@ def renormalize(steps: int):
 
 @dataclass(frozen=True)
 class BatchSize(study.Study):
-    """One run of the experiment; the command line's flags are these fields."""
+    """The configuration of the experiment. Its fields are the flags of the command line."""
 
     NAME = "batch-size"
     CLAIM = "small batches hurt batch normalization, and there are remedies"
@@ -51,12 +52,12 @@ class BatchSize(study.Study):
     batch_sizes: tuple[int, ...] = (2, 4, 8, 16, 32, 64, 128, 256)
     """images in a batch of one device; 2 and 32 are judged"""
     images: int = 28_740
-    """that each network is trained on, counting repetitions; 20 times the digits"""
+    """images that each network is trained on, repetitions included; by default 20 times the digits"""
     learning_rate: float = 0.1
-    """of plain stochastic gradient descent, in steps of 32 images; in proportion to the images"""
+    """learning rate of plain stochastic gradient descent for steps of 32 images; it is proportional to the images"""
     momentum: float = 0.9
-    """weight of the old value in the running statistics in steps of 32 images; its power in proportion to the images,
-    so that the statistics are of as many images for every batch size"""
+    """weight of the old value in the running statistics for steps of 32 images. For n images it is momentum^(n / 32),
+    so that the statistics remember the same number of images for every batch size"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -80,12 +81,12 @@ class BatchSize(study.Study):
         batch_size = min(size * runtime.SEVERAL if synchronized else size, len(images))
         steps = -(-self.images // batch_size)
         normalize = {"renormalization": renormalize(steps), "ghost": partial(bnjax.ghost_bn_apply, ghost_size=GHOST)}
-        options = {"activation": jax.nn.relu, "normalize": normalize.get(method, bnjax.bn_apply)}
+        options: dict[str, Any] = {"activation": jax.nn.relu, "normalize": normalize.get(method, bnjax.bn_apply)}
         momentum = self.momentum ** (batch_size / USUAL)
         init, apply = networks.mlp(dataset, self.hidden, True, momentum=momentum, **options)
 
         def recalibrated(params, state):
-            # What bnjax.recalibrate does in many batches, in one: with momentum 0 its statistics replace the old ones.
+            # This is bnjax.recalibrate with one batch: with momentum 0 the batch statistics replace the running ones.
             _, state = networks.mlp_apply(params, state, images, True, momentum=0.0, **options)
             tested = train.accuracy(apply, params, state, tests, jnp.asarray(dataset.test_labels))
             return {"recalibrated_accuracy": tested}
@@ -102,7 +103,7 @@ class BatchSize(study.Study):
         )
 
     def _errors(self, metrics):
-        """Of each method the batch sizes, and errors of shape (seeds, batch sizes)."""
+        """By method, the batch sizes, and the errors of shape (seeds, batch sizes)."""
         errors = {}
         for method in METHODS:
             recalibrated = method == "recalibrated"

@@ -1,10 +1,11 @@
 """A batch-normalized network trains faster (Ioffe & Szegedy, 2015, section 4.1 and figure 1a).
 
-The paper's network, three hidden layers of 100 sigmoid units trained in batches of 60, with and without batch
-normalization before each nonlinearity; everything else is equal. Measured: the steps that each network takes to the
-plain network's best test accuracy, and the accuracy at the end. The threshold is below and is the paper's: with batch
-normalization Inception needs 13.3 of 31.0 million steps at the same learning rate (figure 3). The plain network's best
-lies on a plateau, so that its own steps to it vary, and are more in longer runs.
+The network is the paper's, with three hidden layers of 100 sigmoid units, trained in batches of 60, with and without
+batch normalization before each nonlinearity; everything else is equal. The experiment measures the steps that each
+network takes to the plain network's best test accuracy, and the accuracy at the end. The threshold follows the paper,
+where Inception with batch normalization needs 13.3 million steps and without it 31.0 million, at the same learning rate
+(figure 3). The plain network reaches its best accuracy on a plateau, so the steps to it vary, and grow with the length
+of the run.
 """
 
 from dataclasses import dataclass, field
@@ -24,7 +25,7 @@ NETWORKS = ("plain", "batch normalization")
 
 @dataclass(frozen=True)
 class Convergence(study.Study):
-    """One run of the experiment; the command line's flags are these fields."""
+    """The configuration of the experiment. Its fields are the flags of the command line."""
 
     NAME = "convergence"
     CLAIM = "batch-normalized networks converge faster"
@@ -37,7 +38,7 @@ class Convergence(study.Study):
     FULL = {"steps": 50_000, "seeds": 20}
 
     network: Literal["sigmoid"] | flax_networks.Name = "sigmoid"
-    """the paper's, of pure functions; 784-256-128-10 with ReLU in Linen or NNX; or a small ResNet"""
+    """the paper's network in pure functions; 784-256-128-10 with ReLU in Linen or NNX; or a small ResNet"""
     hidden: tuple[int, ...] = (100, 100, 100)
     """sigmoid units per hidden layer"""
     batch_size: int = 60
@@ -45,8 +46,8 @@ class Convergence(study.Study):
     steps: int = 10_000
     """updates per run"""
     learning_rate: float | None = None
-    """of plain stochastic gradient descent, for both; by default 1 (of 0.1, 0.3, 1, 3 the best for the plain sigmoid
-    network), for the other networks 0.1"""
+    """learning rate of plain stochastic gradient descent. The default is 1 for the sigmoid network, the best of 0.1,
+    0.3, 1 and 3 without batch normalization, and 0.1 for the other networks"""
     weight_std: float = 0.1
     """standard deviation of the sigmoid network's initial kernels"""
     momentum: float = 0.9
@@ -80,7 +81,7 @@ class Convergence(study.Study):
 
     def judge(self, metrics: dict[str, records.Series]) -> study.Finding:
         accuracy = {name: metrics[name]["test_accuracy"] for name in NETWORKS}
-        best = np.fmax.reduce(accuracy["plain"], axis=1)  # nan only where all evaluations are
+        best = np.fmax.reduce(accuracy["plain"], axis=1)  # nan only if all evaluations are nan
         reached = {name: study.first(metrics[name].steps, accuracy[name], best) for name in NETWORKS}
         plain, normalized = reached.values()
         last = {name: accuracy[name][:, -1] for name in NETWORKS}

@@ -1,11 +1,11 @@
 """Batch normalization costs memory, time and parameters.
 
-A network of twelve blocks of convolution, normalization or a bias, and ReLU, with and without batch normalization, and
-with `save_statistics`, under which the backward pass keeps statistics and computes the normalization again. Measured:
-what the forward pass saves for the backward, from its jaxpr; the time of loss and gradient; the numbers that the
-network holds; and the time of an evaluation, also with batch normalization folded away. Times are medians of calls in
-turn, each seed one more repetition, on the machine at hand: on others the ratios differ, and on CPUs XLA undoes part of
-what `save_statistics` asks for where blocks are not under a scan.
+The network has twelve blocks of convolution, normalization or a bias, and ReLU. It is run with and without batch
+normalization, and with the policy `save_statistics`, with which the backward pass recomputes the normalization from
+saved statistics. The experiment measures the residuals of the forward pass, from its jaxpr; the time of loss and
+gradient; the numbers of parameters and running statistics; and the time of an evaluation, also with batch normalization
+folded. Times are medians of interleaved calls, with one repetition for each seed. The ratios of times differ between
+machines. On CPUs, XLA merges part of the recomputation with the forward pass unless the blocks are under a scan.
 """
 
 from collections.abc import Iterator
@@ -37,7 +37,7 @@ def _numbers(tree) -> int:
 
 @dataclass(frozen=True)
 class Cost(study.Study):
-    """One run of the experiment; the command line's flags are these fields."""
+    """The configuration of the experiment. Its fields are the flags of the command line."""
 
     NAME = "cost"
     CLAIM = "batch normalization costs memory, time and parameters"
@@ -51,27 +51,27 @@ class Cost(study.Study):
     FULL = {"batch_size": 128, "rounds": 51, "seeds": 10}
 
     batch_size: int = 8
-    """images"""
+    """images per step"""
     side: int = 32
-    """height and width of what goes through the blocks"""
+    """height and width of the activations"""
     features: int = 32
-    """of each block"""
+    """features of each block"""
     rounds: int = 7
-    """timings of each, for each seed"""
+    """timings of each network for each seed"""
 
     def runs(self, dataset: data.Dataset) -> records.Runs:
         return {WAYS: self._measure()}
 
     def _measure(self) -> Iterator[train.Evaluation]:
         x = jax.random.normal(jax.random.key(0), (self.batch_size, self.side, self.side, self.features))
-        # Norm and whether the backward pass runs under the policy; what is folded does not train.
+        # The norm, and whether the policy is used. A folded network is not trained.
         training = {"never had it": ("never had it", False), WAYS[1]: ("bnjax", False), WAYS[2]: ("bnjax", True)}
         networks = {name: footprint.gradient(*way, x) for name, way in training.items()}
         steps = {name: partial(jax.jit(gradient), *held, x) for name, (gradient, held) in networks.items()}
         saved = {name: footprint.residuals(*way, x) / 1e6 for name, way in training.items()}
         evaluations = footprint.serving(x)
         held = {name: [_numbers(tree) for tree in each] for name, (_, each) in networks.items()}
-        held["folded"] = held["never had it"]  # kernels and biases
+        held["folded"] = held["never had it"]  # the same kernels and biases
         values = {name: np.full((len(WAYS), self.seeds), np.nan) for name in MEASURES}
         for seed in range(self.seeds):
             step = footprint.times(steps, self.rounds)
@@ -85,8 +85,8 @@ class Cost(study.Study):
         yield train.Evaluation(0, 1.0, np.full(len(WAYS) * self.seeds, np.nan), flat)
 
     def _ratios(self, metrics):
-        """Of each measure and way to the network that never had it, of shape (seeds,); statistics are added to the
-        parameters, since without batch normalization there are none."""
+        """By measure and network, the ratio to the network without batch normalization, of shape (seeds,). Statistics
+        are added to the parameters, because the ratio of statistics alone would divide by 0."""
         values = {way: {name: metrics[way][name][:, 0] for name in MEASURES} for way in WAYS}
         for each in values.values():
             each["held"] = each.pop("parameters") + each.pop("statistics")

@@ -1,7 +1,7 @@
 """Synchronized statistics equal one big batch.
 
-A ReLU network trained on 1 device, and on 4 that share each batch: with statistics of the whole batch, and with each
-device's own. Measured: training losses, step by step, and how far they are from one device's.
+A ReLU network is trained on 1 device, and on 4 devices that share each batch, with statistics of the whole batch and
+with separate statistics for each device. The training losses of every step are compared with those on one device.
 """
 
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ COLOURS = dict(zip(NETWORKS, (plot.BLACK, plot.BLUE, plot.VERMILION), strict=Tru
 
 @dataclass(frozen=True)
 class Devices(study.Study):
-    """One run of the experiment; the command line's flags are these fields."""
+    """The configuration of the experiment. Its fields are the flags of the command line."""
 
     NAME = "devices"
     CLAIM = "statistics synchronized over devices equal those of one big batch"
@@ -40,7 +40,7 @@ class Devices(study.Study):
     steps: int = 100
     """updates per run"""
     learning_rate: float = 0.1
-    """of plain stochastic gradient descent"""
+    """learning rate of plain stochastic gradient descent"""
 
     def prepare(self) -> None:
         runtime.provide_devices()
@@ -60,7 +60,7 @@ class Devices(study.Study):
         return {name: fit(name) for name in NETWORKS}
 
     def _distances(self, metrics):
-        """Of each network, of shape (seeds, steps)."""
+        """The training losses of each network, of shape (seeds, steps)."""
         losses = {name: metrics[name]["loss"][:, 1:] for name in NETWORKS}
         return {name: np.abs(losses[name] / losses[NETWORKS[0]] - 1) for name in NETWORKS[1:]}
 
@@ -90,7 +90,7 @@ class Devices(study.Study):
         with plot.figure(path, title, panels=2) as (left, right):
             steps = metrics[NETWORKS[0]].steps[1:]
             plot.curves(left, {name: (steps, metrics[name]["loss"][:, 1:]) for name in NETWORKS}, COLOURS)
-            left.lines[1].set_linestyle("--")  # it lies on the first
+            left.lines[1].set_linestyle("--")  # dashed, because it covers the first line
             left.set(ylabel="training loss of a step, nats", yscale="log")
             plot.legend(left, self.seeds)
             distances = {name: (steps, np.maximum(d, 1e-9)) for name, d in self._distances(metrics).items()}
@@ -100,7 +100,7 @@ class Devices(study.Study):
 
 
 def _own_statistics(apply, params, state, x, train, *, mask=None, axis_name=None):
-    """The network with each device's own statistics in training; the running ones are their means."""
+    """The network with separate statistics for each device in training. Running statistics are means over devices."""
     logits, state = apply(params, state, x, train, mask=mask)
     if axis_name is not None:
         state = [

@@ -1,12 +1,14 @@
 """Gradients neither vanish nor explode in deep batch-normalized networks (Ioffe & Szegedy, 2015, section 3.3).
 
-ReLU networks of 50 hidden layers: batch-normalized, and plain with the initial weights of LeCun et al. (1998; Flax's
-default) and of He et al. (2015; made for ReLU). Measured: the norm of the loss's gradient in the output of each hidden
-layer, at the start and after training, and the slope of its logarithm over the layers, by least squares; it has none if
-a norm underflows. (The gradient of kernels hides what vanishes: small activations and small gradients make products of
-one size.)
-Against the claim: Yang et al. (2019, section 4) derive that gradients explode at the start, by sqrt(pi / (pi - 1)) =
-1.21 or 0.083 decades a layer with ReLU in wide networks and large batches.
+ReLU networks of 50 hidden layers are trained: one with batch normalization, and two without it, with the initial
+weights of LeCun et al. (1998; Flax's default) and of He et al. (2015; derived for ReLU). The experiment measures the
+norm of the loss's gradient with respect to the output of each hidden layer, at the start and after training, and the
+slope of its logarithm over the layers, by least squares. The slope is undefined if a norm underflows. The gradient with
+respect to kernels would hide a vanishing gradient, because it is the product of activations and output gradients, and
+one may be small where the other is large.
+
+Yang et al. (2019, section 4) contradict the claim: in wide ReLU networks with large batches, gradients at the start
+explode by sqrt(pi / (pi - 1)) = 1.21 per layer, which is 0.083 decades.
 """
 
 from dataclasses import dataclass
@@ -29,7 +31,7 @@ NETWORKS = {
 
 @dataclass(frozen=True)
 class Gradients(study.Study):
-    """One run of the experiment; the command line's flags are these fields."""
+    """The configuration of the experiment. Its fields are the flags of the command line."""
 
     NAME = "gradients"
     CLAIM = "with batch normalization gradients neither vanish nor explode with depth"
@@ -44,13 +46,13 @@ class Gradients(study.Study):
     depth: int = 50
     """hidden layers"""
     width: int = 64
-    """ReLU units of each"""
+    """ReLU units per hidden layer"""
     batch_size: int = 60
     """images per step"""
     steps: int = 1000
     """updates per run"""
     learning_rate: float = 0.01
-    """of plain stochastic gradient descent"""
+    """learning rate of plain stochastic gradient descent"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -117,6 +119,6 @@ class Gradients(study.Study):
 
 
 def _slopes(norms: np.ndarray) -> np.ndarray:
-    """Decades a layer, of shape (seeds, evaluations), from norms of shape (seeds, evaluations, layers)."""
+    """The slope in decades per layer, of shape (seeds, evaluations), of norms of shape (seeds, evaluations, layers)."""
     layer = np.arange(norms.shape[2]) - (norms.shape[2] - 1) / 2
     return np.log10(np.where(norms > 0, norms, np.nan)) @ layer / (layer @ layer)

@@ -1,9 +1,10 @@
-"""Batch normalization makes training care less about the initial weights (Ioffe & Szegedy, 2015, section 3.3).
+"""With batch normalization training depends less on the initial weights (Ioffe & Szegedy, 2015, section 3.3).
 
-BN((a W) u) = BN(W u), and the gradient of a W is 1/a of W's, so that the scale of weights should not matter much. ReLU
-networks from initial kernels of He et al.'s standard deviation times scales over five decades, all in one vmap.
-Measured: final accuracy, and the width in decades of the unbroken range of scales that train, from the first to the
-last. Large weights take more steps with batch normalization: a step turns them by a part that falls with their square.
+BN((a W) u) = BN(W u), and the gradient with respect to a W is 1 / a times that with respect to W, so the scale of the
+weights should matter little. ReLU networks are trained from kernels with the standard deviation of He et al. times
+scales over five decades, all in one vmap. The experiment measures the final accuracy, and the width in decades of the
+longest range of consecutive scales with which networks train. Large weights need more steps with batch normalization,
+because the angle by which a step turns them falls with the square of their size.
 """
 
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ NETWORKS = ("plain", "batch normalization")
 
 @dataclass(frozen=True)
 class Initialization(study.Study):
-    """One run of the experiment; the command line's flags are these fields."""
+    """The configuration of the experiment. Its fields are the flags of the command line."""
 
     NAME = "initialization"
     CLAIM = "with batch normalization the initialization matters less"
@@ -38,13 +39,13 @@ class Initialization(study.Study):
     hidden: tuple[int, ...] = (100, 100, 100, 100, 100)
     """ReLU units per hidden layer"""
     scales: int = 11
-    """of the initial weights, from 10^-3 to 10^2 times He et al.'s"""
+    """number of scales of the initial weights, from 10^-3 to 10^2 times the standard deviation of He et al."""
     batch_size: int = 60
     """images per step"""
     steps: int = 1200
     """updates per run"""
     learning_rate: float = 0.1
-    """of plain stochastic gradient descent"""
+    """learning rate of plain stochastic gradient descent"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -100,7 +101,7 @@ class Initialization(study.Study):
         )
 
     def _width(self, accuracy):
-        """Decades from the first to the last scale of the longest unbroken range that trains; one alone has none."""
+        """The width in decades of the longest range of consecutive scales that train; one scale alone has width 0."""
         longest = now = 0
         for trains in accuracy >= TRAINS:
             now = now + 1 if trains else 0

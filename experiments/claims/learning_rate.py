@@ -1,8 +1,9 @@
 """Batch normalization allows higher learning rates (Ioffe & Szegedy, 2015, section 4.2 and figure 3).
 
-ReLU and sigmoid networks, plain and batch-normalized, at the plain ReLU network's learning rate and at 5, 30 and 100
-times that; all rates of a network in one vmap. Measured, as in the paper's figure 3: steps to the best test accuracy of
-the plain ReLU network at its own rate, best accuracy, and whether a run diverges.
+ReLU and sigmoid networks, with and without batch normalization, are trained at the learning rate of the plain ReLU
+network and at 5, 30 and 100 times that rate, all rates of a network in one vmap. As in the paper's figure 3, the
+experiment measures the steps to the best test accuracy of the plain ReLU network at its own rate, the best accuracy,
+and whether a run diverges.
 """
 
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ PAPER = {  # model, millions of steps to 72.2%, maximum accuracy
 
 @dataclass(frozen=True)
 class LearningRate(study.Study):
-    """One run of the experiment; the command line's flags are these fields."""
+    """The configuration of the experiment. Its fields are the flags of the command line."""
 
     NAME = "learning-rate"
     CLAIM = "batch normalization allows higher learning rates"
@@ -49,9 +50,9 @@ class LearningRate(study.Study):
     steps: int = 2000
     """updates per run"""
     learning_rate: float = 0.1
-    """1x, of plain stochastic gradient descent"""
+    """base learning rate of plain stochastic gradient descent"""
     multiples: tuple[float, ...] = (1.0, 5.0, 30.0, 100.0)
-    """of the learning rate, beginning with 1"""
+    """multiples of the base learning rate, beginning with 1"""
     eval_every: int = 20
     """steps between evaluations on the test set"""
 

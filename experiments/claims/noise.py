@@ -1,9 +1,10 @@
 """The noise of batch statistics is the regularizer (Ioffe & Szegedy, 2015, section 3.4; Luo et al., 2019).
 
-ReLU networks on little data, trained in batches of several sizes: batch-normalized by the statistics of the batch; by
-those of the population, for which the whole training set passes through the network beside each batch and alone enters
-the statistics, differentiated through as the batch's are; and plain. All three have noise in the gradient, the first
-alone has it in the statistics. Measured: the gap between the accuracies on the training set and on the test set.
+ReLU networks are trained on little data in batches of several sizes. The first is normalized by batch statistics, the
+second by population statistics, and the third has no batch normalization. For population statistics the whole training
+set passes through the network together with each batch; only the training set enters the statistics, which are
+differentiated like batch statistics. All three have noise in the gradient, but only the first has noise in the
+statistics. The experiment measures the gap between the accuracies on the training set and on the test set.
 """
 
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ COLOURS = dict(zip(NETWORKS, (plot.BLUE, plot.GREEN, plot.VERMILION), strict=Tru
 
 @dataclass(frozen=True)
 class Noise(study.Study):
-    """One run of the experiment; the command line's flags are these fields."""
+    """The configuration of the experiment. Its fields are the flags of the command line."""
 
     NAME = "noise"
     CLAIM = "the noise of batch statistics is what regularizes"
@@ -36,7 +37,7 @@ class Noise(study.Study):
     FULL = {"steps": 10_000, "seeds": 40}
 
     images: int = 200
-    """in the training set"""
+    """images in the training set"""
     hidden: tuple[int, ...] = (256, 128)
     """ReLU units per hidden layer"""
     batch_sizes: tuple[int, ...] = (5, 20, 50, 200)
@@ -44,7 +45,7 @@ class Noise(study.Study):
     steps: int = 1000
     """updates per run"""
     learning_rate: float = 0.1
-    """of plain stochastic gradient descent"""
+    """learning rate of plain stochastic gradient descent"""
 
     def runs(self, dataset: data.Dataset) -> records.Runs:
         dataset = dataset.subset(min(self.images, len(dataset.train_images)))
@@ -64,7 +65,7 @@ class Noise(study.Study):
         return {f"{name}, {size}": fit(name, size) for name in NETWORKS for size in sizes}
 
     def _gaps(self, metrics):
-        """The batch sizes that there are data for, from the smallest; of each network, of shape (seeds, sizes)."""
+        """The measured batch sizes in increasing order, and the gaps of each network, of shape (seeds, sizes)."""
         sizes = sorted(size for size in self.batch_sizes if f"plain, {size}" in metrics)
         runs = {name: [metrics[f"{name}, {size}"] for size in sizes] for name in NETWORKS}
         return sizes, {
@@ -105,7 +106,7 @@ class Noise(study.Study):
 
 
 def _with_population(apply, population, params, state, x, train, *, mask=None, axis_name=None):
-    """The network on x; in training its statistics are those of the population, which passes through beside x."""
+    """The network on x. In training the population passes through it as well, and gives the statistics."""
     if not train:
         return apply(params, state, x, False)
     every = jnp.concatenate([x, jnp.asarray(population)])

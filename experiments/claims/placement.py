@@ -1,9 +1,9 @@
 """Batch normalization belongs before the activation (Ioffe & Szegedy, 2015, section 3.2), or after it?
 
-Before it stands in the paper and in PyTorch's usual network, 784-256-128-10 with batch normalization after each hidden
-linear layer; after it in Keras's usual example, a Dense(64, relu) with batch normalization behind. Both networks, each
-with both placements, all else equal, and plain. Measured: steps to the plain network's best test accuracy, and
-accuracy at the end.
+The paper and PyTorch's usual network, 784-256-128-10 with batch normalization after each hidden linear layer, place it
+before the activation. Keras's usual example, a Dense(64, relu) followed by batch normalization, places it after the
+activation. Both networks are trained with both placements and without batch normalization; everything else is equal.
+The experiment measures the steps to the plain network's best test accuracy, and the accuracy at the end.
 """
 
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ NETWORKS = {"256-128": (256, 128), "64": (64,)}
 
 @dataclass(frozen=True)
 class Placement(study.Study):
-    """One run of the experiment; the command line's flags are these fields."""
+    """The configuration of the experiment. Its fields are the flags of the command line."""
 
     NAME = "placement"
     CLAIM = "batch normalization belongs before the activation, not after it"
@@ -39,7 +39,7 @@ class Placement(study.Study):
     steps: int = 2000
     """updates per run"""
     learning_rate: float = 0.1
-    """of plain stochastic gradient descent"""
+    """learning rate of plain stochastic gradient descent"""
     eval_every: int = 10
     """steps between evaluations on the test set"""
 
@@ -64,7 +64,7 @@ class Placement(study.Study):
         steps = {name: records.spread(values, ".0f", "never") for name, values in reached.items()}
 
         def better(place, other):
-            """In each network: a clearly higher accuracy, clearly fewer steps."""
+            """For each network: whether the accuracy is clearly higher, and whether the steps are clearly fewer."""
             return {
                 name: (
                     study.clearly(final[f"{name}, {place}"] - study.lower(final[f"{name}, {other}"])),

@@ -1,9 +1,10 @@
 """Recurrent networks need their own form of batch normalization (Cooijmans et al., 2017).
 
-Digits read pixel by pixel by an LSTM, by one whose batch normalizations share their statistics over all timesteps, and
-by the BN-LSTM, which has statistics for every timestep. In training the latter two compute the same; what differs is
-the statistics of evaluation. Measured: test accuracy, and in the BN-LSTM as it begins the norm of the loss's gradient
-in the output of each timestep, for several initial scales (their figure 1, which is of a plain tanh network).
+Digits are read pixel by pixel by three networks: an LSTM without batch normalization, an LSTM with running statistics
+that all timesteps share, and the BN-LSTM, with running statistics for every timestep. The second and the third compute
+the same in training, and differ in evaluation. The experiment measures the test accuracy, and, for the initialized
+BN-LSTM with several initial scales, the norm of the loss's gradient with respect to the output of each timestep (the
+paper's figure 1 shows it for a plain tanh network).
 """
 
 from collections.abc import Iterator
@@ -28,7 +29,7 @@ KEPT = 10
 
 @dataclass(frozen=True)
 class Recurrent(study.Study):
-    """One run of the experiment; the command line's flags are these fields."""
+    """The configuration of the experiment. Its fields are the flags of the command line."""
 
     NAME = "recurrent"
     CLAIM = "recurrent networks need their own form of batch normalization"
@@ -49,7 +50,7 @@ class Recurrent(study.Study):
     steps: int = 600
     """updates per run"""
     learning_rate: float = 3e-3
-    """of Adam"""
+    """learning rate of Adam"""
     momentum: float = 0.9
     """weight of the old value in the running statistics"""
     eval_every: int = 50
@@ -60,7 +61,7 @@ class Recurrent(study.Study):
 
         def network(name):
             init = partial(_init, classes=dataset.classes, features=self.features, name=name, pixels=pixels)
-            # Shared statistics are updated at every pixel: their memory is as many images long as that of the others.
+            # Shared statistics are updated at every pixel. This momentum makes them remember as many images.
             momentum = self.momentum ** (1 if name == "BN-LSTM" else 1 / pixels)
             return networks.Network(init, partial(_apply, name=name, pixels=pixels, momentum=momentum))
 
@@ -71,7 +72,7 @@ class Recurrent(study.Study):
         return runs | {tuple(f"scale {scale}" for scale in SCALES): self._gradients(*network("BN-LSTM"), dataset)}
 
     def _gradients(self, init, apply, dataset) -> Iterator[train.Evaluation]:
-        """The gradient in each timestep's output, for every scale and seed."""
+        """The norm of the gradient with respect to each timestep's output, for every scale and seed."""
         batch = [jnp.asarray(x[: self.batch_size]) for x in (data.flat(dataset.train_images), dataset.train_labels)]
         starts = [init(jax.random.key(seed)) for seed in range(self.seeds)]
         params, state = jax.tree.map(lambda *leaves: jnp.stack(leaves), *starts)
@@ -144,7 +145,7 @@ def _apply(params, state, x, train, *, name, pixels, momentum, mask=None, axis_n
     lstm = params["lstm"]
     features = len(lstm.recurrent_kernel)
     carry = bnjax.bn_lstm_carry(len(x), features, length=None if mask is None else jnp.where(mask[:, 0], pixels, 0))
-    # The first pixels are blank in all images: without noise the first variances were zero (their section 5.1).
+    # The first pixels are blank in all images. Without noise the first variances would be 0 (the paper's section 5.1).
     carry = carry._replace(output=0.1 * jax.random.normal(jax.random.key(0), carry.output.shape))
     inputs = jnp.moveaxis(x.reshape(len(x), pixels, -1).mean(-1, keepdims=True), 1, 0)
 

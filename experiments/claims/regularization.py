@@ -1,8 +1,8 @@
 """Batch normalization regularizes, and less dropout is needed (Ioffe & Szegedy, 2015, sections 3.4 and 4.2.1).
 
-ReLU networks on little data, plain and batch-normalized, each with nothing, dropout, an L1 penalty, an L2 penalty, and
-dropout with L2; all five of a network in one vmap. Measured: accuracy on the training set and on the test set, and the
-gap between them.
+ReLU networks with and without batch normalization are trained on little data: without a regularizer, with dropout, with
+an L1 penalty, with an L2 penalty, and with dropout and L2, all five of a network in one vmap. The experiment measures
+the accuracy on the training set and on the test set, and the gap between them.
 """
 
 from dataclasses import dataclass
@@ -32,7 +32,7 @@ def l1_and_l2(learning_rate: float, l1: jax.Array, l2: jax.Array) -> optax.Gradi
 
 @dataclass(frozen=True)
 class Regularization(study.Study):
-    """One run of the experiment; the command line's flags are these fields."""
+    """The configuration of the experiment. Its fields are the flags of the command line."""
 
     NAME = "regularization"
     CLAIM = "batch normalization regularizes, so that less dropout is needed"
@@ -46,7 +46,7 @@ class Regularization(study.Study):
     FULL = {"steps": 10_000, "seeds": 40}
 
     images: int = 200
-    """in the training set"""
+    """images in the training set"""
     hidden: tuple[int, ...] = (256, 128)
     """ReLU units per hidden layer"""
     batch_size: int = 50
@@ -54,9 +54,9 @@ class Regularization(study.Study):
     steps: int = 1500
     """updates per run"""
     learning_rate: float = 0.1
-    """of plain stochastic gradient descent"""
+    """learning rate of plain stochastic gradient descent"""
     dropout: float = 0.5
-    """part of the hidden units that is dropped"""
+    """fraction of the hidden units that is dropped"""
     l1: float = 3e-4
     """weight of the sum of absolute weights"""
     l2: float = 3e-3

@@ -1,10 +1,10 @@
 """Batch normalization makes the loss smoother (Santurkar et al., 2018, sections 2.2 and 3.1, figures 2 and 4).
 
-The networks of `convergence`, and a third with noise AFTER each batch normalization, whose mean and variance change at
-every step (their algorithm 1 in appendix A): no layer's inputs have steady distributions any more. At every evaluation
-the gradient g of a fixed batch is followed over half to four times the learning rate. Measured: the range of the loss
-along the step; the largest distance of the gradient there from g, as in the paper and in units of |g|; and how fast
-each network trains.
+The networks are those of `convergence`, and a third with noise AFTER each batch normalization, whose mean and variance
+change at every step (the paper's algorithm 1 in appendix A), so that no layer's inputs have a steady distribution. At
+every evaluation the gradient g of a fixed batch is followed over 0.5 to 4 times the learning rate. The experiment
+measures the range of the loss along this step; the largest distance of the gradient there from g, as in the paper and
+relative to |g|; and how fast each network trains.
 """
 
 from dataclasses import dataclass
@@ -31,14 +31,14 @@ LENGTHS = (0.5, 1.0, 2.0, 4.0)  # in learning rates, as in the paper's section 3
 
 
 def noisy_init(key, init):
-    """The variables of a network, whose states of batch normalization have a key each."""
+    """The variables of a network, with a key in each state of batch normalization."""
     params, state = init(key)
     return params, [(each, jax.random.fold_in(key, 100 + i)) for i, each in enumerate(state)]
 
 
 def noisy_bn_apply(params, state, x, train, **options):
-    """Batch normalization, then s x + m for each example and unit: m about a mean in [-0.5, 0.5], s about a deviation
-    in [1, 1.25], both of which are drawn anew at every step."""
+    """Batch normalization, then s x + m for each example and unit. The mean of m, in [-0.5, 0.5], and the deviation of
+    s, in [1, 1.25], are drawn again at every step."""
     y, bn_state = bnjax.bn_apply(params, state[0], x, train, **options)
     key, mean_key, deviation_key, m_key, s_key = jax.random.split(state[1], 5)
     if train:
@@ -52,7 +52,7 @@ def noisy_bn_apply(params, state, x, train, **options):
 
 @dataclass(frozen=True)
 class Smoothness(study.Study):
-    """One run of the experiment; the command line's flags are these fields."""
+    """The configuration of the experiment. Its fields are the flags of the command line."""
 
     NAME = "smoothness"
     CLAIM = "batch normalization makes the loss smoother, and helps without steady distributions"
@@ -74,7 +74,7 @@ class Smoothness(study.Study):
     steps: int = 6000
     """updates per run"""
     learning_rate: float = 1.0
-    """of plain stochastic gradient descent"""
+    """learning rate of plain stochastic gradient descent"""
     weight_std: float = 0.1
     """standard deviation of the initial kernels"""
     eval_every: int = 50

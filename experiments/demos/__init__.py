@@ -1,1 +1,1 @@
-"""What is not a claim but worth seeing."""
+"""Experiments that measure no claim made for batch normalization."""

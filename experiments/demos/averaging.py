@@ -1,8 +1,9 @@
 """Claim: averaged weights need statistics of their own (Izmailov et al., 2018, section 3.2; Wu & Johnson, 2021).
 
-A deep network is trained at a constant learning rate, and `optax.ema` averages its weights. The running statistics are
-those of the weights as they were on the way; averaged weights never met them. Measured on the test set, as accuracy and
-cross-entropy: the last weights; the averaged ones with the statistics at hand; and with `bnjax.recalibrate`.
+A deep network is trained at a constant learning rate, and `optax.ema` averages its weights. The running statistics come
+from the weights during training; the averaged weights were never run in training mode. The experiment measures accuracy
+and cross-entropy on the test set, of the last weights, of the averaged weights with the running statistics, and of the
+averaged weights after `bnjax.recalibrate`.
 """
 
 import json
@@ -26,24 +27,24 @@ from experiments.harness import data, records
 
 @dataclass(frozen=True)
 class Averaging:
-    """One run of the experiment; the command line's flags are these fields."""
+    """The configuration of the experiment. Its fields are the flags of the command line."""
 
     depth: int = 10
     """hidden layers"""
     width: int = 100
-    """units of each"""
+    """units per hidden layer"""
     batch_size: int = 60
     """images per step, and per batch of the recalibration"""
     steps: int = 1000
     """updates per run"""
     learning_rate: float = 1.0
-    """of plain stochastic gradient descent"""
+    """learning rate of plain stochastic gradient descent"""
     decay: float = 0.999
-    """weight of the old average of the weights, without memory of the start"""
+    """weight of the old value in the debiased average of the weights"""
     momentum: float = 0.9
-    """weight of the old running statistics"""
+    """weight of the old value in the running statistics"""
     seeds: int = 5
-    """runs"""
+    """number of runs"""
     data_dir: Path | None = None
     """folder of the four IDX files of MNIST or Fashion-MNIST; by default scikit-learn's digits"""
     out: Path = Path("results")
@@ -70,7 +71,7 @@ class Network(nn.Module):
 
 
 def run(config: Averaging) -> None:
-    """Averaged weights with the statistics at hand, and with recalibrated ones."""
+    """Averaged weights with running statistics, and with recalibrated ones."""
     dataset = data.load(config.data_dir)
     network = Network(config.depth, config.width, dataset.classes, config.momentum)
     runs = [_evaluations(config, network, dataset, seed) for seed in trange(config.seeds, unit="seed")]
@@ -85,7 +86,7 @@ def run(config: Averaging) -> None:
 
 
 def _evaluations(config: Averaging, network: Network, dataset: data.Dataset, seed: int) -> dict[str, list[float]]:
-    """Accuracy and cross-entropy of each way."""
+    """Accuracy and cross-entropy on the test set, by weights and statistics."""
     images, test = map(data.flat, (dataset.train_images, dataset.test_images))
     variables = network.init(jax.random.key(seed), images[:1], False)
     state = TrainState.create(apply_fn=network.apply, tx=optax.sgd(config.learning_rate), **variables)

@@ -1,1 +1,1 @@
-"""What every experiment needs: data, training, files, verdicts, figures, the report."""
+"""Code shared by the experiments: data, training, files, verdicts, figures, and the report."""

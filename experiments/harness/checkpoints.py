@@ -1,8 +1,8 @@
-"""Checkpoints with Orbax, from which a run that was stopped at any moment goes on to the same result, bit for bit.
+"""Checkpoints with Orbax. A run that was stopped at any moment continues from one to the same result, bit for bit.
 
-A folder belongs to one configuration, which stands in its config.json, and holds a folder for each network. Orbax
-writes a checkpoint aside and renames it when it is whole; damage that comes later is found by checksums of its files,
-which stand beside them.
+A folder belongs to one configuration, stored in its config.json, and contains a folder for each network. Orbax writes a
+checkpoint to a temporary folder and renames it when it is complete. Later damage is detected by checksums of its files,
+which are stored with them.
 """
 
 import hashlib
@@ -23,19 +23,19 @@ from experiments.harness import runtime
 from experiments.harness.data import Dataset, InputError
 
 ELSEWHERE = ("preset", "runtime", "data_dir", "out")
-"""Fields of an experiment that do not define its result: where it runs, reads and writes, and what set the others. The
-data have a checksum."""
+"""Fields of an experiment that do not define its result: devices, folders, and the preset, which sets other fields. The
+data are identified by a checksum."""
 
 SUMS = "sha256.json"
-"""The last file of a checkpoint to be written."""
+"""The file of a checkpoint that is written last."""
 UNFINISHED = f"it has no {SUMS}: the run was stopped while it was written"
 
 
 def claim(config: Any, experiment: str, dataset: Dataset) -> Path | None:
-    """The folder of this experiment's checkpoints, None if there are to be none; it is marked as this configuration's.
+    """The folder of this experiment's checkpoints, marked by the configuration, or None without checkpoints.
 
     Raises:
-      InputError: if it is another configuration's, or the processes of this run differ in theirs.
+      InputError: if the folder belongs to another configuration, or the processes of this run have different ones.
     """
     identity = {
         "experiment": experiment,
@@ -87,7 +87,7 @@ class Checkpoints:
         self.folder, self.manager = folder, ocp.CheckpointManager(folder, options=options)
 
     def save(self, step: int, variables: Any, record: Any) -> None:
-        """Save both as the newest checkpoint, and delete what is too old."""
+        """Save both as the newest checkpoint, and delete the oldest beyond the number to keep."""
         self.manager.save(
             step,
             args=ocp.args.Composite(variables=ocp.args.StandardSave(variables), record=ocp.args.JsonSave(record)),
@@ -96,15 +96,15 @@ class Checkpoints:
             _write(self.folder / str(step) / SUMS, json.dumps(_sums(self.folder / str(step)), indent=2))
 
     def restore(self, like: Any) -> tuple[int, Any, Any] | None:
-        """Step, variables and record of the newest checkpoint that is whole, or None if there is no checkpoint.
+        """Step, variables and record of the newest undamaged checkpoint, or None if there is no checkpoint.
 
-        Newer ones are named in a warning and set aside, with `.damaged` after their names.
+        Newer, damaged checkpoints are reported by a warning and renamed, with `.damaged` after their names.
 
         Args:
-          like: variables whose structure, shapes and shardings the restored ones have.
+          like: variables with the structure, shapes and shardings of the restored ones.
 
         Raises:
-          InputError: if all are damaged, or not all processes find the same.
+          InputError: if all checkpoints are damaged, or the processes find different ones.
         """
         found, reasons = None, {}
         for step in sorted(self.manager.all_steps(), reverse=True):
@@ -115,7 +115,7 @@ class Checkpoints:
                     found = step, *self._read(step, like)
                     del reasons[path]
                     break
-            except Exception as error:  # Orbax and TensorStore raise whatever it is that they stumble over
+            except Exception as error:  # Orbax and TensorStore raise exceptions of many types for damaged files
                 reasons[path] = (str(error).splitlines() or [type(error).__name__])[0]
         if not runtime.same_everywhere(np.int64(found[0] if found else -1).tobytes()):
             raise InputError(f"checkpoint_dir: {self.folder} is not the same in all processes. Pass a shared folder.")
@@ -125,7 +125,7 @@ class Checkpoints:
         for path, reason in reasons.items():
             instead = f"Step {found[0]} is used" if found else "There is no other: training starts anew"
             warnings.warn(f"{path}: damaged checkpoint ({reason}). {instead}.", stacklevel=2)
-            if runtime.is_primary():  # out of the way of its successor of the same step
+            if runtime.is_primary():  # otherwise the next checkpoint of this step could not be written
                 aside = path.with_name(f"{path.name}.damaged")
                 shutil.rmtree(aside, ignore_errors=True)
                 path.rename(aside)
@@ -143,8 +143,8 @@ class Checkpoints:
 
 
 def _damage(checkpoint: Path) -> str:
-    """What is wrong with the files of a checkpoint, empty if nothing is. Orbax would read some changed bytes without
-    complaint, and fill the screen over others."""
+    """The damage to the files of a checkpoint, or an empty text. Orbax itself would read some changed bytes without an
+    error."""
     if not (checkpoint / SUMS).is_file():
         return UNFINISHED
     expected, actual = json.loads((checkpoint / SUMS).read_text()), _sums(checkpoint)
@@ -153,7 +153,7 @@ def _damage(checkpoint: Path) -> str:
 
 
 def _sums(checkpoint: Path) -> dict[str, str]:
-    """The checksums of all files in a checkpoint, by their paths."""
+    """The checksums of all files of a checkpoint, by path."""
     return {
         str(path.relative_to(checkpoint)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(checkpoint.rglob("*"))
@@ -162,7 +162,8 @@ def _sums(checkpoint: Path) -> dict[str, str]:
 
 
 def _write(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    unfinished = path.parent.with_name(f"{path.parent.name}.{path.name}")  # beside: the folder may have to stay empty
+    """Write a file completely or not at all."""
+    # Not in the folder, which must stay empty until the file is complete.
+    unfinished = path.parent.with_name(f"{path.parent.name}.{path.name}")
     unfinished.write_text(text + "\n")
     os.replace(unfinished, path)

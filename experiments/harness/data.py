@@ -4,7 +4,7 @@ The digits (1797 images of 8 x 8, 10 classes; from Alpaydin & Kaynak, 1998) ship
 LeCun's: two zero bytes, a byte for the type of the elements (8: unsigned bytes), a byte for the number of dimensions,
 each dimension as a big-endian 32-bit integer, then the elements. CIFAR-10 (Krizhevsky, 2009) is read in its binary
 version: records of a byte for the label and 3072 for the image, of 32 x 32, row by row, first all red, then green, then
-blue. Its python version is a pickle, which could run any code, and is refused.
+blue. Its python version is a pickle, which could run any code, so it is rejected.
 """
 
 import gzip
@@ -31,7 +31,7 @@ EXPECTED = f"{', '.join(IDX_FILES)} (gzipped or not), or CIFAR-10's {', '.join(C
 
 
 class InputError(ValueError):
-    """Input of an experiment that cannot be used; the message says which, what was found and what to do."""
+    """Invalid input of an experiment. The message names it, and says what was found and what to do."""
 
 
 def flat(images: np.ndarray) -> np.ndarray:
@@ -57,10 +57,12 @@ class Dataset(NamedTuple):
         return hashlib.sha256(b"".join(array.tobytes() for array in self[1:])).hexdigest()
 
     def subset(self, number: int) -> "Dataset":
-        """With `number` training images, the first ones, but as many of each class as can be; the test set is whole.
+        """The data set with `number` training images, the first of each class, balanced over classes if possible.
+
+        The test set stays the same.
 
         Raises:
-          InputError: if that is fewer than one of each class, or more than there are.
+          InputError: for fewer images than classes, or more than the training set has.
         """
         size = len(self.train_labels)
         if not self.classes <= number <= size:
@@ -68,7 +70,7 @@ class Dataset(NamedTuple):
                 f"subset({number}): expected {self.classes} to {size}: one image of each class at the least, "
                 f"and at most all training images of {self.name}."
             )
-        rank = np.empty(size, np.int64)  # of an image among those of its class
+        rank = np.empty(size, np.int64)  # by image, its place among the images of its class
         for label in range(self.classes):
             of_class = self.train_labels == label
             rank[of_class] = np.arange(of_class.sum())
@@ -81,11 +83,14 @@ class Dataset(NamedTuple):
 
 
 def load(data_dir: Path | None = None) -> Dataset:
-    """The digits, or what `data_dir` holds: the folder of MNIST's or Fashion-MNIST's four IDX files, gzipped or not, or
-    CIFAR-10's binary files (these also in `cifar-10-batches-bin` there, as they are unpacked).
+    """The digits of scikit-learn, or the data set in `data_dir`.
+
+    Args:
+      data_dir: None, or a folder of the four IDX files of MNIST or Fashion-MNIST, gzipped or not, or of the binary
+        files of CIFAR-10, which may also be in its subfolder `cifar-10-batches-bin`, where the archive unpacks them.
 
     Raises:
-      FileNotFoundError, InputError: as `idx` and `cifar10`; the latter for a missing folder and for pickles, too.
+      FileNotFoundError, InputError: as `idx` and `cifar10`; InputError also for a missing folder and for pickles.
     """
     if data_dir is None:
         return digits()
@@ -107,7 +112,7 @@ def load(data_dir: Path | None = None) -> Dataset:
 
 
 def digits() -> Dataset:
-    """Scikit-learn's digits, a fifth of each class set aside for testing, always the same."""
+    """The digits of scikit-learn. A fifth of each class, always the same images, is the test set."""
     images, labels = load_digits(return_X_y=True)
     images = (images / 16).astype(np.float32).reshape(-1, 8, 8)
     train, test = train_test_split(np.arange(len(images)), test_size=0.2, random_state=0, stratify=labels)
@@ -116,15 +121,15 @@ def digits() -> Dataset:
 
 
 def idx(folder: Path) -> Dataset:
-    """MNIST, Fashion-MNIST or any data set in their four files, with any number of images.
+    """MNIST, Fashion-MNIST, or another data set in four files of the same names and format, of any number of images.
 
     Args:
-      folder: of the files, gzipped or not.
+      folder: folder of the files, gzipped or not.
 
     Raises:
       FileNotFoundError: if one of the files is missing.
-      InputError: if one is truncated, is not IDX, holds other things than images or labels of unsigned bytes, or
-        holds another number of labels than of images, or none.
+      InputError: if a file is truncated, is not IDX, does not contain images or labels of unsigned bytes, is empty, or
+        if the numbers of images and labels differ.
     """
     paths = []
     for name in IDX_FILES:
@@ -206,28 +211,28 @@ def read_cifar(path: Path) -> tuple[np.ndarray, np.ndarray]:
             f"{path}: record {worst} has the label {labels[worst, 0]}, expected 0 to {CIFAR_CLASSES - 1}. "
             "The file is damaged or not CIFAR-10's: fetch it again."
         )
-    # In this order already as bytes: four times as many floats would be copied by whoever flattens the images.
+    # Bytes are transposed here, because transposing the floats later would copy four times as much memory.
     return np.ascontiguousarray(images.reshape(-1, *CIFAR_SHAPE).transpose(0, 2, 3, 1)), labels[:, 0]
 
 
 def batches(
     number: int, batch_size: int, seed: int, first: int, steps: int, size: int | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The batches of some steps, each epoch in a new order; those of a step are the same whatever was asked before.
+    """The batches of some steps. Every epoch has a new order. A step's batch depends on seed and step alone.
 
-    The last batch of an epoch holds what is left. All are padded to one size, by an index that each has already.
+    The last batch of an epoch has the remaining examples. Batches are padded to one size by repeating an index.
 
     Args:
-      number: examples in the training set.
-      batch_size: examples per batch.
-      seed: of the order; each epoch has a permutation of its own, from (seed, epoch).
+      number: number of examples in the training set.
+      batch_size: number of examples per batch.
+      seed: seed of the order; the permutation of an epoch is drawn from (seed, epoch).
       first: the first step, counted from 0.
-      steps: how many.
-      size: what batches are padded to, at least and by default `batch_size`.
+      steps: number of steps.
+      size: size of the padded batches, at least `batch_size`, which is the default.
 
     Returns:
       Indices, int32, and weights, float32, both of shape (steps, size). The weight of an example is 1 / number of
-      examples in its batch, so that a weighted sum is the mean; that of padding is 0.
+      examples in its batch, so that a weighted sum is the mean. The weight of padding is 0.
     """
     size = batch_size if size is None else size
     per_epoch = -(-number // batch_size)

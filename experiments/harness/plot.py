@@ -1,7 +1,7 @@
-"""Figures, read from the files of a run; nothing here trains. The colours are Okabe and Ito's, told apart by all."""
+"""Figures, made from the files of a run. The colours are Okabe and Ito's (2008), for colour-blind readers too."""
 
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,8 @@ MARKERS = "os^Dv<>"
 
 
 @contextmanager
-def figure(path: Path, title: str, panels: int = 1, height: float = 4.2, **options: Any) -> Iterator[Any]:
-    """Axes to draw on, or an array of them, beside each other; with the title, and saved, when all is drawn."""
+def figure(path: Path, title: str, panels: int = 1, height: float = 4.2, **options: Any) -> Generator[Any, None, None]:
+    """Axes to draw on, or an array of adjacent axes. After the block, the figure gets its title and is saved."""
     width = (7, 8.4, 10.5)[panels - 1]
     drawn, axes = plt.subplots(1, panels, figsize=(width, height), layout="constrained", **options)
     yield axes
@@ -46,8 +46,10 @@ def curves(
     markers: bool = False,
     xlabel: str = "training steps",
 ) -> None:
-    """Mean over seeds of each series against its first array, with the range over seeds as a band; a cross at the
-    bottom where a run has diverged: at the first such place of a line, at every such place with markers."""
+    """Draw the mean over seeds of each series (x, values of shape (seeds, points)), and the range over seeds as a band.
+
+    A cross at the bottom marks where a run has diverged: the first such point of a line, or every one with markers.
+    """
     for i, (name, (x, values)) in enumerate(series.items()):
         x, diverged = np.asarray(x), np.flatnonzero(np.isnan(values).any(0))
         values = np.ma.masked_invalid(values)
@@ -58,7 +60,8 @@ def curves(
         if diverged.size:
             crosses = x[diverged if markers else diverged[:1]]
             label = None if "diverged" in axes.get_legend_handles_labels()[1] else "diverged"
-            heights = np.full(len(crosses), 0.03 + 0.04 * i)  # of the axes: below each other if in one place
+            # Fractions of the axes' height, so that the crosses of two series do not overlap.
+            heights = np.full(len(crosses), 0.03 + 0.04 * i)
             style = {"color": colour, "linestyle": "", "markersize": 8, "label": label, "clip_on": False}
             axes.plot(crosses, heights, marker="x", transform=axes.get_xaxis_transform(), **style)
     axes.set_xlabel(xlabel)
@@ -66,7 +69,7 @@ def curves(
 
 
 def legend(axes: Any, seeds: int, **options: Any) -> None:
-    """The names, and what line and band are."""
+    """Draw a legend, whose title explains the line and the band."""
     what = f"mean and range of {seeds} seeds" if seeds > 1 else "one seed"
     axes.legend(title=what, frameon=False, fontsize=8, title_fontsize=8, **options)
 
@@ -84,7 +87,7 @@ BLOCKS = {"bn": "BN", "bn_relu": "BN + ReLU", "bn_add_relu": "BN + add + ReLU"}
 
 
 def limits(path: Path, panels: dict[tuple[str, str], dict[str, list[float]]], *, title: str) -> None:
-    """Time over the limit, a panel for each direction and block: geometric means, with the range of the shapes."""
+    """Draw times divided by the limit, a panel for each direction and block: geometric means and ranges of shapes."""
     directions, blocks = (list(dict.fromkeys(key[i] for key in panels)) for i in (0, 1))
     size = (1.5 + 2.9 * len(blocks), 0.8 + 2.2 * len(directions))
     figure, axes_grid = plt.subplots(
@@ -115,7 +118,7 @@ def limits(path: Path, panels: dict[tuple[str, str], dict[str, list[float]]], *,
 
 
 def bars(path: Path, panels: Mapping[str, Mapping[str, Mapping[str, float]]], *, title: str) -> None:
-    """A panel for each quantity: by library, a bar for each target."""
+    """Draw a panel for each quantity, with a bar for each library and target."""
     with figure(path, title, panels=len(panels), height=3.6) as axes:
         for each, (label, libraries) in zip(np.ravel(axes), panels.items(), strict=True):
             targets = list(dict.fromkeys(target for values in libraries.values() for target in values))
@@ -130,7 +133,7 @@ def bars(path: Path, panels: Mapping[str, Mapping[str, Mapping[str, float]]], *,
 
 
 def growth(path: Path, megabytes: list[float], series: dict[str, list[float]], *, title: str) -> None:
-    """Nanoseconds for each value against the size of x."""
+    """Draw nanoseconds per element against the size of x."""
     with figure(path, title, height=4) as axes:
         for name, values in series.items():
             copied = name == "copy"
@@ -143,7 +146,7 @@ def growth(path: Path, megabytes: list[float], series: dict[str, list[float]], *
 
 
 def ticks(axes: Any, places: Sequence[float]) -> None:
-    """Ticks of a logarithmic x axis at these places alone, as plain numbers."""
+    """Set the ticks of a logarithmic x axis to these places alone, as plain numbers."""
     axes.xaxis.set_major_locator(FixedLocator(places))
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.xaxis.set_minor_locator(NullLocator())

@@ -1,4 +1,4 @@
-"""The files of a run: config.json and metrics.jsonl, which process 0 writes and figures are made from."""
+"""The files of a run, config.json and metrics.jsonl. Process 0 writes them, and figures are made from them."""
 
 import json
 import os
@@ -14,13 +14,13 @@ from experiments.harness import data, runtime
 from experiments.harness.train import Evaluation
 
 Runs = Mapping[str | tuple[str, ...], Iterator[Evaluation]]
-"""What `train.fit` returned for each network; of several settings, under the names of all of them."""
+"""The results of `train.fit` by network, or by the names of all settings if there are several."""
 
 
 @dataclass(frozen=True)
 class Series:
-    """What is known of the runs of one network: `steps` of shape (evaluations,), and by name arrays of shape (seeds,
-    evaluations, ...), nan for null."""
+    """The metrics of the runs of one network: `steps` of shape (evaluations,), and `values`, arrays by name of shape
+    (seeds, evaluations, ...), with nan for null."""
 
     steps: np.ndarray
     values: dict[str, np.ndarray]
@@ -30,7 +30,7 @@ class Series:
 
 
 def check_positive(config: Any, *names: str) -> None:
-    """These fields of an experiment are positive and finite."""
+    """Check that these fields of an experiment are positive and finite."""
     for name in names:
         for value in np.ravel(getattr(config, name)):
             if not 0 < value < np.inf:
@@ -40,14 +40,14 @@ def check_positive(config: Any, *names: str) -> None:
 def write_run(
     folder: Path, config: Any, dataset: data.Dataset, runs: Runs, progress: Callable[[float, str], None]
 ) -> None:
-    """Train, and write `config.json` and, as they come, the evaluations to `metrics.jsonl`.
+    """Train, write `config.json`, and write each evaluation to `metrics.jsonl` as soon as it is made.
 
     Args:
-      folder: where to write; process 0 alone does.
+      folder: folder of the files; only process 0 writes.
       config: the experiment.
-      dataset: what is trained on.
-      runs: what is evaluated.
-      progress: told of every evaluation the part of the experiment that was done since the one before, and a remark.
+      dataset: the data set that the networks are trained on.
+      runs: the evaluations, by network.
+      progress: called for every evaluation with the fraction of the experiment since the one before, and a remark.
     """
     primary = runtime.is_primary()
     if primary:
@@ -63,7 +63,7 @@ def write_run(
 
 
 def write_config(folder: Path, config: Any, **facts: Any) -> None:
-    """`config.json`: the fields of the experiment, and facts about the run."""
+    """Write `config.json`: the fields of the experiment, and facts about the run."""
     folder.mkdir(parents=True, exist_ok=True)
     where = {"jax": jax.__version__, "backend": jax.default_backend(), "processes": jax.process_count()}
     content = {"config": asdict(config), **facts, **where}
@@ -71,12 +71,12 @@ def write_config(folder: Path, config: Any, **facts: Any) -> None:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """What `write_config` wrote."""
+    """The content that `write_config` wrote."""
     return json.loads((folder / "config.json").read_text())
 
 
 def records(names: tuple[str, ...], evaluation: Evaluation) -> Iterator[dict[str, Any]]:
-    """One line of `metrics.jsonl` per run; what is not finite is null, as JSON has no NaN."""
+    """One line of `metrics.jsonl` per run. Numbers that are not finite become null, because JSON has no NaN."""
     seeds = len(evaluation.loss) // len(names)
     for i, loss in enumerate(evaluation.loss):
         values = {name: _finite(value[i]) for name, value in evaluation.values.items()}
@@ -90,14 +90,14 @@ def records(names: tuple[str, ...], evaluation: Evaluation) -> Iterator[dict[str
 
 
 def _finite(value: np.ndarray) -> Any:
-    """A number, or lists of numbers, null where not finite."""
+    """A number, or nested lists of numbers, with null for numbers that are not finite."""
     if np.ndim(value):
         return [_finite(part) for part in value]
-    return float(f"{value:.7g}") if np.isfinite(value) else None  # as many digits as float32 has
+    return float(f"{value:.7g}") if np.isfinite(value) else None  # 7 digits, the precision of float32
 
 
 def read_metrics(folder: Path) -> dict[str, Series]:
-    """What `write_run` wrote, per network."""
+    """The metrics that `write_run` wrote, by network."""
     found: dict[str, dict[int, list[dict[str, Any]]]] = {}
     for line in (folder / "metrics.jsonl").read_text().splitlines():
         record = json.loads(line)
@@ -111,7 +111,7 @@ def read_metrics(folder: Path) -> dict[str, Series]:
 
 
 def spread(values: np.ndarray, form: str, none: str = "diverged") -> str:
-    """Mean and standard deviation of those that are not nan, and how many are if some are; `none` if none is."""
+    """Mean and standard deviation of the finite values, with their number if some are not finite, or `none`."""
     some = values[np.isfinite(values)]
     if not some.size:
         return none

@@ -1,4 +1,4 @@
-"""The report of a run of all experiments: verdicts.json for programs, and report.html, one file, for people."""
+"""The report of all experiments: verdicts.json for programs, and report.html, a self-contained file, for people."""
 
 import base64
 import json
@@ -18,24 +18,24 @@ NOT_HERE = "does not hold here"
 VERDICTS = (HOLDS, IN_PART, NOT_HERE)
 
 PIXELS = 1.4
-"""of a figure, at 150 to the inch, for each of CSS: its letters are then nearly as large as the text's"""
+"""Pixels of a figure, which has 150 per inch, for each CSS pixel. Its letters then have nearly the size of the text."""
 
 
 class Verdict(NamedTuple):
-    """What became of one claim; an entry of verdicts.json."""
+    """The verdict on one claim, an entry of verdicts.json."""
 
     id: str
-    """the experiment's name, of which each has its own"""
+    """the experiment's name, which is unique"""
     claim: str
     source: str
     """the publication that makes the claim, and where in it"""
     measured: str
     threshold: str
-    """what has to be measured for which verdict"""
+    """the measurement required for each verdict"""
     verdict: str
     """one of VERDICTS"""
     seeds: int
-    """runs that the measured numbers are of"""
+    """number of runs behind the measured numbers"""
 
 
 class Section(NamedTuple):
@@ -45,29 +45,29 @@ class Section(NamedTuple):
     figures: list[Path]
     """PNG files"""
     title: str
-    """what the figures say, for those who do not see them"""
+    """the statement of the figures, for readers who cannot see them"""
     table: list[list[str]]
     """header row first; empty for no table"""
     seconds: float
-    """that the experiment took"""
+    """duration of the experiment"""
     configuration: dict[str, Any]
     """field -> value"""
     command: str
-    """that repeats the experiment"""
+    """command that repeats the experiment"""
 
 
 def write(folder: Path, sections: Sequence[Section], facts: Mapping[str, str]) -> None:
-    """Write `verdicts.json` and `report.html`, each whole or not at all.
+    """Write `verdicts.json` and `report.html`, each completely or not at all.
 
     Args:
-      folder: where to; made if need be.
-      sections: the experiments, in order.
-      facts: about the run as a whole, by name.
+      folder: folder of the files; it is created if necessary.
+      sections: the experiments, in the order of the report.
+      facts: facts about the whole run, by name.
 
     Raises:
-      ValueError: if a verdict is none of VERDICTS, an id is there twice, a table's rows differ in length, or a figure
-        is not a PNG file; then, as with the next, nothing is written.
-      OSError: if a figure cannot be read.
+      ValueError: if a verdict is not in VERDICTS, an id is repeated, the rows of a table differ in length, or a figure
+        is not a PNG file. Nothing is written then.
+      OSError: if a figure cannot be read. Nothing is written then.
     """
     _check(sections)
     verdicts = json.dumps([section.verdict._asdict() for section in sections], indent=2, ensure_ascii=False) + "\n"
@@ -104,12 +104,13 @@ def _environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(picture=_picture, duration=_duration, numeric=_numeric, fields=_fields)
+    filters: dict[str, Any] = environment.filters
+    filters.update(picture=_picture, duration=_duration, numeric=_numeric, fields=_fields)
     return environment
 
 
 def _picture(path: Path) -> dict[str, Any]:
-    """Attributes of an img. The width, in CSS pixels, lets figures of any width have letters of one size."""
+    """Attributes of an img. The width in CSS pixels gives the letters of all figures the same size."""
     content = path.read_bytes()
     if content[:8] != b"\x89PNG\r\n\x1a\n":
         raise ValueError(f"write(sections=...): {path} is not a PNG file. Save the figure as PNG.")
@@ -127,7 +128,7 @@ def _duration(seconds: float) -> str:
 
 
 def _numeric(table: list[list[str]]) -> list[bool]:
-    """Per column whether it holds numbers, perhaps among words such as "never"."""
+    """By column, whether it contains numbers, possibly among words such as "never"."""
     number = re.compile(r"[-+\u2212<>≤≥≈]? ?\d")
     return [any(map(number.match, column[1:])) for column in zip(*table, strict=True)]
 
@@ -140,7 +141,7 @@ def _tally(sections: Sequence[Section]) -> str:
 
 
 def _fields(configuration: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Names and values as text; those of a configuration inside another are named `outer.inner`."""
+    """Names and values as text. The fields of a nested configuration are named `outer.inner`."""
     fields = {}
     for name, value in configuration.items():
         if isinstance(value, Mapping):

@@ -1,8 +1,8 @@
-"""Where an experiment runs: its devices, the processes it is spread over, and how a process of several ends.
+"""The devices and processes of an experiment, and the end of a process.
 
-The processes are those of JAX's own distributed runtime: process 0 is the coordinator, all run the same program, and
-each holds a part of every batch. If one stops, none can go on. JAX then ends the others by abort() from C++, past
-anything that Python could catch, so what is to be said at the end is told in advance to a child that outlives them.
+The processes form JAX's distributed runtime: process 0 is the coordinator, all run the same program, and each has a
+shard of every batch. If one stops, none can continue. JAX then ends the others by abort() in C++, which Python cannot
+catch. Therefore a child process, which outlives them, is told in advance what to print at the end.
 """
 
 import contextlib
@@ -25,35 +25,35 @@ from jax.sharding import PartitionSpec as P
 from experiments.harness.data import InputError
 
 AXIS = "data"
-"""The one axis of the mesh, along which a batch is divided."""
+"""The only axis of the mesh, along which batches are sharded."""
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """Devices, processes and checkpoints of a run; nothing here changes its result by more than rounding."""
+    """Devices, processes and checkpoints of a run. They change its result only by rounding."""
 
     parallel: Literal["jit", "shard_map"] = "jit"
-    """how a batch is divided over the devices: by the compiler, or by shard_map and a named axis"""
+    """how a batch is sharded over the devices: by the compiler, or by shard_map and a named axis"""
     devices: int | None = None
-    """devices to use of each process, by default all"""
+    """number of devices to use in each process; by default all"""
     platform: Literal["cpu"] | None = None
-    """of the devices; by default the best that JAX finds"""
+    """platform of the devices; by default the best that JAX finds"""
     checkpoint_dir: Path | None = None
-    """folder for checkpoints, from which a stopped run goes on; shared by all processes"""
+    """folder for checkpoints, from which a stopped run continues; all processes must share it"""
     checkpoint_every: int = 1000
     """steps between checkpoints; the last step has one too"""
     checkpoint_keep: int = 3
-    """newest checkpoints to keep"""
+    """number of newest checkpoints to keep"""
     coordinator: str | None = None
-    """HOST:PORT where process 0 is reached by all others"""
+    """HOST:PORT at which all processes reach process 0"""
     num_processes: int | None = None
-    """processes that the run is spread over"""
+    """number of processes of the run"""
     process_id: int | None = None
     """number of this process, from 0"""
     distributed: bool = False
-    """find out coordinator, num_processes and process_id, where not given, from SLURM, Kubernetes, MPI or a TPU pod"""
+    """take coordinator, num_processes and process_id, unless given, from SLURM, Kubernetes, MPI or a TPU pod"""
     process_timeout: int = 60
-    """seconds to wait for the other processes at the start, and for a sign of life later, before giving up"""
+    """seconds to wait for the other processes at the start, and for their heartbeats later"""
 
     def __post_init__(self) -> None:
         for name in ("devices", "checkpoint_every", "checkpoint_keep", "num_processes", "process_timeout"):
@@ -75,7 +75,7 @@ class Runtime:
             )
 
     def start(self) -> None:
-        """Join the other processes, if there are to be any; before any JAX computation.
+        """Join the other processes, if there are any. It must run before any JAX computation.
 
         Raises:
           InputError: if no cluster is found, or process 0 cannot listen at the coordinator's port.
@@ -113,10 +113,10 @@ class Runtime:
         )
 
     def mesh(self) -> Mesh:
-        """The devices in use, of all processes, along one axis.
+        """The used devices of all processes, as a mesh of one axis.
 
         Raises:
-          InputError: if a process has fewer devices than asked for.
+          InputError: if a process has fewer devices than `devices`.
         """
         devices = []
         for process in range(jax.process_count()):
@@ -128,21 +128,21 @@ class Runtime:
 
 
 SEVERAL = 4
-"""Devices that experiments on synchronized statistics compute on."""
+"""The number of devices of experiments on synchronized statistics."""
 
 
 def provide_devices() -> None:
-    """Let the CPU be `SEVERAL` devices to JAX, if it is not used yet and no number is set."""
+    """Divide the CPU into `SEVERAL` devices for JAX, unless it is in use or a number is set."""
     if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-        with contextlib.suppress(RuntimeError):  # it is in use
+        with contextlib.suppress(RuntimeError):  # JAX is in use already
             jax.config.update("jax_num_cpu_devices", SEVERAL)
 
 
 def several(parallel: Literal["jit", "shard_map"]) -> Runtime:
-    """`SEVERAL` devices: those of the CPU, where there are fewer of a better kind.
+    """A runtime of `SEVERAL` devices, of the CPU if the default platform has fewer.
 
     Raises:
-      InputError: if the CPU was in use before `provide_devices`, or is set to be fewer devices.
+      InputError: if the CPU was in use before `provide_devices`, or has been set to fewer devices.
     """
     enough = jax.local_device_count() >= SEVERAL
     if not enough and jax.local_device_count("cpu") < SEVERAL:
@@ -151,24 +151,24 @@ def several(parallel: Literal["jit", "shard_map"]) -> Runtime:
 
 
 def put(array: np.ndarray, mesh: Mesh, *spec: str | None) -> Array:
-    """An array which every process has whole, divided over the mesh along the axes with a name, else replicated."""
+    """An array, which every process has completely, sharded over the mesh by `spec`, as in `PartitionSpec`."""
     sharding = NamedSharding(mesh, P(*spec))
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
 def is_primary() -> bool:
-    """Whether this process is the one that writes results and speaks to the user."""
+    """Whether this process writes results and prints."""
     return jax.process_index() == 0
 
 
 def same_everywhere(value: bytes) -> bool:
-    """Whether all processes have this value, of one length."""
+    """Whether all processes have the same value. Its length must be the same in all."""
     everyone = multihost_utils.process_allgather(np.frombuffer(value, np.uint8))
     return bool((np.reshape(everyone, (jax.process_count(), -1)) == np.frombuffer(value, np.uint8)).all())
 
 
 def exit_with(main: Callable[[], int]) -> NoReturn:
-    """End the program with main's status. A process of several that fails does not wait for the others to end."""
+    """End the program with main's status. If one of several processes fails, it does not wait for the others."""
     try:
         status = main()
     except BaseException:
@@ -178,7 +178,7 @@ def exit_with(main: Callable[[], int]) -> NoReturn:
         _leave(1)
     if jax.distributed.is_initialized():
         if status:
-            _last_words("")  # main has said why
+            _last_words("")  # main has printed the reason
             _leave(status)
         jax.distributed.shutdown()
     _last_words("")
@@ -196,12 +196,12 @@ _speaker: subprocess.Popen[str] | None = None
 
 
 def _last_words(line: str) -> None:
-    """What is to stand on stderr if this process ends from now on, however it ends; nothing if empty."""
+    """Set the line that is printed to stderr when this process ends in any way; an empty line prints nothing."""
     global _speaker
     if _speaker is None:
         if not line:
             return
-        # In a session of its own, so that an interrupt from the keyboard ends this process and not its speaker.
+        # A new session: otherwise an interrupt from the keyboard would end the child as well, before it prints.
         _speaker = subprocess.Popen(
             [sys.executable, "-c", _SPEAKER], stdin=subprocess.PIPE, text=True, start_new_session=True
         )

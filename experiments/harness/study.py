@@ -1,8 +1,8 @@
-"""An experiment on one claim: what it measures, what it judges by, and the files it leaves.
+"""An experiment on one claim: its measurement, its threshold, and its files.
 
-A run writes its configuration and its metrics. Verdict, table and figure come from these files: nothing trains twice.
-A threshold has parts, each fixed in the code before the run. The claim holds if all parts are met, in part if some are,
-and does not hold here if none is.
+A run writes its configuration and its metrics. Verdict, table and figure are made from these files, without training
+again. A threshold has several parts, which the code fixes before the run. The claim holds if all parts are met, holds
+in part if some are met, and does not hold here if none is.
 """
 
 import contextlib
@@ -27,8 +27,8 @@ Preset = Literal["smoke", "default", "full"]
 
 
 class Finding(NamedTuple):
-    """What the metrics say: the numbers in words, which parts of the threshold are met, the figure's title, and a table
-    whose first row names the columns."""
+    """The result of the metrics: the numbers in words, whether each part of the threshold is met, the figure's title,
+    and a table, whose first row names the columns."""
 
     measured: str
     met: tuple[bool, ...]
@@ -38,7 +38,7 @@ class Finding(NamedTuple):
 
 @dataclass(frozen=True)
 class Study:
-    """An experiment; the command line's flags are its fields."""
+    """An experiment. Its fields are the flags of the command line."""
 
     NAME: ClassVar[str]
     CLAIM: ClassVar[str]
@@ -48,13 +48,14 @@ class Study:
     FULL: ClassVar[dict[str, Any]]
 
     preset: Preset = "default"
-    """what the other fields start from: smoke to see that it works, default for a verdict, full for a longer look"""
+    """defaults of the other fields: smoke for a quick check, default for a verdict, full for longer runs"""
     seeds: int = 5
-    """runs of each network in each setting, trained together"""
+    """number of runs of each network in each setting"""
     data_dir: Path | None = None
-    """folder of (Fashion-)MNIST's four IDX files or of CIFAR-10's binary ones; by default scikit-learn's digits"""
+    """folder of the four IDX files of (Fashion-)MNIST or of the binary files of CIFAR-10; default: the digits of
+    scikit-learn"""
     out: Path = Path("results")
-    """folder for config.json, metrics.jsonl and the figure, in a folder of their own"""
+    """folder in which the experiment makes a folder for config.json, metrics.jsonl and the figure"""
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -67,23 +68,26 @@ class Study:
 
     @classmethod
     def of(cls, preset: Preset, **changes: Any) -> Self:
-        """The experiment as a preset has it."""
+        """The experiment with the fields of a preset."""
         return replace(cls(), preset=preset, **{"smoke": cls.SMOKE, "default": {}, "full": cls.FULL}[preset], **changes)
 
     @property
     def folder(self) -> Path:
-        """Where the files of this experiment are."""
+        """The folder of this experiment's files."""
         return self.out / self.NAME
 
     def prepare(self) -> None:
-        """What is to happen before JAX is used."""
+        """Set up JAX before its first use."""
 
     def runs(self, dataset: data.Dataset) -> records.Runs:
-        """What is evaluated."""
+        """The evaluations of each network."""
         raise NotImplementedError
 
     def fit(self, init: Any, apply: Any, dataset: data.Dataset, **changes: Any) -> Iterator[train.Evaluation]:
-        """`train.fit` as the fields say, by gradient descent and with an evaluation at the end, but for `changes`."""
+        """Call `train.fit` with this experiment's fields and `changes`.
+
+        The default optimizer is gradient descent, and the default evaluation is at the end.
+        """
         names = ("seeds", "steps", "batch_size", "eval_every")
         given = {name: getattr(self, name) for name in names if hasattr(self, name)} | changes
         if "optimizer" not in given:
@@ -91,11 +95,11 @@ class Study:
         return train.fit(init, apply, dataset=dataset, **{"eval_every": given["steps"]} | given)
 
     def judge(self, metrics: dict[str, records.Series]) -> Finding:
-        """What was found."""
+        """The finding from the metrics."""
         raise NotImplementedError
 
     def draw(self, path: Path, metrics: dict[str, records.Series], title: str) -> None:
-        """The figure."""
+        """Draw the figure."""
         raise NotImplementedError
 
 
@@ -103,7 +107,7 @@ CLEARLY = "clearly over seeds (beyond the 95% confidence limits of the mean, by 
 
 
 def clearly(values: np.ndarray, limit: float = 0.0) -> bool:
-    """Whether the mean over seeds is above the limit as `CLEARLY` says; never of one seed, or if one has no value."""
+    """Whether the mean over seeds exceeds the limit as `CLEARLY` defines. It is False for one seed, or with a nan."""
     if values.size < 2:
         return False
     error = values.std(ddof=1) / np.sqrt(values.size)
@@ -111,32 +115,38 @@ def clearly(values: np.ndarray, limit: float = 0.0) -> bool:
 
 
 def lower(values: np.ndarray) -> np.ndarray:
-    """Accuracies of what should be worse: a network that has diverged recognizes nothing."""
+    """Accuracies of networks expected to be worse. A network that has diverged counts as accuracy 0."""
     return np.nan_to_num(values, nan=0.0)
 
 
 def fewer(steps: np.ndarray, others: np.ndarray, last: int, times: float = 1.0) -> bool:
-    """Whether all arrive, clearly in less than 1 / times of the others' steps, of which those that do not arrive at all
-    count as the last step."""
+    """Whether all runs reach a target, in clearly fewer than 1 / times of the others' steps.
+
+    Args:
+      steps: steps to the target, by seed; nan if a run does not reach it.
+      others: the same for the other network; nan counts as the last step.
+      last: the last step.
+      times: factor by which the steps must be fewer.
+    """
     return clearly(np.nan_to_num(others, nan=float(last)) / times - steps)
 
 
 def first(steps: np.ndarray, accuracy: np.ndarray, target: np.ndarray | float) -> np.ndarray:
-    """Per seed the first step with an accuracy of the target or more, nan where there is none."""
+    """By seed, the first step with an accuracy of at least the target, or nan."""
     hit = accuracy >= np.reshape(target, (-1, 1))
     return np.where(hit.any(1), steps[hit.argmax(1)], np.nan)
 
 
-def bar(studies: int) -> tqdm:
-    """The progress of some experiments, all alike in length."""
+def bar(studies: int) -> "tqdm[Any]":
+    """A progress bar of some experiments, each of the same length."""
     form = "{desc}: {percentage:3.0f}%|{bar}| {n:.1f} of {total} experiments, {elapsed}<{remaining}{postfix}"
     return tqdm(total=studies, bar_format=form, mininterval=0.5, disable=not runtime.is_primary())
 
 
-def run(study: Study, dataset: data.Dataset, progress: tqdm | None = None) -> None:
-    """Measure, and write the files; the progress is shown among that of others, or alone."""
+def run(study: Study, dataset: data.Dataset, progress: "tqdm[Any] | None" = None) -> None:
+    """Run the measurement and write the files. Without `progress` it shows a progress bar of its own."""
     begun = time.perf_counter()
-    runs = study.runs(dataset)  # here bad input is found, before anything is shown or written
+    runs = study.runs(dataset)  # invalid input raises here, before anything is printed or written
     with bar(1) if progress is None else contextlib.nullcontext(progress) as shown:
         records.write_run(study.folder, study, dataset, runs, _teller(shown, study))
     if runtime.is_primary():
@@ -145,7 +155,7 @@ def run(study: Study, dataset: data.Dataset, progress: tqdm | None = None) -> No
 
 
 def is_done(study: Study, dataset: data.Dataset) -> bool:
-    """Whether its folder has the whole run of this configuration on these data; not if a file is damaged."""
+    """Whether the folder contains a complete, undamaged run of this configuration on this data set."""
     try:
         config = records.read_config(study.folder)
         study.judge(records.read_metrics(study.folder))
@@ -160,7 +170,7 @@ def is_done(study: Study, dataset: data.Dataset) -> bool:
 
 
 def conclude(study: Study) -> report.Section:
-    """Verdict and table of a finished run, whose figure is drawn."""
+    """The section of the report on a finished run. It draws the figure."""
     metrics, config = records.read_metrics(study.folder), records.read_config(study.folder)
     finding = study.judge(metrics)
     verdict = (report.NOT_HERE, report.IN_PART, report.HOLDS)[any(finding.met) + all(finding.met)]
@@ -181,7 +191,7 @@ def conclude(study: Study) -> report.Section:
 
 
 def run_one(study: Study) -> None:
-    """Run an experiment and print what it found."""
+    """Run an experiment and print its verdict."""
     dataset = data.load(study.data_dir)
     study.prepare()
     run(study, dataset)
@@ -195,7 +205,7 @@ def run_one(study: Study) -> None:
 
 
 def run_all(studies: list[Study]) -> None:
-    """Run the experiments that are not done, and write the report on all."""
+    """Run the experiments that are not done yet, and write the report on all."""
     dataset = data.load(studies[0].data_dir)
     for study in studies:
         study.prepare()
@@ -220,17 +230,18 @@ def run_all(studies: list[Study]) -> None:
     print(f"{out / 'report.html'}\n{out / 'verdicts.json'}")
 
 
-def _teller(progress: tqdm, study: Study) -> Callable[[float, str], None]:
+def _teller(progress: "tqdm[Any]", study: Study) -> Callable[[float, str], None]:
     progress.set_description_str(study.NAME)
 
     def tell(part: float, remark: str) -> None:
         progress.set_postfix_str(remark, refresh=False)
-        progress.update(min(part, progress.total - progress.n))  # parts may add up to a little more
+        # Rounding may make the sum of the parts exceed the total.
+        progress.update(min(part, progress.total - progress.n))
 
     return tell
 
 
 def table(rows: list[list[str]]) -> str:
-    """Columns as wide as what is in them."""
+    """The rows as text, with aligned columns."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)

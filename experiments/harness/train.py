@@ -1,5 +1,5 @@
-"""Training of many runs at once, seeds times settings in one `vmap`, on all devices of a mesh: each has a part of every
-batch."""
+"""Training of many runs at once, all seeds and settings in one `vmap`, on all devices of a mesh. Each device has a
+shard of every batch."""
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -19,12 +19,12 @@ from experiments.harness.checkpoints import Checkpoints
 from experiments.harness.runtime import AXIS, Runtime, put
 
 Probe = Callable[[Any, Any], dict[str, Array]]
-"""From params and state of one run to what is to be known of it."""
+"""A function from params and state of one run to additional metrics."""
 
 
 class Apply(Protocol):
-    """A network: logits and its new state. In training, `mask` of shape (batch, 1) says which examples are there, and
-    `axis_name` along which mapped axis the batch is divided; batch normalization needs both."""
+    """A network, which returns logits and its new state. In training, batch normalization needs `mask`, of shape
+    (batch, 1), which is False for padding, and `axis_name`, the mapped axis along which the batch is sharded."""
 
     def __call__(
         self, params: Any, state: Any, x: Array, train: bool, *, mask: Array | None = None, axis_name: str | None = None
@@ -32,8 +32,8 @@ class Apply(Protocol):
 
 
 class Learner(NamedTuple):
-    """What training moves: learned parameters, running statistics, the optimizer's memory, and the sum of the training
-    losses since the last evaluation. The setting, by name, stays."""
+    """The state of training: parameters, running statistics, the optimizer's state, the sum of the training losses
+    since the last evaluation, and the setting, by name, which is constant."""
 
     params: Any
     state: Any
@@ -43,11 +43,11 @@ class Learner(NamedTuple):
 
 
 class Evaluation(NamedTuple):
-    """What is known after a step, of all runs: those of the first setting, one for each seed, then the next setting's.
+    """The metrics of all runs after a step. Runs are ordered by setting, then by seed.
 
-    `progress` is the part of all steps that is done. `loss`, of shape (runs,), is the mean training loss since the last
-    evaluation (nan at step 0). `values`, of shape (runs, ...), has the probe's and `test_accuracy` (nan where a logit
-    is not finite: the network has diverged).
+    `progress` is the fraction of all steps that is done. `loss`, of shape (runs,), is the mean training loss since the
+    last evaluation, and nan at step 0. `values`, by name and of shape (runs, ...), contains `test_accuracy`, which is
+    nan for a diverged network (with a logit that is not finite), and the metrics of the probe.
     """
 
     step: int
@@ -74,22 +74,22 @@ def fit(
     """Train by cross-entropy from `seeds` initializations in each setting, each with batches in its seed's order.
 
     Args:
-      init: from a key, and a setting by keywords, to (params, state).
-      apply: from params, state, images of shape (batch, pixels) and train to logits and state.
-      optimizer: from a setting by keywords to an optax transformation.
+      init: function from a key, and a setting as keywords, to (params, state).
+      apply: function from params, state, images of shape (batch, pixels) and train to logits and state.
+      optimizer: function from a setting as keywords to an optax transformation.
       dataset: images and labels.
-      seeds: number of runs in each setting, whose keys are 0, 1, ...
-      steps: updates per run.
-      batch_size: images per update, of all devices together; the last of an epoch has what is left.
-      eval_every: updates between evaluations on the whole test set.
-      settings: numbers by name, of the same names in each; all are trained in one `vmap`.
-      probe: what else to evaluate.
-      runtime: which devices and how, and how often to save; by default one device.
-      checkpoints: folder to save to, and to go on from if it has a checkpoint.
+      seeds: number of runs in each setting, with the keys 0, 1, ...
+      steps: number of updates per run.
+      batch_size: images per update, over all devices; the last batch of an epoch has the remaining images.
+      eval_every: number of updates between evaluations on the whole test set.
+      settings: dictionaries of numbers with the same names; all settings are trained in one `vmap`.
+      probe: function for additional metrics.
+      runtime: devices, and the interval of checkpoints; by default one device.
+      checkpoints: folder to save to. If it contains a checkpoint, training continues from it.
 
     Returns:
-      An iterator: an evaluation before the first step, then one every `eval_every` steps and after the last. Those
-      before the checkpoint that training went on from are among them.
+      An iterator over evaluations, before the first step, then every `eval_every` steps and after the last. If training
+      continues from a checkpoint, the evaluations before it are included.
 
     Raises:
       InputError: if a batch is larger than the training set.
@@ -106,7 +106,7 @@ def fit(
         setting = {name: jnp.float32(value) for name, value in setting.items()}
         return Learner(params, state, optimizer(**setting).init(params), jnp.zeros(()), setting)
 
-    # One by one: random numbers under vmap or jit would take XLA longer to compile than training does.
+    # In a loop: under vmap or jit, XLA would take longer to compile the random numbers than the training.
     starts = [start(setting, seed) for setting in settings for seed in range(seeds)]
     learner = jax.tree.map(lambda *leaves: _stacked(leaves, mesh), *starts)
     evaluate = _evaluator(apply, probe, dataset, mesh)
@@ -162,10 +162,10 @@ def _unpacked(step: int, progress: float, loss: list[float], values: dict[str, A
 
 
 def _parts(mesh: Mesh, number: int, batch_size: int, seeds: int, first: int, steps: int, length: int) -> list[Array]:
-    """Indices and weights of the batches of some steps, of shape (seeds, length, size), of which `steps` rows count."""
+    """Indices and weights of batches, of shape (seeds, length, size), of which the first `steps` rows are used."""
     size = _multiple(batch_size, mesh.size)
     chunk = [data.batches(number, batch_size, seed, first, steps, size) for seed in range(seeds)]
-    unused = ((0, 0), (0, length - steps), (0, 0))  # one shape for every number of steps, thus one program
+    unused = ((0, 0), (0, length - steps), (0, 0))  # one shape, and so one compiled program, for every number of steps
     return [put(np.pad(np.stack(x), unused), mesh, None, None, AXIS) for x in zip(*chunk, strict=True)]
 
 
@@ -175,17 +175,17 @@ def updater(
     mesh: Mesh,
     parallel: Literal["jit", "shard_map"],
 ) -> Callable[[Learner, Array, Array, Any, Array, Array], Learner]:
-    """The compiled training of all runs by some steps.
+    """The compiled function that trains all runs for some steps.
 
     Args:
       apply, optimizer: see `fit`.
       mesh: devices along `AXIS`.
-      parallel: "jit", where the compiler divides the work and statistics are global by themselves, or "shard_map",
-        where each device sees its part and sums run over the named axis.
+      parallel: "jit", where the compiler shards the computation and statistics are global, or "shard_map", where each
+        device has its shard and sums run over the named axis.
 
     Returns:
-      A function of the Learner, whose leaves have an axis of runs and whose memory is given up; the indices and
-      weights of `data.batches`, of shape (seeds, steps, size), divided along the last axis; how many of these steps to
+      A function of the Learner, whose leaves have a leading axis of runs, and whose memory is donated; the indices and
+      weights of `data.batches`, of shape (seeds, steps, size), sharded along the last axis; the number of steps to
       take; and the training images and labels.
     """
     named = AXIS if parallel == "shard_map" else None
@@ -196,7 +196,7 @@ def updater(
                 params, learner.state, images[indices], True, mask=weights[:, None] > 0, axis_name=named
             )
             each = optax.softmax_cross_entropy_with_integer_labels(logits, labels[indices])
-            # This device's part of the mean: shard_map, like jit, makes of its gradient the sum over devices.
+            # This device's term of the mean loss. shard_map, like jit, sums its gradient over devices.
             return weights @ each, state
 
         (value, state), gradients = jax.value_and_grad(loss, has_aux=True)(learner.params)
@@ -212,7 +212,7 @@ def updater(
             now = (jnp.tile(part[:, i], (settings, 1)) for part in (indices, weights))
             return jax.vmap(partial(step, images=images, labels=labels))(learner, *now)
 
-        # Not a scan of a fixed length: the program, and with it every bit, is the same wherever training is cut.
+        # A scan of a fixed length would give another program, with other rounding, for each way to interrupt training.
         return jax.lax.fori_loop(0, count, body, learner)
 
     if named:
@@ -222,22 +222,22 @@ def updater(
 
 
 def accuracy(apply: Apply, params: Any, state: Any, images: Array, labels: Array, number: int | None = None) -> Array:
-    """The part of the images, or of the first `number` of them, that is recognized; nan if the network has diverged."""
+    """The accuracy on the images, or on the first `number` of them; nan if the network has diverged."""
     logits, _ = apply(params, state, images, False)
-    # Without this a diverged network would score the share of class 0.
+    # The argmax of nan is 0, so a diverged network would otherwise score the share of class 0.
     return jnp.where(jnp.isfinite(logits).all(), (logits.argmax(-1) == labels).sum() / (number or len(labels)), jnp.nan)
 
 
 def cross_entropy(
     apply: Callable[..., tuple[Array, Any]], params: Any, state: Any, images: Array, labels: Array
 ) -> Array:
-    """The mean over a batch, in training."""
+    """The mean cross-entropy over a batch, in training."""
     logits, _ = apply(params, state, images, True)
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
 
 def probe_accuracy(apply: Apply, dataset: data.Dataset) -> Probe:
-    """A probe of the accuracy on the training set."""
+    """A probe that measures the accuracy on the training set."""
     images, labels = data.flat(dataset.train_images), dataset.train_labels
     return lambda params, state: {
         "train_accuracy": accuracy(apply, params, state, jnp.asarray(images), jnp.asarray(labels))
@@ -247,7 +247,7 @@ def probe_accuracy(apply: Apply, dataset: data.Dataset) -> Probe:
 def _evaluator(
     apply: Apply, probe: Probe | None, dataset: data.Dataset, mesh: Mesh
 ) -> Callable[[Learner], dict[str, np.ndarray]]:
-    """The test accuracy of all runs, each device counting in its part of the test set, and what is probed."""
+    """A function for test accuracy and the probe's metrics of all runs. The test set is sharded over the devices."""
     number = len(dataset.test_images)
     padded = np.arange(_multiple(number, mesh.size)) % number
     images, labels = data.flat(dataset.test_images)[padded], dataset.test_labels[padded]

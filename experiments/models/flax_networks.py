@@ -1,9 +1,9 @@
-"""Networks whose layers are those of `bnjax.linen` and `bnjax.nnx`, as the pure functions that `train.fit` takes.
+"""Networks with layers of `bnjax.linen` and `bnjax.nnx`, as the pure functions that `train.fit` expects.
 
-The multilayer perceptron is the 784-256-128-10 one of tutorials, in Linen and in NNX; its input follows the images. The
-residual network is the one for CIFAR-10 of He et al. (2016, section 4.2) with n = 1: a convolution, three stages of one
-block each, of 16, 32 and 64 channels, and the mean over all places. Where a block changes the shape, its shortcut is a
-projection (option B there).
+The multilayer perceptron has the usual hidden layers of 256 and 128 units, in Linen and in NNX. The residual network is
+that of He et al. (2016, section 4.2) for CIFAR-10 with n = 1: a convolution, three stages of one block each, of 16, 32
+and 64 channels, and the mean over all pixels. If a block changes the shape, its shortcut is a projection (their option
+B).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -35,14 +35,14 @@ def build(name: Name, shape: tuple[int, ...], classes: int, batch_norm: bool, mo
     """A network for images of one size.
 
     Args:
-      name: "mlp-linen" and "mlp-nnx", one function of the same params and state, or "resnet", in Linen.
-      shape: of one image, (height, width) or (height, width, channels).
+      name: "mlp-linen" or "mlp-nnx", which compute the same from the same variables, or "resnet", in Linen.
+      shape: shape of an image, (height, width) or (height, width, channels).
       classes: number of logits.
       batch_norm: whether each hidden linear layer is followed by batch normalization; if not, it has a bias.
       momentum: weight of the OLD value in the running statistics.
 
     Raises:
-      InputError: if the name or the shape is another.
+      InputError: for another name or another number of axes.
     """
     if name not in get_args(Name):
         raise InputError(f"network={name}: expected one of {', '.join(get_args(Name))}.")
@@ -55,7 +55,7 @@ def build(name: Name, shape: tuple[int, ...], classes: int, batch_norm: bool, mo
 
 
 class _Linen(nn.Module):
-    """What both Linen networks are made from; `axis_name` is the axis along which a batch is divided."""
+    """The base class of the Linen networks; `axis_name` is the mapped axis along which a batch is sharded."""
 
     shape: tuple[int, ...]
     classes: int
@@ -64,7 +64,7 @@ class _Linen(nn.Module):
     axis_name: str | None = None
 
     def norm(self, name: str, x: Array, train: bool, mask: Array | None, **options: Any) -> Array:
-        """Batch normalization, or nothing; `mask` of shape (batch, 1) whatever the shape of x."""
+        """Batch normalization, or x without it; `mask` has shape (batch, 1) for any rank of x."""
         if not self.batch_norm:
             return x
         layer = bnjax.linen.BatchNorm(momentum=self.momentum, axis_name=self.axis_name, name=name, **options)
@@ -114,7 +114,7 @@ class NNXMLP(nnx.Module):
 
 
 class ResNet(_Linen):
-    """The residual network, for gray images too."""
+    """The residual network, for images with or without a channel axis."""
 
     @nn.compact
     def __call__(self, x: Array, train: bool, mask: Array | None = None) -> Array:
@@ -141,10 +141,10 @@ class ResNet(_Linen):
 
 
 def _convolution(x: Array, kernel: Array, strides: Sequence[int], padding: str, **_: Any) -> Array:
-    """`jax.lax.conv_general_dilated` for two dimensions, channels last, as one product of matrices.
+    """`jax.lax.conv_general_dilated` for two dimensions, channels last, as one matrix product.
 
-    On CPUs XLA runs convolutions within loops, such as that of `train.fit`, many times slower than without, and those
-    of several seeds, with a kernel each, as grouped ones, also slowly. Products of matrices it does not.
+    On CPUs, XLA runs convolutions many times slower inside a loop, such as that of `train.fit`, and turns those of
+    several seeds into grouped convolutions, which are slow too. Matrix products have neither problem.
     """
     size = kernel.shape[:2]
     pads = jax.lax.padtype_to_pads(x.shape[1:3], size, strides, padding)
@@ -163,16 +163,16 @@ def _convolution(x: Array, kernel: Array, strides: Sequence[int], padding: str, 
 
 
 def _linen(module: Callable[..., nn.Module], inputs: int) -> Network:
-    """The Network of a Linen module that still takes `axis_name`, for images of so many numbers."""
+    """The Network of a Linen module whose `axis_name` is not set yet, for images of `inputs` numbers."""
 
     def init(key):
-        # Lazily: the forward pass, run operation by operation, would take XLA seconds to compile.
+        # lazy_init, because init would compile every operation of the forward pass by itself, which takes seconds.
         variables = module().lazy_init(key, jax.ShapeDtypeStruct((1, inputs), jnp.float32), False)
         return variables["params"], variables.get("batch_stats", {})
 
     def apply(params, state, x, train, *, mask=None, axis_name=None):
         variables = {"params": params, "batch_stats": state}
-        # Evaluation changes none of them; named all the same, they make the result a pair, always.
+        # Evaluation changes no collection. With `mutable` the result is a pair in both modes.
         logits, updates = module(axis_name=axis_name).apply(variables, x, train, mask, mutable=["batch_stats"])
         return logits, updates.get("batch_stats", state)
 
@@ -180,14 +180,14 @@ def _linen(module: Callable[..., nn.Module], inputs: int) -> Network:
 
 
 def _nnx(module: Callable[..., nnx.Module]) -> Network:
-    """The Network of an NNX module that still takes `axis_name` and `rngs`."""
+    """The Network of an NNX module whose `axis_name` and `rngs` are not set yet."""
 
     def init(key):
         _, variables = bnjax.nnx.functional(module(rngs=nnx.Rngs(key)))
         return nnx.to_pure_dict(variables["params"]), nnx.to_pure_dict(variables["batch_stats"])
 
     def apply(params, state, x, train, *, mask=None, axis_name=None):
-        # The layers keep the axis name. The variables are given, so that the new module is but a shape.
+        # The layers store the axis name, so a new module is made. eval_shape: the variables are given already.
         call, _ = bnjax.nnx.functional(nnx.eval_shape(lambda: module(axis_name=axis_name, rngs=nnx.Rngs(0))))
         variables: Mapping[str, Any] = {"params": params, "batch_stats": state}
         if not train:

@@ -1,4 +1,4 @@
-"""Networks as pure functions on bnjax: their variables are (params, state), like those of `bnjax.bn_init`."""
+"""Networks as pure functions on bnjax, whose variables are (params, state), as in `bnjax.bn_init`."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -17,14 +17,14 @@ Placement = Literal["before", "after"]
 
 
 class Network(NamedTuple):
-    """`init`, from a key to (params, state), and `apply`, as `train.fit` takes them."""
+    """`init`, from a key to (params, state), and `apply`, as `train.fit` expects them."""
 
     init: Callable[..., tuple[Any, Any]]
     apply: Callable[..., tuple[Array, Any]]
 
 
 def he(fan_in: int) -> float:
-    """The standard deviation of kernels that keeps the size of what goes through a ReLU (He et al., 2015, eq. 10)."""
+    """The standard deviation of kernels that preserves the scale of activations with ReLU (He et al., 2015, eq. 10)."""
     return (2 / fan_in) ** 0.5
 
 
@@ -37,23 +37,23 @@ def mlp_init(
 ) -> tuple[Any, Any]:
     """Variables of a fully connected network: normal kernels, and a bias or batch normalization before each activation.
 
-    Batch normalization has a bias of its own, so that the linear layer before it has none (section 3.2 of the paper).
+    Batch normalization has a bias, so the linear layer before it has none (Ioffe & Szegedy, 2015, section 3.2).
 
     Args:
       key: a jax.random key.
       sizes: number of units, from the inputs to the outputs.
       weight_std: standard deviation of the kernels, or a function of their number of inputs.
       batch_norm: whether the hidden layers are normalized.
-      placement: of batch normalization, before the activation or after it.
+      placement: whether batch normalization comes before or after the activation.
 
     Returns:
-      params: for each layer its kernel, and its bias and BNParams if it has them; state: for each hidden layer its
-      BNState.
+      params: for each layer its kernel, and its bias and BNParams if it has them.
+      state: for each normalized layer its BNState.
     """
     params, state = [], []
     shapes = list(pairwise(sizes))
     ends = np.cumsum([fan_in * fan_out for fan_in, fan_out in shapes])
-    normal = jax.random.normal(key, (ends[-1],))  # all in one, since XLA compiles them anew for every shape
+    normal = jax.random.normal(key, (ends[-1],))  # one call, because XLA compiles random numbers again for every shape
     for (fan_in, fan_out), numbers in zip(shapes, jnp.split(normal, ends[:-1]), strict=True):
         std = weight_std(fan_in) if callable(weight_std) else weight_std
         normalized = batch_norm and len(params) < len(shapes) - 1
@@ -77,7 +77,7 @@ def mlp_apply(
     placement: Placement = "before",
     **options: Any,
 ) -> tuple[Array, Any]:
-    """Logits of shape (batch, classes) and the new state; `options` are those of `normalize`."""
+    """Logits of shape (batch, classes) and the new state. `options` are passed to `normalize`."""
     new_state = []
 
     def normalized(layer, x):
@@ -104,9 +104,9 @@ def mlp(
     placement: Placement = "before",
     **options: Any,
 ) -> Network:
-    """A fully connected network for a data set; `options` are those of `mlp_apply`.
+    """A fully connected network for a data set. `options` are passed to `mlp_apply`.
 
-    The running statistics have a short memory, since many of these networks train for a few hundred steps only.
+    The momentum is 0.9, a short memory, because many of these networks train for only a few hundred steps.
     """
     sizes = (dataset.train_images[0].size, *hidden, dataset.classes)
     init = partial(mlp_init, sizes=sizes, weight_std=weight_std, batch_norm=batch_norm, placement=placement)

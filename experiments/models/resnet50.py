@@ -1,6 +1,6 @@
-"""ResNet-50 (He et al., 2016, table 1) and a training step of it, for any layer of normalization.
+"""ResNet-50 (He et al., 2016, table 1) with any normalization layer, and a training step of it.
 
-As Flax's ImageNet example has it: a block's stride is in its 3 x 3 convolution, and its last scale starts at zero.
+As in Flax's ImageNet example, a block's stride is in its 3 x 3 convolution, and its last scale starts at zero.
 Arithmetic is bfloat16, variables are float32.
 """
 
@@ -21,7 +21,7 @@ Norm = Callable[..., Callable[[Array], Array]]
 
 
 class Affine(nn.Module):
-    """A scale and a bias for each feature, and no normalization: what is left of a layer without its statistics."""
+    """A scale and a bias for each feature, without normalization: the baseline to which statistics add their cost."""
 
     scale_init: Callable[..., Array] = nn.initializers.ones
 
@@ -35,7 +35,7 @@ class Affine(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1 x 1, 3 x 3 and 1 x 1 convolutions, each with its normalization, beside a shortcut."""
+    """1 x 1, 3 x 3 and 1 x 1 convolutions, each followed by a normalization, plus a shortcut."""
 
     norm: Norm
     features: int
@@ -53,7 +53,7 @@ class Bottleneck(nn.Module):
 
 
 class ResNet50(nn.Module):
-    """Logits of images of shape (batch, height, width, 3). `norm` makes a layer, with `scale_init` if it takes that."""
+    """Logits of images of shape (batch, height, width, 3). `norm` makes a layer, with or without `scale_init`."""
 
     norm: Norm
 
@@ -68,9 +68,9 @@ class ResNet50(nn.Module):
 
 
 def training_step(norm: Norm) -> tuple[Callable[..., Any], Callable[[Array], Any]]:
-    """A step of stochastic gradient descent, and what makes its first argument from images.
+    """A step of stochastic gradient descent, and a function that makes its carry from images.
 
-    The step takes variables and the optimizer's state, images and labels, and gives the first again and the loss.
+    `step((variables, opt_state), images, labels)` returns the new carry and the loss.
     """
     network, optimizer = ResNet50(norm), optax.sgd(0.1, momentum=0.9)
 

@@ -215,3 +215,10 @@ def test_a_program_that_its_compiler_cannot_print_is_left_out_by_name(tmp_path, 
     (tmp_path / "programs.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
     assert compiled.read(tmp_path) == entries[1:]
     assert capsys.readouterr().out == "left out: tpu7x, conditional, backward: INTERNAL: no text\n"
+
+
+def test_counts_come_from_a_module_that_python_finds(monkeypatch):
+    asked = []
+    monkeypatch.setattr(compilers, "lines", lambda target, *arguments: asked.extend(arguments) or [])
+    assert list(compiled.compiled_for("v5e", "layer")) == []
+    assert importlib.util.find_spec(asked[asked.index("-m") + 1]) is not None

@@ -74,7 +74,7 @@ def test_readme_has_the_committed_numbers():
 def test_the_committed_verdicts_are_on_the_page_of_claims():
     shown = tables.verdicts()
     for verdict in json.loads((tables.RESULTS / "verdicts.json").read_text(encoding="utf-8")):
-        cells = [verdict[name].replace("|", "\\|") for name in ("claim", "measured", "verdict")]
+        cells = [verdict[name].replace("|", "\\|") for name in ("claim", "verdict", "measured")]
         assert f"| {' | '.join(cells)} |" in shown
 
 
@@ -84,6 +84,19 @@ def test_every_table_is_on_a_page_and_can_be_made():
     assert set(named) == set(tables.TABLES)
     for make in tables.TABLES.values():
         assert make().count("\n") != 1
+
+
+@pytest.mark.slow
+def test_the_pictures_of_the_guide_show_what_it_says(flax_promotion):
+    from docs.tools import pictures
+
+    problems = {name: {f.problem for f in diagnosis.findings} for name, diagnosis in pictures.diagnoses().items()}
+    assert problems == {
+        "healthy": set(),
+        "shifted": {"variance differs", "mean shifted"},
+        "lagging": {"initial values", "variance differs"},
+        "dead": {"dead features"},
+    }
 
 
 def test_links_of_readme_and_contributing_lead_to_files():

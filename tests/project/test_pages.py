@@ -29,8 +29,11 @@ def run(name, program, folder):
 
 
 @pytest.mark.parametrize(("name", "program"), [pytest.param(*page, id=page[0]) for page in markdown.pages().items()])
-def test_blocks_run(name, program, tmp_path):
+def test_blocks_run(name, program, tmp_path, capsys):
     run(name, program, tmp_path)
+    printed = capsys.readouterr().out
+    for shown in re.findall(r"^It prints:\n\n```text\n(.*?)```", (ROOT / name).read_text("utf-8"), re.M | re.S):
+        assert shown in printed
 
 
 @pytest.mark.slow

@@ -1,0 +1,10 @@
+"""The name that `jax.checkpoint` knows the statistics by."""
+
+from functools import partial
+
+from jax.ad_checkpoint import checkpoint_name
+
+# A policy that saves what has this name keeps the backward pass from reducing `x`, and from collectives, a second time.
+# Every result of a reduction that the backward pass needs has to have it, also where that is an intermediate one.
+CHECKPOINT_NAME = "bnjax_statistics"
+named = partial(checkpoint_name, name=CHECKPOINT_NAME)
