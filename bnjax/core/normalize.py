@@ -19,7 +19,16 @@ from bnjax.core.reductions import spread
 from bnjax.core.weights import valid
 
 
-def autodiff_normalize(x, mean, var, scale, bias, mask, epsilon, dtype=None):
+def autodiff_normalize(
+    x: Array,
+    mean: Array,
+    var: Array,
+    scale: Array | None,
+    bias: Array | None,
+    mask: Array | None,
+    epsilon: float,
+    dtype: Any = None,
+) -> Array:
     """`normalize` without its derivative rule: the tests' oracle for that rule."""
     y = (x - mean.astype(x.dtype)) * slopes(x, var, scale, epsilon)[1]
     return y if bias is None else y + bias.astype(x.dtype)

@@ -60,7 +60,7 @@ class debiased:  # noqa: N801  a function with one parameter bound, which hashes
 
     momentum: float
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         value = self.momentum.item() if isinstance(self.momentum, Array) else self.momentum
         object.__setattr__(self, "momentum", checks.momentum("debiased", value)[0])
 
@@ -96,7 +96,7 @@ class linear_ramp:  # noqa: N801  a function with its parameters bound, which ha
     start: int
     stop: int
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not self.start < self.stop:
             raise ValueError(f"linear_ramp(start={self.start}, stop={self.stop}): expected start < stop.")
 
