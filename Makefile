@@ -47,8 +47,9 @@ $(OTHERS)/.installed: pyproject.toml constraints.txt
 bench: $(OTHERS)/.installed ## time it against Flax, Haiku, Equinox, Keras and PyTorch; tables, and figures under results/
 	$(OTHERS)/bin/python -m experiments bench
 
+# The files are given out in their order, which ends with short ones, so that both processes finish at about one time.
 test: $(VENV)/.installed ## the test suite, except what takes long by its nature
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test-all: $(VENV)/.installed ## the tests that `test` leaves out: processes, whole experiments, real models, programs for TPUs
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal -m slow
