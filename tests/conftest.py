@@ -1,6 +1,7 @@
 """Eight CPU devices, and no silent promotion of dtypes or ranks in any test."""
 
 import contextlib
+import gc
 import os
 
 os.environ["JAX_PLATFORMS"] = os.environ.get("JAX_PLATFORMS", "cpu")
@@ -19,6 +20,13 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # Compiling dominates a first example, so a deadline would measure the machine.
 hypothesis.settings.register_profile("bnjax", deadline=None, derandomize=True, max_examples=40)
 hypothesis.settings.load_profile("bnjax")
+
+
+def pytest_collection_finish(session):
+    """Spare the garbage collector what lives as long as the tests: modules, and the programs that JAX traced."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
 
 
 @pytest.hookimpl(wrapper=True)
