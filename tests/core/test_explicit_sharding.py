@@ -17,7 +17,7 @@ X = (RNG.standard_normal((16, 4)) * 2 + 5).astype(np.float32)
 G = RNG.standard_normal((16, 4)).astype(np.float32)
 PARAMS = bnjax.BNParams(jnp.array([0.5, -2.0, 3.0, 1.0]), jnp.array([1.0, 0.0, -1.0, 2.0]))
 STATE = bnjax.bn_init(4)[1]
-INDEXED, INDEXED_STATE = bnjax.indexed_bn_init(4, 3, indexed_params=True)
+INDEXED, INDEXED_STATE = jax.jit(lambda: bnjax.indexed_bn_init(4, 3, indexed_params=True))()
 CLASSES = bnjax.BNParams(*jnp.asarray(RNG.standard_normal((2, 3, 4)), jnp.float32))
 LABEL = np.arange(16) % 3
 MASKS = {"none": None, "boolean": (np.arange(16) % 5 > 0).reshape(16, 1), "weights": RNG.random((16, 1), np.float32)}

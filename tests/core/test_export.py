@@ -1,5 +1,7 @@
 """`jax.export` with sizes that are not numbers: what is exported gives what was, for every size."""
 
+from functools import cache
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -14,11 +16,10 @@ import bnjax.nnx
 from tests.support.collecting import apply_and_collect
 
 RNG = np.random.default_rng(3)
-PARAMS = bnjax.BNParams(jnp.array([0.5, -2.0, 3.0]), jnp.array([1.0, 0.0, -1.0]))
+PARAMS = bnjax.BNParams(np.array([0.5, -2.0, 3.0], np.float32), np.array([1.0, 0.0, -1.0], np.float32))
 STATE = bnjax.bn_init(3)[1]
-INDEXED, INDEXED_STATE = bnjax.indexed_bn_init(3, 2, indexed_params=True)
-CLASSES = bnjax.BNParams(jnp.arange(6.0).reshape(2, 3), jnp.ones((2, 3)))
-LSTM, LSTM_STATE = bnjax.bn_lstm_init(jax.random.key(0), 3, 2, 4)
+INDEXED, INDEXED_STATE = jax.jit(lambda: bnjax.indexed_bn_init(3, 2, indexed_params=True))()
+CLASSES = bnjax.BNParams(np.arange(6, dtype=np.float32).reshape(2, 3), np.ones((2, 3), np.float32))
 
 
 def gradients(apply, **options):
@@ -39,9 +40,15 @@ def rows(x):
     return weights.astype(jnp.float32).reshape(-1, *(1,) * (x.ndim - 1))
 
 
+@cache
+def lstm_init():
+    with jax.ensure_compile_time_eval():
+        return jax.tree.map(np.asarray, jax.jit(lambda: bnjax.bn_lstm_init(jax.random.key(0), 3, 2, 4))())
+
+
 def lstm(x):
     carry = bnjax.bn_lstm_carry(x.shape[0], 2, length=jnp.arange(x.shape[0]) % 3)
-    return bnjax.bn_lstm_apply(LSTM, LSTM_STATE, carry, x, True)
+    return bnjax.bn_lstm_apply(*lstm_init(), carry, x, True)
 
 
 # A function of x, the symbolic shape of x, and two values of its symbols.
@@ -162,7 +169,7 @@ def test_exported_nnx_layers_match_the_layer(name):
 def test_every_namedtuple_of_the_api_goes_in_and_out():
     affine = bnjax.fold(PARAMS, STATE)
     carry = bnjax.bn_lstm_carry(2, 2)
-    tree = (affine, PARAMS, STATE, bnjax.batch_moments(jnp.ones((2, 3))), LSTM, LSTM_STATE, carry)
+    tree = (affine, PARAMS, STATE, bnjax.batch_moments(jnp.ones((2, 3))), *lstm_init(), carry)
     doubled = export.export(jax.jit(lambda tree: jax.tree.map(lambda v: v + v, tree)))(tree)
     got = export.deserialize(doubled.serialize()).call(tree)
     assert jax.tree.structure(got) == jax.tree.structure(tree)
