@@ -209,24 +209,31 @@ def test_bad_input_is_one_line_on_stderr(tmp_path, capsys):
     assert message.count("\n") == 1
 
 
-@pytest.fixture(scope="module")
-def bench_run(tmp_path_factory):
-    """What a small run measured, what it printed, and its folder."""
+CASES = [
+    pytest.param((["bn"], ["last"]), id="few"),
+    pytest.param((["bn", "bn_add_relu"], ["first", "last"]), id="many", marks=pytest.mark.slow),
+]
+
+
+@pytest.fixture(scope="module", params=CASES)
+def bench_run(request, tmp_path_factory):
+    """What a small run measured, what it printed, its folder, and the number of its blocks and layouts."""
+    blocks, layouts = request.param
     folder, printed = tmp_path_factory.mktemp("bench"), io.StringIO()
     parts = ["libraries", "growth", "small", "vmap", "variants"]
-    arguments = ["--parts", *parts, "--shapes", "8x2x2x4", "16x8", "--dtypes", "float32", "--layouts", "first", "last"]
-    arguments += ["--blocks", "bn", "bn_add_relu", "--megabytes", "1", "--ghost-size", "2", "--rounds", "3"]
+    arguments = ["--parts", *parts, "--shapes", "8x2x2x4", "16x8", "--dtypes", "float32", "--layouts", *layouts]
+    arguments += ["--blocks", *blocks, "--megabytes", "1", "--ghost-size", "2", "--rounds", "3"]
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
         patch.setattr(bench, "keep_memory", lambda: False)  # this process is for other tests too
         patch.setattr(bench, "REST", 0)
         patch.setattr(contenders, "installed", lambda: ["bnjax", "Flax Linen", "Flax NNX"])
         assert main(["bench", *arguments, "--out", str(folder)]) == 0
-    return bench.read(folder / "bench"), printed.getvalue(), folder / "bench"
+    return bench.read(folder / "bench"), printed.getvalue(), folder / "bench", len(blocks) * len(layouts)
 
 
 def test_bench_times_every_case_in_every_library(bench_run):
-    times, _, folder = bench_run
-    assert len(times["libraries"]) == 2 * 2 * 2 * 2
+    times, _, folder, kinds = bench_run
+    assert len(times["libraries"]) == kinds * 2 * 2  # shapes and directions
     names = {"copy by XLA", "copy by threads", "bnjax", "Flax Linen", "Flax NNX"}
     for entry in times["libraries"] + times["small"]:
         assert set(entry["seconds"]) == names
@@ -236,7 +243,7 @@ def test_bench_times_every_case_in_every_library(bench_run):
 
 
 def test_bench_prints_the_ratios_of_the_least_times_that_it_writes(bench_run):
-    times, printed, _ = bench_run
+    times, printed, *_ = bench_run
     lines = [line.split() for line in printed.splitlines()]
     (row,) = (line for line in lines if line[:4] == ["bn", "backward", "float32", "last"])
     entries = [e for e in times["libraries"] if (e["block"], e["direction"], e["layout"]) == ("bn", "backward", "last")]

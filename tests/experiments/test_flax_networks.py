@@ -1,7 +1,5 @@
 """The experiments' networks of Linen's and NNX's layers: against float64 NumPy, and trained on one device or two."""
 
-from typing import get_args
-
 import jax
 import numpy as np
 import optax
@@ -144,7 +142,7 @@ def few():
     return digits._replace(test_images=digits.test_images[:20], test_labels=digits.test_labels[:20])
 
 
-@pytest.mark.parametrize("name", get_args(flax_networks.Name))
+@pytest.mark.parametrize("name", ["mlp-linen", "mlp-nnx", pytest.param("resnet", marks=pytest.mark.slow)])
 def test_training_on_two_devices_by_name_equals_one(name, few, monkeypatch):
     """The last batch has two images, and the second device none of them."""
     monkeypatch.setattr(flax_networks, "CHANNELS", (8, 16))  # a stage less to compile

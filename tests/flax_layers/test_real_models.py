@@ -136,7 +136,8 @@ def test_all_53_norms_of_a_resnet_50_are_found(rng):
     np.testing.assert_allclose(got, want, rtol=0, atol=8 * 1.2e-7 * np.sqrt(53) * np.abs(want).max())
 
 
-@pytest.mark.parametrize("kind", [pytest.param("tutorial", marks=pytest.mark.slow), "scanned"])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["tutorial", "scanned"])
 def test_nnx_models_of_flax_from_conversion_to_serving(rng, kind, tmp_path):
     def make():
         rngs = nnx.Rngs(params=0, dropout=1)
