@@ -37,7 +37,7 @@ NEAR = 8.0
 ROUNDED = 1024.0
 # Real-valued weights whose sum is within this factor of 1 leave room for the squares of values and of weights.
 USUAL = 2.0**40
-# The part of an array around whose mean the unguarded moments are taken is this fraction of it.
+# Unguarded moments are taken around the mean of one part of the array, out of so many.
 PART = 16
 
 

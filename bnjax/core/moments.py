@@ -165,7 +165,7 @@ class Reading(NamedTuple):
 
 
 def collect(
-    batch: Batch, names: tuple[Hashable, ...], groups: Groups, *, shift: Array | None = None, divided: bool = True
+    batch: Batch, names: tuple[Hashable, ...], groups: Groups, *, shift: Array | None = None, sharded: bool = True
 ) -> Collected:
     """The moments of a batch and their support, over the named axes too.
 
@@ -174,7 +174,7 @@ def collect(
       names, groups: the mapped axes and index groups, checked.
       shift: a guess of the mean, of the shape of the features, such as the running mean; None is 0. It changes how
         often `x` is read, never the result.
-      divided: whether the reduced axes may be divided among devices.
+      sharded: whether the reduced axes may be sharded over devices.
     """
     x, axes = batch.x, batch.axes
     on_mesh, on_vmap = kinds_of_axes(names, groups)
@@ -182,7 +182,7 @@ def collect(
         shift = jnp.zeros([x.shape[a] for a in batch.features], x.dtype)
     shift = shift if jnp.iscomplexobj(x) else shift.real
     shift = sharded_as(x, jnp.expand_dims(lax.stop_gradient(shift).astype(x.dtype), axes))
-    reading = Reading(batch.dtype, guarded=divided and not on_vmap)
+    reading = Reading(batch.dtype, guarded=sharded and not on_vmap)
     collected = _collect(x, batch.mask, shift, axes, on_mesh, groups if on_mesh else None, reading)
     if on_vmap:
         # Merged outside the custom JVP, because the names of vmap axes are unbound when jit traces that rule. No data

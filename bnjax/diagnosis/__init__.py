@@ -5,7 +5,7 @@
     report     findings and measurements: a table, data for JSON, and a figure
     plot       draws the figure
 
-Each imports only from those below it.
+Each module imports only from the modules below it.
 """
 
 from bnjax.diagnosis.report import Finding, LayerReport

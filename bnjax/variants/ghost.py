@@ -162,7 +162,7 @@ def _normalize_groups(params, batch, state, examples, size, options):
     position = sum(a < examples for a in batch.features)  # of the groups among the feature axes
     features = (*batch.features[:position], examples, *(a + 1 for a in batch.features[position:]))
     groups = Batch(grouped(batch.x), grouped(batch.mask), features, batch.dtype)
-    statistics = collect(groups, (), None, divided=False)
+    statistics = collect(groups, (), None, sharded=False)
     if state is not None:
         running = (jnp.expand_dims(v, position) for v in state)
         state = BNState(*(jnp.broadcast_to(v, statistics.moments.weight.shape) for v in running))

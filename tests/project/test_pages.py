@@ -70,3 +70,11 @@ def test_the_commands_for_two_machines_run(tmp_path):
     assert [process.wait(timeout=120) for process in running] == [0, 0]
     assert (tmp_path / "run").is_dir()
     assert (tmp_path / "out" / "convergence" / "metrics.jsonl").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arguments", markdown.pytest_commands())
+def test_a_pytest_command_on_a_page_selects_tests(arguments):
+    command = [sys.executable, "-m", "pytest", "--collect-only", "--quiet", *shlex.split(arguments)]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stdout[-300:]  # pytest returns 5 where it selects none

@@ -31,3 +31,9 @@ def pages(slow: bool = False) -> dict[str, str]:
     return {
         name: program(text, slow) for name, text in texts.items() if program(text, slow) and (SLOW in text or not slow)
     }
+
+
+def pytest_commands() -> list[str]:
+    """The arguments of each `pytest` command that a page names as evidence."""
+    texts = (path.read_text(encoding="utf-8") for path in PAGES)
+    return sorted({arguments for text in texts for arguments in re.findall(r"`pytest ([^`]+)`", text)})
