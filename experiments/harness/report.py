@@ -1,47 +1,78 @@
-"""The report of all experiments: verdicts.json for programs, and report.html, a self-contained file, for people."""
+"""The report on all claims: verdicts.json for programs, and report.html, a self-contained file, for people.
+
+The page opens with a tally and with a forest plot of all parts of all claims (`forest`). The sections of the claims
+follow, then the protocol, which experiments/README.md states.
+"""
 
 import base64
+import datetime
 import json
 import math
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jinja2
 
-HOLDS = "holds"
-IN_PART = "holds in part"
-NOT_HERE = "does not hold here"
-VERDICTS = (HOLDS, IN_PART, NOT_HERE)
+from experiments.harness import forest, protocol
+
+VERDICTS = protocol.VERDICTS
 
 PIXELS = 1.4
 """Pixels of a figure, which has 150 per inch, for each CSS pixel. Its letters then have nearly the size of the text."""
 
+STATEMENT = Path(__file__).parents[1] / "README.md"
+"""The file that states the protocol for readers."""
 
-class Verdict(NamedTuple):
-    """The verdict on one claim, an entry of verdicts.json."""
+
+class Change(NamedTuple):
+    """A change of a claim's design or threshold after a result had been seen."""
+
+    date: str
+    """ISO, such as 2025-01-31"""
+    what: str
+    """what was changed, and why"""
+    seeds: str
+    """the seeds of the new measurement, none of which was used before"""
+
+
+class Result(NamedTuple):
+    """The measurement of a claim on one data set."""
+
+    dataset: str
+    seeds: int
+    """number of seeds behind the measurement"""
+    verdict: str
+    """one of protocol.VERDICTS, which follows from the parts"""
+    parts: tuple[protocol.Decided, ...]
+    measured: str
+    """a sentence or two on the numbers"""
+
+
+class Claim(NamedTuple):
+    """A claim with its results: an entry of `claims` in verdicts.json."""
 
     id: str
     """the experiment's name, which is unique"""
     claim: str
+    question: str
     source: str
     """the publication that makes the claim, and where in it"""
-    measured: str
-    threshold: str
-    """the measurement required for each verdict"""
-    verdict: str
-    """one of VERDICTS"""
-    seeds: int
-    """number of runs behind the measured numbers"""
+    protocol: str
+    """how it is measured, in sentences"""
+    would_change: str
+    """what would change the verdict"""
+    changes: tuple[Change, ...]
+    results: tuple[Result, ...]
+    """one for each data set that was run, the digits first"""
 
 
-class Section(NamedTuple):
-    """One experiment in the report."""
+class Shown(NamedTuple):
+    """What the report shows of a claim's result, beside the numbers of its parts."""
 
-    verdict: Verdict
     figures: list[Path]
     """PNG files"""
     title: str
@@ -56,23 +87,38 @@ class Section(NamedTuple):
     """command that repeats the experiment"""
 
 
+class Section(NamedTuple):
+    """A claim in the report."""
+
+    claim: Claim
+    shown: tuple[Shown, ...]
+    """one for each result of the claim, in the same order"""
+
+
 def write(folder: Path, sections: Sequence[Section], facts: Mapping[str, str]) -> None:
     """Write `verdicts.json` and `report.html`, each completely or not at all.
 
     Args:
       folder: folder of the files; it is created if necessary.
-      sections: the experiments, in the order of the report.
+      sections: the claims, in the order of the report.
       facts: facts about the whole run, by name.
 
     Raises:
-      ValueError: if a verdict is not in VERDICTS, an id is repeated, the rows of a table differ in length, or a figure
-        is not a PNG file. Nothing is written then.
+      ValueError: if an id or a data set is repeated, a claim has no result or not one `Shown` for each, a verdict does
+        not follow from its parts, a number is not finite, a date is not ISO, the rows of a table differ in length, or
+        a figure is not a PNG file. Nothing is written then.
       OSError: if a figure cannot be read. Nothing is written then.
     """
     _check(sections)
-    verdicts = json.dumps([section.verdict._asdict() for section in sections], indent=2, ensure_ascii=False) + "\n"
+    stated = statement()
+    content = {
+        "protocol": {"error": protocol.ERROR, "statement": stated},
+        "claims": [_plain(section.claim) for section in sections],
+    }
+    verdicts = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     template = _environment().get_template("report.html.jinja")
-    page = template.render(sections=sections, facts=facts, verdicts=VERDICTS, tally=_tally(sections))
+    claims = [section.claim for section in sections]
+    page = template.render(sections=sections, facts=facts, statement=stated, tally=tally(claims), verdicts=VERDICTS)
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in {"verdicts.json": verdicts, "report.html": page}.items():
         beside = folder / f"{name}.part"
@@ -80,20 +126,91 @@ def write(folder: Path, sections: Sequence[Section], facts: Mapping[str, str]) -
         os.replace(beside, folder / name)
 
 
+def read(path: Path) -> list[Claim]:
+    """The claims in a verdicts.json."""
+    return [
+        Claim(**entry)._replace(
+            changes=tuple(Change(**change) for change in entry["changes"]),
+            results=tuple(
+                Result(**result)._replace(parts=tuple(protocol.Decided(**part) for part in result["parts"]))
+                for result in entry["results"]
+            ),
+        )
+        for entry in json.loads(path.read_text(encoding="utf-8"))["claims"]
+    ]
+
+
+def datasets(claims: Iterable[Claim]) -> list[str]:
+    """The data sets of the results, each once."""
+    return list(dict.fromkeys(result.dataset for claim in claims for result in claim.results))
+
+
+def tally(claims: Sequence[Claim]) -> str:
+    """How many claims have which verdict on each data set, in sentences."""
+    several = dict(zip(VERDICTS, ("hold", "hold in part", "are refuted", "are undecided"), strict=True))
+    single = dict(zip(VERDICTS, ("holds", "holds in part", "is refuted", "is undecided"), strict=True))
+    sentences: list[str] = []
+    for dataset in datasets(claims):
+        found = [result.verdict for claim in claims for result in claim.results if result.dataset == dataset]
+        parts = [f"{found.count(v)} {single[v] if found.count(v) == 1 else several[v]}" for v in VERDICTS]
+        noun = "claim" if len(found) == 1 else "claims"
+        sentences.append(f"Of {len(found)} {noun} on {dataset}, {', '.join(parts[:-1])} and {parts[-1]}.")
+    return " ".join(sentences)
+
+
+def statement(path: Path = STATEMENT) -> dict[str, str]:
+    """The paragraphs of the protocol by their names, from the list `* **Name.** Text` in its Markdown file."""
+    text = path.read_text(encoding="utf-8")
+    items = re.findall(r"^\* \*\*(.+?)\.\*\* (.+(?:\n  .+)*)", text, re.MULTILINE)
+    return {name: re.sub(r"\s+", " ", words) for name, words in items}
+
+
+def _plain(value: Any) -> Any:
+    """The value with every named tuple as a dict."""
+    if hasattr(value, "_asdict"):
+        return {name: _plain(field) for name, field in value._asdict().items()}
+    return [_plain(each) for each in value] if isinstance(value, tuple | list) else value
+
+
 def _check(sections: Sequence[Section]) -> None:
-    for name, times in Counter(section.verdict.id for section in sections).items():
+    for name, times in Counter(section.claim.id for section in sections).items():
         if times > 1:
             raise ValueError(f"write(sections=...): {times} have the id {name!r}. Give each an id of its own.")
     for section in sections:
-        name, verdict = section.verdict.id, section.verdict.verdict
-        if verdict not in VERDICTS:
-            raise ValueError(f"write(sections=...): {name} has the verdict {verdict!r}. Pass one of {VERDICTS}.")
-        lengths = sorted({len(row) for row in section.table})
-        if len(lengths) > 1:
+        _check_claim(section)
+        for shown in section.shown:
+            lengths = sorted({len(row) for row in shown.table})
+            if len(lengths) > 1:
+                raise ValueError(
+                    f"write(sections=...): {section.claim.id} has table rows of {lengths[0]} to {lengths[-1]} cells. "
+                    "Fill the short ones with empty strings."
+                )
+
+
+def _check_claim(section: Section) -> None:
+    name, results = f"write(sections=...): {section.claim.id}", section.claim.results
+    found = [result.dataset for result in results]
+    if not found or len({*found}) < len(found) or len(section.shown) != len(found):
+        raise ValueError(
+            f"{name} has results on {found} and {len(section.shown)} of Shown. "
+            "Pass one result or more, each on a data set of its own, and one Shown for each."
+        )
+    for result in results:
+        follows = protocol.verdict(result.parts)
+        if not result.parts or result.verdict != follows:
             raise ValueError(
-                f"write(sections=...): {name} has table rows of {lengths[0]} to {lengths[-1]} cells. "
-                "Fill the short ones with empty strings."
+                f"{name} has {len(result.parts)} parts on {result.dataset} and the verdict {result.verdict!r}. "
+                f"Pass one part or more, and the verdict that follows from them, {follows!r}."
             )
+        for part in result.parts:
+            numbers = [x for x in (part.value, part.low, part.high, part.threshold) if x is not None]
+            if not all(map(math.isfinite, numbers)):
+                raise ValueError(f"{name} has {numbers} in part {part.name!r}. Pass None for what was not measured.")
+    for change in section.claim.changes:
+        try:
+            datetime.date.fromisoformat(change.date)
+        except ValueError as error:
+            raise ValueError(f"{name} has a change of {change.date!r}. Pass an ISO date.") from error
 
 
 def _environment() -> jinja2.Environment:
@@ -106,7 +223,28 @@ def _environment() -> jinja2.Environment:
     )
     filters: dict[str, Any] = environment.filters
     filters.update(picture=_picture, duration=_duration, numeric=_numeric, fields=_fields)
+    filters.update(rows=rows, line=forest.line, numbers=forest.numbers, limit=forest.limit)
+    environment.globals.update(axis=forest.axis)  # pyright: ignore[reportCallIssue]
     return environment
+
+
+class Row(NamedTuple):
+    """A part on each data set on which it was decided."""
+
+    part: protocol.Decided
+    """the part on the first of the data sets, for its fixed facts"""
+    on: dict[str, protocol.Decided]
+    """by data set"""
+
+
+def rows(claim: Claim) -> list[Row]:
+    """The parts of a claim side by side over data sets. Parts with different thresholds are in different rows."""
+    found: dict[Any, Row] = {}
+    for result in claim.results:
+        for part in result.parts:
+            fixed = (part.name, part.effect, part.kind, part.threshold, part.side, part.source, part.paper)
+            found.setdefault(fixed, Row(part, {})).on[result.dataset] = part
+    return list(found.values())
 
 
 def _picture(path: Path) -> dict[str, Any]:
@@ -133,16 +271,9 @@ def _numeric(table: list[list[str]]) -> list[bool]:
     return [any(map(number.match, column[1:])) for column in zip(*table, strict=True)]
 
 
-def _tally(sections: Sequence[Section]) -> str:
-    counts = Counter(section.verdict.verdict for section in sections)
-    several = {HOLDS: "hold", IN_PART: "hold in part", NOT_HERE: "do not hold here"}
-    parts = [f"{counts[verdict]} {verdict if counts[verdict] == 1 else several[verdict]}" for verdict in VERDICTS]
-    return f"Of {len(sections)} claims, {parts[0]}, {parts[1]} and {parts[2]}."
-
-
 def _fields(configuration: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     """Names and values as text. The fields of a nested configuration are named `outer.inner`."""
-    fields = {}
+    fields: dict[str, str] = {}
     for name, value in configuration.items():
         if isinstance(value, Mapping):
             fields |= _fields(value, f"{prefix}{name}.")
