@@ -25,7 +25,9 @@ from jax.sharding import PartitionSpec as P
 from experiments.harness.data import InputError
 
 AXIS = "data"
-"""The only axis of the mesh, along which batches are sharded."""
+"""The axis of the mesh along which batches are sharded."""
+RUNS = "runs"
+"""The axis of the mesh along which independent runs are divided."""
 
 
 @dataclass(frozen=True)
@@ -132,10 +134,19 @@ SEVERAL = 4
 
 
 def provide_devices() -> None:
-    """Divide the CPU into `SEVERAL` devices for JAX, unless it is in use or a number is set."""
+    """Divide the CPU into devices for JAX, one for each core and at least `SEVERAL`, unless it is in use or a number is
+    set."""
     if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         with contextlib.suppress(RuntimeError):  # JAX is in use already
-            jax.config.update("jax_num_cpu_devices", SEVERAL)
+            jax.config.update("jax_num_cpu_devices", max(SEVERAL, os.cpu_count() or 1))
+
+
+def runs_mesh() -> Mesh:
+    """The local devices, of which the CPU has at most one for each core, as a mesh that runs are divided over."""
+    devices = jax.local_devices()
+    if devices[0].platform == "cpu":
+        devices = devices[: os.cpu_count()]
+    return jax.make_mesh((len(devices),), (RUNS,), axis_types=(AxisType.Auto,), devices=devices)
 
 
 def several(parallel: Literal["jit", "shard_map"]) -> Runtime:

@@ -1,70 +1,90 @@
-"""An experiment on one claim: its measurement, its threshold, and its files.
+"""A claim: its question, its parts, its measurement and its files.
 
 A run writes its configuration and its metrics. Verdict, table and figure are made from these files, without training
-again. A threshold has several parts, which the code fixes before the run. The claim holds if all parts are met, holds
-in part if some are met, and does not hold here if none is.
+again. `protocol` decides the parts.
 """
 
-import contextlib
 import json
 import os
+import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import jax
 import numpy as np
-import optax
-import scipy.stats
 from tqdm import tqdm
 
-from experiments.harness import data, records, report, runtime, train
+from experiments.harness import data, lab, protocol, records, report, runs, runtime
 
 Preset = Literal["smoke", "default", "full"]
 
+FIRST_SEED = 1000
+"""The first seed of the committed verdicts. Designs were tried with the seeds from 0 on, which have no part in them."""
+
 
 class Finding(NamedTuple):
-    """The result of the metrics: the numbers in words, whether each part of the threshold is met, the figure's title,
-    and a table, whose first row names the columns."""
+    """The result of the metrics: the effects by part and seed, the reasons why parts cannot be decided, the numbers in
+    words, the figure's title, and a table, whose first row names the columns."""
 
+    effects: Mapping[str, np.ndarray]
     measured: str
-    met: tuple[bool, ...]
     title: str
     table: list[list[str]]
+    remarks: Mapping[str, str] = {}
 
 
 @dataclass(frozen=True)
 class Study:
-    """An experiment. Its fields are the flags of the command line."""
+    """A claim. Its fields are the flags of the command line."""
 
     NAME: ClassVar[str]
     CLAIM: ClassVar[str]
+    QUESTION: ClassVar[str]
     SOURCE: ClassVar[str]
-    THRESHOLD: ClassVar[str]
+    PROTOCOL: ClassVar[str]
+    """how the claim is measured, in sentences"""
+    WOULD_CHANGE: ClassVar[str]
+    """what would change the verdict, in sentences"""
+    PARTS: ClassVar[tuple[protocol.Part, ...]]
+    CHANGES: ClassVar[tuple[report.Change, ...]] = ()
     SMOKE: ClassVar[dict[str, Any]]
     FULL: ClassVar[dict[str, Any]]
 
     preset: Preset = "default"
-    """defaults of the other fields: smoke for a quick check, default for a verdict, full for longer runs"""
-    seeds: int = 5
-    """number of runs of each network in each setting"""
+    """defaults of the other fields: smoke for a quick check, default for a verdict, full for an accelerator"""
+    seeds: int = 10
+    """number of seeds; each redraws the split, the subset, the initialization and the order"""
+    first_seed: int = FIRST_SEED
+    """the first of the seeds"""
+    dataset: data.Name = "digits"
+    """digits of scikit-learn, or a data set that is downloaded from its publisher"""
     data_dir: Path | None = None
-    """folder of the four IDX files of (Fashion-)MNIST or of the binary files of CIFAR-10; default: the digits of
-    scikit-learn"""
+    """folder of the four IDX files of (Fashion-)MNIST or of the binary files of CIFAR-10, instead of a download"""
+    stream: bool = False
+    """shift, rotate and scale the training images at random in every step"""
+    side: int = 16
+    """pixels of an image's longer side, at most; larger images are averaged down"""
     out: Path = Path("results")
     """folder in which the experiment makes a folder for config.json, metrics.jsonl and the figure"""
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = np.ravel(getattr(self, field.name))
-            if field.name != "momentum" and value.size and value.dtype.kind in "if":
-                records.check_positive(self, field.name)
+        for each in fields(self):
+            value = np.ravel(getattr(self, each.name))
+            if each.name not in ("momentum", "first_seed") and value.size and value.dtype.kind in "if":
+                records.check_positive(self, each.name)
         momentum = getattr(self, "momentum", 0)
         if not 0 <= momentum <= 1:
             raise data.InputError(f"momentum={momentum}: expected a number in [0, 1].")
+        if self.first_seed < 0:
+            raise data.InputError(f"first_seed={self.first_seed}: expected 0 or more.")
+        if set(self.seed_numbers) & set(lab.TUNING_SEEDS):
+            raise data.InputError(
+                f"first_seed={self.first_seed}, seeds={self.seeds}: the seeds {lab.TUNING_SEEDS} choose the learning "
+                "rates. Expected others."
+            )
 
     @classmethod
     def of(cls, preset: Preset, **changes: Any) -> Self:
@@ -72,173 +92,192 @@ class Study:
         return replace(cls(), preset=preset, **{"smoke": cls.SMOKE, "default": {}, "full": cls.FULL}[preset], **changes)
 
     @property
-    def folder(self) -> Path:
+    def seed_numbers(self) -> range:
+        """The seeds that the verdict is based on."""
+        return range(self.first_seed, self.first_seed + self.seeds)
+
+    def load(self) -> data.Dataset:
+        """The data set, with images of at most `side` pixels a side."""
+        return data.shrink(data.load(self.dataset, self.data_dir), self.side)
+
+    def folder(self, dataset: data.Dataset) -> Path:
         """The folder of this experiment's files."""
-        return self.out / self.NAME
+        return self.out / self.NAME / _slug(dataset.name) + "-stream" * self.stream
 
-    def prepare(self) -> None:
-        """Set up JAX before its first use."""
-
-    def runs(self, dataset: data.Dataset) -> records.Runs:
-        """The evaluations of each network."""
+    def measure(self, lab: lab.Lab) -> None:
+        """Train the networks, or whatever the claim measures, unless the laboratory's record has it already."""
         raise NotImplementedError
 
-    def fit(self, init: Any, apply: Any, dataset: data.Dataset, **changes: Any) -> Iterator[train.Evaluation]:
-        """Call `train.fit` with this experiment's fields and `changes`.
-
-        The default optimizer is gradient descent, and the default evaluation is at the end.
-        """
-        names = ("seeds", "steps", "batch_size", "eval_every")
-        given = {name: getattr(self, name) for name in names if hasattr(self, name)} | changes
-        if "optimizer" not in given:
-            given["optimizer"] = partial(optax.sgd, getattr(self, "learning_rate"))  # noqa: B009  not in all studies
-        return train.fit(init, apply, dataset=dataset, **{"eval_every": given["steps"]} | given)
-
-    def judge(self, metrics: dict[str, records.Series]) -> Finding:
+    def judge(self, metrics: runs.Metrics) -> Finding:
         """The finding from the metrics."""
         raise NotImplementedError
 
-    def draw(self, path: Path, metrics: dict[str, records.Series], title: str) -> None:
+    def draw(self, path: Path, metrics: runs.Metrics, title: str) -> None:
         """Draw the figure."""
         raise NotImplementedError
 
-
-CLEARLY = "clearly over seeds (beyond the 95% confidence limits of the mean, by Student's t)"
-
-
-def clearly(values: np.ndarray, limit: float = 0.0) -> bool:
-    """Whether the mean over seeds exceeds the limit as `CLEARLY` defines. It is False for one seed, or with a nan."""
-    if values.size < 2:
-        return False
-    error = values.std(ddof=1) / np.sqrt(values.size)
-    return bool(values.mean() - scipy.stats.t.ppf(0.975, values.size - 1) * error > limit)
+    def design(self) -> dict[str, Any]:
+        """What the results depend on besides seeds and data. Runs of another design are not mixed with these."""
+        elsewhere = ("preset", "seeds", "first_seed", "dataset", "data_dir", "out")
+        own = {name: value for name, value in asdict(self).items() if name not in elsewhere}
+        return {"changes": len(self.CHANGES), **json.loads(json.dumps(own, default=str))}
 
 
-def lower(values: np.ndarray) -> np.ndarray:
-    """Accuracies of networks expected to be worse. A network that has diverged counts as accuracy 0."""
-    return np.nan_to_num(values, nan=0.0)
-
-
-def fewer(steps: np.ndarray, others: np.ndarray, last: int, times: float = 1.0) -> bool:
-    """Whether all runs reach a target, in clearly fewer than 1 / times of the others' steps.
-
-    Args:
-      steps: steps to the target, by seed; nan if a run does not reach it.
-      others: the same for the other network; nan counts as the last step.
-      last: the last step.
-      times: factor by which the steps must be fewer.
-    """
-    return clearly(np.nan_to_num(others, nan=float(last)) / times - steps)
-
-
-def first(steps: np.ndarray, accuracy: np.ndarray, target: np.ndarray | float) -> np.ndarray:
-    """By seed, the first step with an accuracy of at least the target, or nan."""
-    hit = accuracy >= np.reshape(target, (-1, 1))
-    return np.where(hit.any(1), steps[hit.argmax(1)], np.nan)
+def _slug(name: str) -> str:
+    """The name of a data set as the name of a folder."""
+    return "digits" if name.startswith("scikit-learn digits") else re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def bar(studies: int) -> "tqdm[Any]":
-    """A progress bar of some experiments, each of the same length."""
-    form = "{desc}: {percentage:3.0f}%|{bar}| {n:.1f} of {total} experiments, {elapsed}<{remaining}{postfix}"
+    """A progress bar of some experiments."""
+    form = "{desc}: {n_fmt} of {total} experiments, {elapsed}{postfix}"
     return tqdm(total=studies, bar_format=form, mininterval=0.5, disable=not runtime.is_primary())
 
 
-def run(study: Study, dataset: data.Dataset, progress: "tqdm[Any] | None" = None) -> None:
-    """Run the measurement and write the files. Without `progress` it shows a progress bar of its own."""
-    begun = time.perf_counter()
-    runs = study.runs(dataset)  # invalid input raises here, before anything is printed or written
-    with bar(1) if progress is None else contextlib.nullcontext(progress) as shown:
-        records.write_run(study.folder, study, dataset, runs, _teller(shown, study))
-    if runtime.is_primary():
-        done = {"seconds": round(time.perf_counter() - begun, 1), "dataset_sha256": dataset.sha256()}
-        records.write_config(study.folder, study, dataset=dataset.name, **done)
+def run(study: Study, dataset: data.Dataset, progress: "tqdm[Any]") -> None:
+    """Make the measurement, and write the files. A run that was interrupted is continued.
+
+    Raises:
+      InputError: if the folder has the results of another design or of other data.
+    """
+    folder = study.folder(dataset)
+    before = _earlier(study, dataset)
+    begun, record = time.perf_counter(), runs.Record(folder / "metrics.jsonl")
+
+    def write(complete):
+        facts = {"dataset": dataset.name, "dataset_sha256": dataset.sha256(), "design": study.design()}
+        seconds = round(before + time.perf_counter() - begun, 1)
+        records.write_config(folder, study, **facts, seconds=seconds, complete=complete)
+
+    def tell(remark):
+        progress.set_postfix_str(remark)
+        if time.perf_counter() - told[0] > 5:
+            told[0] = time.perf_counter()
+            write(complete=False)
+
+    told = [begun]
+    progress.set_description_str(study.NAME)
+    write(complete=False)
+    tuning = lab.TUNING_SEEDS[: 1 if study.preset == "smoke" else None]
+    study.measure(lab.Lab(dataset, record, study.seed_numbers, tuning, study.stream, tell))
+    write(complete=True)
+    progress.update(1)
 
 
-def is_done(study: Study, dataset: data.Dataset) -> bool:
-    """Whether the folder contains a complete, undamaged run of this configuration on this data set."""
+def _earlier(study: Study, dataset: data.Dataset) -> float:
+    """The seconds that an interrupted run of the study has taken already."""
     try:
-        config = records.read_config(study.folder)
-        study.judge(records.read_metrics(study.folder))
-        wanted = json.loads(json.dumps(asdict(study), default=str))
-        return (
-            "seconds" in config
-            and config["dataset_sha256"] == dataset.sha256()
-            and config["config"] | {"out": ""} == wanted | {"out": ""}
+        config = records.read_config(study.folder(dataset))
+    except FileNotFoundError:
+        return 0.0
+    except ValueError as error:
+        raise data.InputError(f"{study.folder(dataset)}: config.json is damaged ({error}). Delete the folder.") from error
+    found = {"dataset_sha256": config.get("dataset_sha256"), **config.get("design", {})}
+    wanted = {"dataset_sha256": dataset.sha256(), **study.design()}
+    different = [
+        f"{name}: {found.get(name)} there, {wanted.get(name)} here"
+        for name in wanted | found
+        if found.get(name) != wanted.get(name)
+    ]
+    if different:
+        raise data.InputError(
+            f"{study.folder(dataset)} has the results of another design ({'; '.join(different)}). "
+            "Pass another folder by --out, or delete that one."
         )
-    except (OSError, ValueError, LookupError, TypeError):
-        return False
+    return float(config["seconds"])
 
 
-def conclude(study: Study) -> report.Section:
-    """The section of the report on a finished run. It draws the figure."""
-    metrics, config = records.read_metrics(study.folder), records.read_config(study.folder)
+def conclude(kind: type[Study], out: Path) -> report.Section | None:
+    """The section of the report on a claim, on all data sets of which the folder has a complete run. It draws the
+    figures. None if there is no complete run."""
+    results, shown = [], []
+    folders = sorted((out / kind.NAME).glob("*/config.json"), key=lambda path: (path.parent.name != "digits", path))
+    for path in folders:
+        config = records.read_config(path.parent)
+        if config.get("complete"):
+            result, section = _concluded(_restored(kind, config["config"]), path.parent, config)
+            results.append(result)
+            shown.append(section)
+    if not results:
+        return None
+    words = (kind.NAME, kind.CLAIM, kind.QUESTION, kind.SOURCE, kind.PROTOCOL, kind.WOULD_CHANGE)
+    return report.Section(report.Claim(*words, kind.CHANGES, (*results,)), (*shown,))
+
+
+def _concluded(study: Study, folder: Path, config: Mapping[str, Any]) -> tuple[report.Result, report.Shown]:
+    metrics = runs.Record(folder / "metrics.jsonl").metrics([*lab.TUNING_SEEDS, *study.seed_numbers])
     finding = study.judge(metrics)
-    verdict = (report.NOT_HERE, report.IN_PART, report.HOLDS)[any(finding.met) + all(finding.met)]
-    path = study.folder / f"{study.NAME}.png"
+    parts = (*protocol.decide(study.PARTS, finding.effects, finding.remarks),)
+    path = folder / f"{study.NAME}.png"
     study.draw(path, metrics, finding.title)
     command = f"python -m experiments {study.NAME} --preset {study.preset}"
-    return report.Section(
-        verdict=report.Verdict(
-            study.NAME, study.CLAIM, study.SOURCE, finding.measured, study.THRESHOLD, verdict, study.seeds
-        ),
-        figures=[path],
-        title=finding.title,
-        table=finding.table,
-        seconds=config.get("seconds", np.nan),
-        configuration={name: value for name, value in config["config"].items() if name not in ("out", "runtime")},
-        command=command if study.data_dir is None else f"{command} --data-dir {study.data_dir}",
+    if study.dataset != "digits":
+        command += f" --dataset {study.dataset}"
+    if study.data_dir is not None:
+        command += f" --data-dir {study.data_dir}"
+    configuration = {name: value for name, value in config["config"].items() if name != "out"}
+    return (
+        report.Result(config["dataset"], study.seeds, protocol.verdict(parts), parts, finding.measured),
+        report.Shown([path], finding.title, finding.table, config["seconds"], configuration, command),
     )
+
+
+def _restored(kind: type[Study], config: Mapping[str, Any]) -> Study:
+    """The study whose fields config.json has."""
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in config.items()}
+    folders = {name: Path(values[name]) for name in ("out", "data_dir") if values[name] is not None}
+    return kind(**values | folders)
 
 
 def run_one(study: Study) -> None:
     """Run an experiment and print its verdict."""
-    dataset = data.load(study.data_dir)
-    study.prepare()
-    run(study, dataset)
-    if runtime.is_primary():
-        section = conclude(study)
-        verdict = section.verdict
-        print(f"claim      {verdict.claim} ({verdict.source})\nthreshold  {verdict.threshold}")
-        print(f"measured   {verdict.measured}\nverdict    {verdict.verdict} ({verdict.seeds} seeds)\n")
-        print(table(section.table))
-        print(f"figure: {section.figures[0]}")
+    runtime.provide_devices()
+    dataset = study.load()
+    with bar(1) as progress:
+        run(study, dataset, progress)
+    folder = study.folder(dataset)
+    result, shown = _concluded(study, folder, records.read_config(folder))
+    print(f"claim     {study.CLAIM} ({study.SOURCE})\nmeasured  {result.measured}")
+    print(f"verdict   {result.verdict} ({result.seeds} seeds, {result.dataset})\n")
+    print(table([["part", "effect", "threshold", "verdict"], *map(_row, result.parts)]))
+    print(f"\n{table(shown.table)}\nfigure: {shown.figures[0]}")
 
 
-def run_all(studies: list[Study]) -> None:
-    """Run the experiments that are not done yet, and write the report on all."""
-    dataset = data.load(studies[0].data_dir)
-    for study in studies:
-        study.prepare()
+def _row(part: protocol.Decided) -> list[str]:
+    effect = "" if part.value is None else f"{part.value:.3g} [{part.low:.3g}, {part.high:.3g}]"
+    return [part.name, effect, f"{part.side} {part.threshold:g}", f"{part.verdict} {part.remark}".strip()]
+
+
+def run_all(studies: Sequence[Study]) -> None:
+    """Run the experiments, go on with those that are not complete, and write the report on all."""
+    runtime.provide_devices()
+    datasets = [study.load() for study in studies]
+    for study, dataset in zip(studies, datasets, strict=True):
+        _earlier(study, dataset)  # another design is refused before anything is measured
     out = studies[0].out
     with bar(len(studies)) as progress:
-        for study in studies:
-            if is_done(study, dataset):
-                progress.update(1)
-            else:
-                run(study, dataset, progress)
-    sections = [conclude(study) for study in studies]
-    seconds = sum(section.seconds for section in sections)
+        for study, dataset in zip(studies, datasets, strict=True):
+            run(study, dataset, progress)
+    write_report(out, [type(study) for study in studies])
+
+
+def write_report(out: Path, kinds: Sequence[type[Study]]) -> None:
+    """Write the report on all complete runs in a folder, and print the verdicts."""
+    sections = [section for section in (conclude(kind, out) for kind in kinds) if section]
+    seconds = sum(shown.seconds for section in sections for shown in section.shown)
     facts = {
-        "preset": studies[0].preset,
-        "data": dataset.name,
+        "data": ", ".join(dict.fromkeys(result.dataset for section in sections for result in section.claim.results)),
         "jax": f"{jax.__version__} on {jax.devices()[0].device_kind}, {os.cpu_count()} CPU cores",
         "time": f"{seconds / 60:.1f} minutes",
     }
     report.write(out, sections, facts)
-    rows = [[s.verdict.id, s.verdict.verdict, f"{s.seconds:.0f}"] for s in sections]
-    print(table([["experiment", "verdict", "seconds"], *rows]))
+    rows = [
+        [section.claim.id, result.dataset, result.verdict, f"{shown.seconds:.0f}"]
+        for section in sections
+        for result, shown in zip(section.claim.results, section.shown, strict=True)
+    ]
+    print(table([["claim", "data", "verdict", "seconds"], *rows]))
     print(f"{out / 'report.html'}\n{out / 'verdicts.json'}")
-
-
-def _teller(progress: "tqdm[Any]", study: Study) -> Callable[[float, str], None]:
-    progress.set_description_str(study.NAME)
-
-    def tell(part: float, remark: str) -> None:
-        progress.set_postfix_str(remark, refresh=False)
-        # Rounding may make the sum of the parts exceed the total.
-        progress.update(min(part, progress.total - progress.n))
-
-    return tell
 
 
 def table(rows: list[list[str]]) -> str:

@@ -1,5 +1,8 @@
-"""Training of many runs at once, all seeds and settings in one `vmap`, on all devices of a mesh. Each device has a
-shard of every batch."""
+"""Training of many runs at once, all seeds and settings in one `vmap`.
+
+By default the runs are divided over the local devices, which then need not communicate. With a `Runtime`, every run is on
+all of its devices, and each device has a shard of every batch.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -14,12 +17,14 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from experiments.harness import data
+from experiments.harness import data, stream
 from experiments.harness.checkpoints import Checkpoints
-from experiments.harness.runtime import AXIS, Runtime, put
+from experiments.harness.runtime import AXIS, RUNS, Runtime, put, runs_mesh
 
-Probe = Callable[[Any, Any], dict[str, Array]]
-"""A function from params and state of one run to additional metrics."""
+VIEWED = 500
+"""The number of training images, at most, that a probe sees."""
+AT_ONCE = 32
+"""The number of runs, at most, that one device evaluates at once, which bounds the memory of their activations."""
 
 
 class Apply(Protocol):
@@ -33,21 +38,37 @@ class Apply(Protocol):
 
 class Learner(NamedTuple):
     """The state of training: parameters, running statistics, the optimizer's state, the sum of the training losses
-    since the last evaluation, and the setting, by name, which is constant."""
+    since the last evaluation, the place of the run's seed among the seeds, and the setting, by name. The last two are
+    constant."""
 
     params: Any
     state: Any
     opt_state: Any
     loss: Array
+    place: Array
     setting: dict[str, Array] = {}  # never changed
+
+
+class View(NamedTuple):
+    """What a probe sees of one run besides its variables: the first training images of its seed as rows of pixels,
+    their labels, and the setting."""
+
+    images: Array
+    labels: Array
+    setting: dict[str, Array]
+
+
+Probe = Callable[[Any, Any, View], dict[str, Array]]
+"""A function from params, state and the view of one run to additional metrics."""
 
 
 class Evaluation(NamedTuple):
     """The metrics of all runs after a step. Runs are ordered by setting, then by seed.
 
     `progress` is the fraction of all steps that is done. `loss`, of shape (runs,), is the mean training loss since the
-    last evaluation, and nan at step 0. `values`, by name and of shape (runs, ...), contains `test_accuracy`, which is
-    nan for a diverged network (with a logit that is not finite), and the metrics of the probe.
+    last evaluation, and nan at step 0. `values`, by name and of shape (runs, ...), contains `test_accuracy`,
+    `test_loss`, `validation_accuracy` and `validation_loss`, which are nan for a diverged network (with a logit that is
+    not finite), and the metrics of the probe. There are no validation metrics without validation images.
     """
 
     step: int
@@ -60,31 +81,34 @@ def fit(
     init: Callable[..., tuple[Any, Any]],
     apply: Apply,
     optimizer: Callable[..., optax.GradientTransformation],
-    dataset: data.Dataset,
+    dataset: data.Dataset | data.Splits,
     *,
-    seeds: int,
+    seeds: int | Sequence[int],
     steps: int,
     batch_size: int,
     eval_every: int,
     settings: Sequence[dict[str, float]] = ({},),
     probe: Probe | None = None,
+    moving: bool = False,
     runtime: Runtime | None = None,
     checkpoints: Path | None = None,
 ) -> Iterator[Evaluation]:
-    """Train by cross-entropy from `seeds` initializations in each setting, each with batches in its seed's order.
+    """Train by cross-entropy from the initialization of every seed in each setting, with batches in the seed's order.
 
     Args:
       init: function from a key, and a setting as keywords, to (params, state).
       apply: function from params, state, images of shape (batch, pixels) and train to logits and state.
       optimizer: function from a setting as keywords to an optax transformation.
-      dataset: images and labels.
-      seeds: number of runs in each setting, with the keys 0, 1, ...
+      dataset: a data set, whose training and test parts all seeds share, or the splits of these seeds.
+      seeds: the seeds, or their number n for 0, ..., n - 1. There is a run for each seed in each setting.
       steps: number of updates per run.
       batch_size: images per update, over all devices; the last batch of an epoch has the remaining images.
       eval_every: number of updates between evaluations on the whole test set.
       settings: dictionaries of numbers with the same names; all settings are trained in one `vmap`.
       probe: function for additional metrics.
-      runtime: devices, and the interval of checkpoints; by default one device.
+      moving: whether training images are shifted, rotated and scaled at random in every step (see `stream`).
+      runtime: devices that share every batch, and the interval of checkpoints. By default the runs are divided over
+        the local devices.
       checkpoints: folder to save to. If it contains a checkpoint, training continues from it.
 
     Returns:
@@ -94,29 +118,33 @@ def fit(
     Raises:
       InputError: if a batch is larger than the training set.
     """
-    if not 0 < batch_size <= len(dataset.train_images):
-        raise data.InputError(
-            f"batch_size={batch_size}: expected 1 to {len(dataset.train_images)}, the size of {dataset.name}."
-        )
-    runtime = runtime or Runtime(devices=1)
-    mesh = runtime.mesh()
+    seeds = range(seeds) if isinstance(seeds, int) else seeds
+    splits = _fixed(dataset, len(seeds)) if isinstance(dataset, data.Dataset) else dataset
+    number = splits.train.shape[1]
+    if not 0 < batch_size <= number:
+        raise data.InputError(f"batch_size={batch_size}: expected 1 to {number}, the size of {splits.name}.")
+    mesh = runtime.mesh() if runtime else runs_mesh()
+    along = None if runtime else RUNS  # the axis of the mesh that the runs are divided over
 
-    def start(setting, seed):
-        params, state = init(jax.random.key(seed), **setting)
+    def start(setting, place):
+        params, state = init(jax.random.key(seeds[place]), **setting)
         setting = {name: jnp.float32(value) for name, value in setting.items()}
-        return Learner(params, state, optimizer(**setting).init(params), jnp.zeros(()), setting)
+        return Learner(params, state, optimizer(**setting).init(params), jnp.zeros(()), jnp.int32(place), setting)
 
     # In a loop: under vmap or jit, XLA would take longer to compile the random numbers than the training.
-    starts = [start(setting, seed) for setting in settings for seed in range(seeds)]
-    learner = jax.tree.map(lambda *leaves: _stacked(leaves, mesh), *starts)
-    evaluate = _evaluator(apply, probe, dataset, mesh)
-    store = None if checkpoints is None else Checkpoints(checkpoints, runtime.checkpoint_keep)
+    starts = [start(setting, place) for setting in settings for place in range(len(seeds))]
+    runs = len(starts)
+    if along:  # every device has the same number of runs: the first one is repeated, and its copies are left out
+        starts += [starts[0]] * (_multiple(runs, mesh.size) - runs)
+    learner = jax.tree.map(lambda *leaves: _stacked(leaves, mesh, along), *starts)
+    evaluate = _evaluator(apply, probe, splits, mesh, along, runs)
+    store = None if checkpoints is None or not runtime else Checkpoints(checkpoints, runtime.checkpoint_keep)
     found = store.restore(learner) if store else None
     if found:
         done, learner, record = found
         evaluations = [_unpacked(*packed) for packed in record]
     else:
-        done, unknown = 0, np.full(len(starts), np.nan, np.float32)
+        done, unknown = 0, np.full(runs, np.nan, np.float32)
         evaluations = [Evaluation(0, 0.0, unknown, evaluate(learner))]
 
     def train() -> Iterator[Evaluation]:
@@ -124,19 +152,20 @@ def fit(
         yield from evaluations
         if done == steps:
             return
-        update = updater(apply, optimizer, mesh, runtime.parallel)
-        images, labels = (put(x, mesh) for x in (data.flat(dataset.train_images), dataset.train_labels))
-        cuts = [eval_every, runtime.checkpoint_every] if store else [eval_every]
+        update = updater(apply, optimizer, mesh, runtime.parallel if runtime else "runs", moving)
+        images = put(splits.images if moving else data.flat(splits.images), mesh)
+        labels = put(splits.labels, mesh)
+        cuts = [eval_every, runtime.checkpoint_every] if store and runtime else [eval_every]
         while done < steps:
             count = min(steps, *(done - done % cut + cut for cut in cuts)) - done
-            indices, weights = _parts(mesh, len(images), batch_size, seeds, done, count, min(eval_every, steps))
-            learner, done = update(learner, indices, weights, np.int32(count), images, labels), done + count
+            batch = _parts(mesh, along, splits.train, batch_size, seeds, done, count, min(eval_every, steps), moving)
+            learner, done = update(learner, batch, np.int32(count), images, labels), done + count
             evaluated = done == steps or done % eval_every == 0
             if evaluated:
-                loss = np.asarray(learner.loss) / np.float32(done - evaluations[-1].step)
+                loss = np.asarray(learner.loss)[:runs] / np.float32(done - evaluations[-1].step)
                 evaluations.append(Evaluation(done, done / steps, loss, evaluate(learner)))
-                learner = learner._replace(loss=put(np.zeros(len(starts), np.float32), mesh))
-            if store and (done == steps or done % runtime.checkpoint_every == 0):
+                learner = learner._replace(loss=put(np.zeros(len(starts), np.float32), mesh, along))
+            if store and runtime and (done == steps or done % runtime.checkpoint_every == 0):
                 store.save(done, learner, [_packed(evaluation) for evaluation in evaluations])
             if evaluated:
                 yield evaluations[-1]
@@ -144,11 +173,20 @@ def fit(
     return train()
 
 
-def _stacked(leaves: Sequence[Array], mesh: Mesh) -> Array:
+def _fixed(dataset: data.Dataset, seeds: int) -> data.Splits:
+    """The data set's own training and test parts for all seeds, without validation images."""
+    images = np.concatenate([dataset.train_images, dataset.test_images])
+    labels = np.concatenate([dataset.train_labels, dataset.test_labels])
+    number = len(dataset.train_labels)
+    train, test = (np.tile(part.astype(np.int32), (seeds, 1)) for part in np.split(np.arange(len(labels)), [number]))
+    return data.Splits(dataset.name, images, np.tile(labels, (seeds, 1)), train, train[:, :0], test)
+
+
+def _stacked(leaves: Sequence[Array], mesh: Mesh, along: str | None) -> Array:
     if jnp.issubdtype(leaves[0].dtype, jax.dtypes.prng_key):
-        stacked = _stacked([jax.random.key_data(key) for key in leaves], mesh)
+        stacked = _stacked([jax.random.key_data(key) for key in leaves], mesh, along)
         return jax.random.wrap_key_data(stacked, impl=jax.random.key_impl(leaves[0]))
-    return put(np.stack(leaves), mesh)
+    return put(np.stack(leaves), mesh, along)
 
 
 def _packed(evaluation: Evaluation) -> list[Any]:
@@ -161,71 +199,102 @@ def _unpacked(step: int, progress: float, loss: list[float], values: dict[str, A
     return Evaluation(step, progress, np.array(loss, np.float32), arrays)
 
 
-def _parts(mesh: Mesh, number: int, batch_size: int, seeds: int, first: int, steps: int, length: int) -> list[Array]:
-    """Indices and weights of batches, of shape (seeds, length, size), of which the first `steps` rows are used."""
-    size = _multiple(batch_size, mesh.size)
-    chunk = [data.batches(number, batch_size, seed, first, steps, size) for seed in range(seeds)]
-    unused = ((0, 0), (0, length - steps), (0, 0))  # one shape, and so one compiled program, for every number of steps
-    return [put(np.pad(np.stack(x), unused), mesh, None, None, AXIS) for x in zip(*chunk, strict=True)]
+class Batches(NamedTuple):
+    """The batches of some steps: the images' indices, their weights, and their motions, if they move. The shapes are
+    (seeds, steps, size), and for motions (seeds, steps, size, 4)."""
+
+    indices: Array
+    weights: Array
+    motions: Array | None
+
+
+def _parts(
+    mesh: Mesh,
+    along: str | None,
+    train: np.ndarray,
+    batch_size: int,
+    seeds: Sequence[int],
+    first: int,
+    steps: int,
+    length: int,
+    moving: bool,
+) -> Batches:
+    """The batches of the steps from `first` on, of `length` steps, of which only the first `steps` are used."""
+    size = batch_size if along else _multiple(batch_size, mesh.size)
+    drawn = [data.batches(train.shape[1], batch_size, seed, first, steps, size) for seed in seeds]
+    indices, weights = (np.stack(x) for x in zip(*drawn, strict=True))
+    indices = np.take_along_axis(train, indices.reshape(len(seeds), -1), 1).reshape(indices.shape)
+    motions = np.stack([stream.motions(seed, first, steps, size) for seed in seeds]) if moving else None
+
+    def padded(x):
+        # One shape, and so one compiled program, for every number of steps.
+        unused = ((0, 0), (0, length - steps), *[(0, 0)] * (x.ndim - 2))
+        return put(np.pad(x, unused), mesh, None, None, None if along else AXIS)
+
+    return Batches(padded(indices), padded(weights), None if motions is None else padded(motions))
 
 
 def updater(
     apply: Apply,
     optimizer: Callable[..., optax.GradientTransformation],
     mesh: Mesh,
-    parallel: Literal["jit", "shard_map"],
-) -> Callable[[Learner, Array, Array, Any, Array, Array], Learner]:
+    parallel: Literal["jit", "shard_map", "runs"],
+    moving: bool = False,
+) -> Callable[[Learner, Batches, Any, Array, Array], Learner]:
     """The compiled function that trains all runs for some steps.
 
     Args:
-      apply, optimizer: see `fit`.
-      mesh: devices along `AXIS`.
-      parallel: "jit", where the compiler shards the computation and statistics are global, or "shard_map", where each
-        device has its shard and sums run over the named axis.
+      apply, optimizer, moving: see `fit`.
+      mesh: devices along `AXIS`, or along `RUNS`.
+      parallel: "jit", where the compiler shards the computation and statistics are global; "shard_map", where each
+        device has its shard and sums run over the named axis; or "runs", where each device has some of the runs.
 
     Returns:
-      A function of the Learner, whose leaves have a leading axis of runs, and whose memory is donated; the indices and
-      weights of `data.batches`, of shape (seeds, steps, size), sharded along the last axis; the number of steps to
-      take; and the training images and labels.
+      A function of the Learner, whose leaves have a leading axis of runs, and whose memory is donated; the batches,
+      sharded along the last axis of their indices unless runs are divided; the number of steps to take; all images, as
+      rows of pixels unless they move; and the labels of each seed.
     """
     named = AXIS if parallel == "shard_map" else None
 
-    def step(learner, indices, weights, images, labels):
+    def step(learner, indices, weights, motions, images, labels):
+        chosen, weight = indices[learner.place], weights[learner.place]
+        x, y = images[chosen], labels[learner.place][chosen]
+        if motions is not None:
+            x = stream.moved(x, motions[learner.place]).reshape(len(x), -1)
+
         def loss(params):
-            logits, state = apply(
-                params, learner.state, images[indices], True, mask=weights[:, None] > 0, axis_name=named
-            )
-            each = optax.softmax_cross_entropy_with_integer_labels(logits, labels[indices])
+            logits, state = apply(params, learner.state, x, True, mask=weight[:, None] > 0, axis_name=named)
+            each = optax.softmax_cross_entropy_with_integer_labels(logits, y)
             # This device's term of the mean loss. shard_map, like jit, sums its gradient over devices.
-            return weights @ each, state
+            return weight @ each, state
 
         (value, state), gradients = jax.value_and_grad(loss, has_aux=True)(learner.params)
         value = jax.lax.psum(value, named) if named else value
         updates, opt_state = optimizer(**learner.setting).update(gradients, learner.opt_state, learner.params)
         params = optax.apply_updates(learner.params, updates)
-        return Learner(params, state, opt_state, learner.loss + value, learner.setting)
+        return learner._replace(params=params, state=state, opt_state=opt_state, loss=learner.loss + value)
 
-    def update(learner, indices, weights, count, images, labels):
-        settings = len(learner.loss) // len(indices)
-
+    def update(learner, batches, count, images, labels):
         def body(i, learner):
-            now = (jnp.tile(part[:, i], (settings, 1)) for part in (indices, weights))
-            return jax.vmap(partial(step, images=images, labels=labels))(learner, *now)
+            now = (None if part is None else part[:, i] for part in batches)
+            return jax.vmap(step, (0, *[None] * 5))(learner, *now, images, labels)
 
         # A scan of a fixed length would give another program, with other rounding, for each way to interrupt training.
         return jax.lax.fori_loop(0, count, body, learner)
 
-    if named:
-        batch = P(None, None, AXIS)
-        update = jax.shard_map(update, mesh=mesh, in_specs=(P(), batch, batch, P(), P(), P()), out_specs=P())
-    return jax.jit(update, donate_argnums=0, out_shardings=NamedSharding(mesh, P()))
+    learners = P(RUNS) if parallel == "runs" else P()
+    if parallel != "jit":
+        batch = P(None, None, AXIS) if named else P()
+        specs = (learners, Batches(batch, batch, batch if moving else None), P(), P(), P())
+        update = jax.shard_map(update, mesh=mesh, in_specs=specs, out_specs=learners)
+    return jax.jit(update, donate_argnums=0, out_shardings=NamedSharding(mesh, learners))
 
 
-def accuracy(apply: Apply, params: Any, state: Any, images: Array, labels: Array, number: int | None = None) -> Array:
-    """The accuracy on the images, or on the first `number` of them; nan if the network has diverged."""
+def accuracy(apply: Apply, params: Any, state: Any, images: Array, labels: Array) -> Array:
+    """The accuracy on the images; nan if the network has diverged."""
     logits, _ = apply(params, state, images, False)
     # The argmax of nan is 0, so a diverged network would otherwise score the share of class 0.
-    return jnp.where(jnp.isfinite(logits).all(), (logits.argmax(-1) == labels).sum() / (number or len(labels)), jnp.nan)
+    return jnp.where(jnp.isfinite(logits).all(), (logits.argmax(-1) == labels).mean(), jnp.nan)
 
 
 def cross_entropy(
@@ -236,31 +305,74 @@ def cross_entropy(
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
 
-def probe_accuracy(apply: Apply, dataset: data.Dataset) -> Probe:
-    """A probe that measures the accuracy on the training set."""
-    images, labels = data.flat(dataset.train_images), dataset.train_labels
-    return lambda params, state: {
-        "train_accuracy": accuracy(apply, params, state, jnp.asarray(images), jnp.asarray(labels))
-    }
+def probe_training(apply: Apply) -> Probe:
+    """A probe that measures accuracy and loss, in evaluation, on the training images that it sees."""
+
+    def probe(params, state, view):
+        logits, _ = apply(params, state, view.images, False)
+        finite = jnp.isfinite(logits).all()
+        loss = optax.softmax_cross_entropy_with_integer_labels(logits, view.labels).mean()
+        correct = (logits.argmax(-1) == view.labels).mean()
+        return {
+            "train_accuracy": jnp.where(finite, correct, jnp.nan),
+            "train_loss": jnp.where(finite, loss, jnp.nan),
+        }
+
+    return probe
 
 
 def _evaluator(
-    apply: Apply, probe: Probe | None, dataset: data.Dataset, mesh: Mesh
+    apply: Apply, probe: Probe | None, splits: data.Splits, mesh: Mesh, along: str | None, runs: int
 ) -> Callable[[Learner], dict[str, np.ndarray]]:
-    """A function for test accuracy and the probe's metrics of all runs. The test set is sharded over the devices."""
-    number = len(dataset.test_images)
-    padded = np.arange(_multiple(number, mesh.size)) % number
-    images, labels = data.flat(dataset.test_images)[padded], dataset.test_labels[padded]
-    labels[number:] = -1  # no prediction equals it
-    images, labels = (put(x, mesh, AXIS) for x in (images, labels))
+    """A function for the validation and test metrics and the probe's of all runs. Unless runs are divided, the images
+    are sharded over the devices."""
+    sizes = splits.validation.shape[1], splits.test.shape[1]
+    chosen = np.concatenate([splits.validation, splits.test], 1)
+    padding = 0 if along else _multiple(sum(sizes), mesh.size) - sum(sizes)
+    chosen = np.concatenate([chosen, chosen[:, :padding]], 1)
+    column = np.arange(sum(sizes) + padding)
+    weights = {"validation": column < sizes[0], "test": (column >= sizes[0]) & (column < sum(sizes))}
+    weights = {name: (valid / max(valid.sum(), 1)).astype(np.float32) for name, valid in weights.items() if valid.any()}
+    axis = None if along else AXIS
+    constants = (
+        put(data.flat(splits.images), mesh),
+        put(splits.labels, mesh),
+        put(chosen, mesh, None, axis),
+        {name: put(weight, mesh, axis) for name, weight in weights.items()},
+        put(splits.train[:, :VIEWED], mesh),
+    )
 
-    @partial(jax.jit, out_shardings=NamedSharding(mesh, P()))
-    @partial(jax.vmap, in_axes=(0, 0, None, None))
-    def values(params, state, images, labels):
-        known = probe(params, state) if probe else {}
-        return {"test_accuracy": accuracy(apply, params, state, images, labels, number), **known}
+    def values(params, state, place, setting, images, labels, chosen, weights, viewed):
+        here = labels[place]
+        known = probe(params, state, View(images[viewed[place]], here[viewed[place]], setting)) if probe else {}
+        logits, _ = apply(params, state, images[chosen[place]], False)
+        finite = jnp.isfinite(logits).all()
+        # The argmax of nan is 0, so a diverged network would otherwise score the share of class 0.
+        correct = jnp.where(finite, (logits.argmax(-1) == here[chosen[place]]).astype(jnp.float32), jnp.nan)
+        loss = optax.softmax_cross_entropy_with_integer_labels(logits, here[chosen[place]])
+        loss = jnp.where(finite, loss, jnp.nan)
+        for name, weight in weights.items():
+            known |= {f"{name}_accuracy": weight @ correct, f"{name}_loss": weight @ loss}
+        return known
 
-    return lambda learner: jax.tree.map(np.asarray, values(learner.params, learner.state, images, labels))
+    def every(params, state, place, setting, *constants):
+        run = (params, state, place, setting)
+        if not along:
+            return jax.vmap(values, (0, 0, 0, 0, *[None] * 5))(*run, *constants)
+        return jax.lax.map(lambda run: values(*run, *constants), run, batch_size=AT_ONCE)
+
+    shared = P(along) if along else P()
+    if along:
+        every = jax.shard_map(
+            every, mesh=mesh, in_specs=(shared,) * 4 + (P(),) * 5, out_specs=shared, check_vma=False
+        )
+    every = jax.jit(every, out_shardings=NamedSharding(mesh, shared))
+
+    def evaluate(learner):
+        found = every(learner.params, learner.state, learner.place, learner.setting, *constants)
+        return jax.tree.map(lambda x: np.asarray(x)[:runs], found)
+
+    return evaluate
 
 
 def _multiple(number: int, of: int) -> int:

@@ -1,8 +1,13 @@
-"""Networks as pure functions on bnjax, whose variables are (params, state), as in `bnjax.bn_init`."""
+"""Networks as pure functions on bnjax, whose variables are (params, state), as in `bnjax.bn_init`.
+
+A network is a list of layers. A fully connected layer is x @ kernel; a convolution of 3 x 3 pixels with zeros outside is
+the same on patches, (batch, height, width, 9 channels) @ (9 channels, features). Written so, a convolution with a kernel
+of its own for each run is a batched matrix product under `vmap`, where XLA would otherwise make it a grouped convolution,
+which is slow on CPU.
+"""
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -13,7 +18,9 @@ from jax import Array
 import bnjax
 from experiments.harness import data
 
-Placement = Literal["before", "after"]
+Placement = Literal["before", "after", "both"]
+Weights = Callable[[Array], Array]
+"""A function from a matrix of standard normal numbers, of shape (inputs, features), to a kernel of this shape."""
 
 
 class Network(NamedTuple):
@@ -23,91 +30,190 @@ class Network(NamedTuple):
     apply: Callable[..., tuple[Array, Any]]
 
 
-def he(fan_in: int) -> float:
-    """The standard deviation of kernels that preserves the scale of activations with ReLU (He et al., 2015, eq. 10)."""
-    return (2 / fan_in) ** 0.5
+class Layer(NamedTuple):
+    """A layer: its number of features, and the stride of a convolution of 3 x 3 pixels, or 0 if it is fully
+    connected."""
+
+    features: int
+    stride: int = 0
 
 
-def mlp_init(
+def he(normal: Array) -> Array:
+    """Kernels that preserve the scale of activations with ReLU: variance 2 / inputs (He et al., 2015, eq. 10)."""
+    return normal * (2 / normal.shape[0]) ** 0.5
+
+
+def lecun(normal: Array) -> Array:
+    """Kernels that preserve the scale of activations without an activation: variance 1 / inputs (LeCun et al., 1998)."""
+    return normal * (1 / normal.shape[0]) ** 0.5
+
+
+def orthogonal(normal: Array) -> Array:
+    """Kernels with orthonormal columns, or rows if there are fewer inputs, times sqrt(2) for ReLU (Saxe et al., 2014)."""
+    tall = normal if normal.shape[0] >= normal.shape[1] else normal.T
+    q, r = jnp.linalg.qr(tall)
+    q = q * jnp.sign(jnp.diagonal(r))  # otherwise the distribution would not be uniform over rotations
+    return 2**0.5 * (q if normal.shape[0] >= normal.shape[1] else q.T)
+
+
+def constant(std: float) -> Weights:
+    """Kernels with one standard deviation, whatever the number of inputs."""
+    return lambda normal: std * normal
+
+
+def init(
     key: Array,
-    sizes: Sequence[int],
-    weight_std: float | Callable[[int], float],
+    inputs: int,
+    layers: Sequence[Layer],
+    weights: Weights,
     batch_norm: bool,
     placement: Placement = "before",
+    scale: Any = 1.0,
 ) -> tuple[Any, Any]:
-    """Variables of a fully connected network: normal kernels, and a bias or batch normalization before each activation.
+    """Variables of a network: kernels, and a bias or batch normalization in each layer but the last, which has a bias.
 
-    Batch normalization has a bias, so the linear layer before it has none (Ioffe & Szegedy, 2015, section 3.2).
+    Batch normalization has a bias of its own, so a normalized layer has no other, wherever the normalization stands
+    (Ioffe & Szegedy, 2015, section 3.2).
 
     Args:
       key: a jax.random key.
-      sizes: number of units, from the inputs to the outputs.
-      weight_std: standard deviation of the kernels, or a function of their number of inputs.
-      batch_norm: whether the hidden layers are normalized.
-      placement: whether batch normalization comes before or after the activation.
+      inputs: number of inputs of a fully connected layer, or of channels of a convolution.
+      layers: the layers, up to the logits.
+      weights: function from normal numbers to kernels.
+      batch_norm: whether all layers but the last are normalized.
+      placement: whether the normalization comes before or after the activation, or both.
+      scale: factor of all kernels.
 
     Returns:
-      params: for each layer its kernel, and its bias and BNParams if it has them.
-      state: for each normalized layer its BNState.
+      params: for each layer its kernel, and its bias, or BNParams as `bn`; `bn_after` is that after the activation.
+      state: the BNState of each normalization, in the order of their use.
     """
-    params, state = [], []
-    shapes = list(pairwise(sizes))
-    ends = np.cumsum([fan_in * fan_out for fan_in, fan_out in shapes])
+    fans, channels = [], inputs
+    for layer in layers:
+        fans.append((channels * (9 if layer.stride else 1), layer.features))
+        channels = layer.features
+    ends = np.cumsum([fan_in * fan_out for fan_in, fan_out in fans])
     normal = jax.random.normal(key, (ends[-1],))  # one call, because XLA compiles random numbers again for every shape
-    for (fan_in, fan_out), numbers in zip(shapes, jnp.split(normal, ends[:-1]), strict=True):
-        std = weight_std(fan_in) if callable(weight_std) else weight_std
-        normalized = batch_norm and len(params) < len(shapes) - 1
-        layer: dict[str, Any] = {"kernel": std * numbers.reshape(fan_in, fan_out)}
-        if normalized:
-            layer["bn"], bn_state = bnjax.bn_init(fan_out)
-            state.append(bn_state)
-        if not (normalized and placement == "before"):
-            layer["bias"] = jnp.zeros(fan_out)
-        params.append(layer)
+    params, state = [], []
+    for fan, numbers in zip(fans, jnp.split(normal, ends[:-1]), strict=True):
+        variables: dict[str, Any] = {"kernel": scale * weights(numbers.reshape(fan))}
+        if batch_norm and len(params) < len(layers) - 1:
+            for name in ("bn", "bn_after"):
+                if placement in ("both", "before" if name == "bn" else "after"):
+                    variables[name], bn_state = bnjax.bn_init(fan[1])
+                    state.append(bn_state)
+        else:
+            variables["bias"] = jnp.zeros(fan[1])
+        params.append(variables)
     return params, state
 
 
-def mlp_apply(
+def patches(x: Array, stride: int) -> Array:
+    """The neighbourhoods of 3 x 3 pixels, with zeros outside: (batch, height, width, channels) to (..., 9 channels)."""
+    padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    height, width = x.shape[1:3]
+    shifted = [
+        padded[:, row : row + height : stride, column : column + width : stride]
+        for row in range(3)
+        for column in range(3)
+    ]
+    return jnp.concatenate(shifted, -1)
+
+
+def apply(
     params: Any,
     state: Any,
     x: Array,
     train: bool,
-    activation: Callable[[Array], Array] = jax.nn.sigmoid,
+    *,
+    layers: Sequence[Layer],
+    shape: tuple[int, ...],
+    activation: Callable[[Array], Array] = jax.nn.relu,
     normalize: Callable[..., tuple[Array, Any]] = bnjax.bn_apply,
-    placement: Placement = "before",
+    mask: Array | None = None,
     **options: Any,
 ) -> tuple[Array, Any]:
-    """Logits of shape (batch, classes) and the new state. `options` are passed to `normalize`."""
-    new_state = []
+    """Logits of shape (batch, classes) and the new state.
 
-    def normalized(layer, x):
-        if "bn" in layer:
-            x, bn_state = normalize(layer["bn"], state[len(new_state)], x, train, **options)
-            new_state.append(bn_state)
+    Args:
+      params, state: the variables.
+      x: images as rows of pixels.
+      train: whether batch statistics are used.
+      layers: the layers.
+      shape: shape of an image, (height, width) or (height, width, channels). If the first layer is a convolution, the
+        rows become images again, and the mean over pixels comes before the first fully connected layer.
+      activation: the nonlinearity of all layers but the last.
+      normalize: batch normalization or a variant of it, with its signature.
+      mask: of shape (batch, 1); False for padding.
+      options: passed to `normalize`.
+    """
+    new_state = []
+    if layers[0].stride:
+        x = x.reshape(len(x), *shape, *[1] * (3 - len(shape)))
+
+    def normalized(bn, x):
+        weights = None if mask is None else mask.reshape(len(mask), *[1] * (x.ndim - 1))
+        x, bn_state = normalize(bn, state[len(new_state)], x, train, mask=weights, **options)
+        new_state.append(bn_state)
         return x
 
-    for layer in params:
-        x = x @ layer["kernel"]
-        if "bias" in layer:
-            x = x + layer["bias"][None]
-        if layer is params[-1]:
+    for layer, variables in zip(layers, params, strict=True):
+        if layer.stride:
+            x = patches(x, layer.stride)
+        elif x.ndim > 2:
+            x = x.mean((1, 2))
+        x = x @ variables["kernel"]
+        if "bias" in variables:
+            x = x + variables["bias"].reshape(*[1] * (x.ndim - 1), -1)
+        if variables is params[-1]:
             break
-        x = normalized(layer, activation(x)) if placement == "after" else activation(normalized(layer, x))
+        if "bn" in variables:
+            x = normalized(variables["bn"], x)
+        x = activation(x)
+        if "bn_after" in variables:
+            x = normalized(variables["bn_after"], x)
     return x, new_state
 
 
-def mlp(
+def network(
     dataset: data.Dataset,
-    hidden: Sequence[int],
+    hidden: Sequence[Layer],
     batch_norm: bool,
-    weight_std: float | Callable[[int], float] = he,
+    weights: Weights = he,
     placement: Placement = "before",
     **options: Any,
 ) -> Network:
-    """A fully connected network for a data set. `options` are passed to `mlp_apply`.
+    """A network for a data set. `options` are passed to `apply`.
 
     The momentum is 0.9, a short memory, because many of these networks train for only a few hundred steps.
     """
-    sizes = (dataset.train_images[0].size, *hidden, dataset.classes)
-    init = partial(mlp_init, sizes=sizes, weight_std=weight_std, batch_norm=batch_norm, placement=placement)
-    return Network(init, partial(mlp_apply, placement=placement, **{"momentum": 0.9} | options))
+    shape = dataset.train_images.shape[1:]
+    layers = (*hidden, Layer(dataset.classes))
+    inputs = int(np.prod(shape[2:] if layers[0].stride else shape))
+    options = {"momentum": 0.9} | options if batch_norm else options
+    if not batch_norm:
+        options = {name: value for name, value in options.items() if name == "activation"}
+    return Network(
+        partial(init, inputs=inputs, layers=layers, weights=weights, batch_norm=batch_norm, placement=placement),
+        partial(_apply, layers=layers, shape=shape, **options),
+    )
+
+
+def _apply(params, state, x, train, *, axis_name=None, **options):
+    """`apply`, with the named axis for batch normalization alone."""
+    return apply(params, state, x, train, **options, **({} if axis_name is None else {"axis_name": axis_name}))
+
+
+def mlp(dataset: data.Dataset, hidden: Sequence[int], batch_norm: bool, weights: Weights = he, **options: Any) -> Network:
+    """A fully connected network; see `network`."""
+    return network(dataset, [Layer(features) for features in hidden], batch_norm, weights, **options)
+
+
+CONVOLUTIONS = (8, 8, 16, 16, 32, 32, 32, 32)
+"""Channels of a plain network of eight convolutions: deep enough for its depth to matter, small enough for a CPU."""
+
+
+def convolutional(dataset: data.Dataset, batch_norm: bool, weights: Weights = he, **options: Any) -> Network:
+    """A plain network, without shortcuts, of eight convolutions. The third and the fifth halve height and width."""
+    hidden = [Layer(features, 2 if i in (2, 4) else 1) for i, features in enumerate(CONVOLUTIONS)]
+    return network(dataset, hidden, batch_norm, weights, **options)

@@ -1,0 +1,42 @@
+"""Curves over training: smoothing, the step at which a target is reached, and how many times as fast one run is."""
+
+import numpy as np
+
+SMOOTHED = 3
+"""The number of evaluations whose mean is one point of a smoothed curve."""
+
+
+def smoothed(values: np.ndarray) -> np.ndarray:
+    """The mean of each evaluation and those before it, `SMOOTHED` in all, along the last axis.
+
+    The first points are means of fewer evaluations. A mean with a nan, of a diverged network, is nan.
+    """
+    shifted = [np.roll(values, i, -1) for i in range(SMOOTHED)]
+    for i, each in enumerate(shifted):
+        each[..., :i] = 0
+    number = np.minimum(1 + np.arange(values.shape[-1]), SMOOTHED)
+    return np.sum(shifted, 0) / number
+
+
+def reached(steps: np.ndarray, values: np.ndarray, target: float, side: str = "above") -> np.ndarray:
+    """By run, the first step with a value of at least the target, or, for the side "below", of at most the target; nan
+    if there is none.
+
+    Args:
+      steps: the steps of the evaluations.
+      values: the values, of shape (runs, evaluations); nan does not reach a target.
+      target: the target.
+      side: the side of the target that counts.
+    """
+    hit = values >= target if side == "above" else values <= target
+    return np.where(hit.any(1), np.asarray(steps, float)[hit.argmax(1)], np.nan)
+
+
+def times_as_fast(slow: np.ndarray, quick: np.ndarray, last: float) -> np.ndarray:
+    """By run, slow / quick, two numbers of steps to a target.
+
+    A run that never reaches the target counts as reaching it at the last step: the ratio is then a lower bound if the
+    slow run is late, and an upper bound if the quick one is. Where neither reaches it the ratio is nan.
+    """
+    ratio = np.nan_to_num(slow, nan=last) / np.nan_to_num(quick, nan=last)
+    return np.where(np.isnan(slow) & np.isnan(quick), np.nan, ratio)

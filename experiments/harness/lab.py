@@ -1,0 +1,130 @@
+"""What the claims train with: networks at several learning rates, the choice of a rate, and the record of all runs.
+
+Every arm of a claim is tuned once, on the validation images of seeds that are used for nothing else. Its rate is the
+best of a grid of half decades.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import optax
+
+from experiments.harness import curves, data, runs, train
+from experiments.models.networks import Network
+
+TUNING_SEEDS = (900, 901, 902)
+"""The seeds that learning rates are chosen with."""
+
+
+def half_decades(low: float, high: float) -> tuple[float, ...]:
+    """The powers of the square root of 10 from about `low` to about `high`, in three significant digits."""
+    first, last = round(2 * np.log10(low)), round(2 * np.log10(high))
+    return tuple(float(f"{10 ** (i / 2):.3g}") for i in range(first, last + 1))
+
+
+class Chosen(NamedTuple):
+    """The learning rate of an arm."""
+
+    rate: float
+    edge: str
+    """why the grid does not contain the best rate; empty if the best rate is inside"""
+
+
+def at(arm: str, rate: float) -> str:
+    """The name of an arm's runs at a rate."""
+    return f"{arm}@{rate:g}"
+
+
+def tuning(arm: str, rate: float) -> str:
+    """The name of an arm's runs by which rates are compared."""
+    return f"tuning {at(arm, rate)}"
+
+
+def chosen(metrics: runs.Metrics, arm: str, by: str = "curve") -> Chosen:
+    """The rate of an arm with the highest validation accuracy on average over the tuning seeds.
+
+    Args:
+      metrics: all metrics of the claim.
+      arm: name of the arm.
+      by: "curve" for the mean of the smoothed accuracy over the whole of training, which favours fast training, or
+        "end" for its last value. A diverged network has the accuracy 0. Of equally good rates the lowest is chosen.
+    """
+    scores = {}
+    for name, series in metrics.items():
+        found, _, rate = name.rpartition("@")
+        if found == f"tuning {arm}":
+            accuracy = np.nan_to_num(curves.smoothed(series["validation_accuracy"]), nan=0.0)
+            scores[float(rate)] = float((accuracy[:, 1:] if by == "curve" else accuracy[:, -1:]).mean())
+    rates = sorted(scores)
+    best = max(rates, key=lambda rate: (scores[rate], -rate))
+    at_edge = len(rates) > 1 and best in (rates[0], rates[-1])
+    return Chosen(best, f"the best learning rate of {arm}, {best:g}, is at the edge of its grid" if at_edge else "")
+
+
+class Lab:
+    """Trains the networks of a claim, unless their runs are recorded already, and records them."""
+
+    def __init__(
+        self,
+        dataset: data.Dataset,
+        record: runs.Record,
+        seeds: Sequence[int],
+        tuning_seeds: Sequence[int] = TUNING_SEEDS,
+        moving: bool = False,
+        tell: Callable[[str], None] = lambda remark: None,
+    ) -> None:
+        self.dataset, self.record, self.seeds, self.tuning_seeds = dataset, record, seeds, tuning_seeds
+        self.moving, self.tell = moving, tell
+
+    def fit(
+        self,
+        names: Sequence[str],
+        network: Network,
+        *,
+        settings: Sequence[dict[str, float]],
+        seeds: Sequence[int] | None = None,
+        optimizer: Callable[..., optax.GradientTransformation] | None = None,
+        splits: Mapping[str, Any] = {},
+        **options: Any,
+    ) -> None:
+        """Train a network in several settings, all in one `vmap`, from the seeds whose runs are missing.
+
+        Args:
+          names: names of the runs, one for each setting.
+          network: the network. Its `init` gets the setting without `rate`.
+          settings: by name, the numbers that init and optimizer are called with.
+          seeds: the seeds; by default those that the verdict is based on.
+          optimizer: function from a setting as keywords; by default gradient descent with the learning rate `rate`.
+          splits: options of `data.splits`.
+          options: options of `train.fit`.
+        """
+        missing = self.record.missing(names, self.seeds if seeds is None else seeds)
+        if not missing:
+            return
+        evaluations = []
+        each = train.fit(
+            lambda key, rate=0.0, **setting: network.init(key, **setting),
+            network.apply,
+            optimizer or (lambda rate, **_: optax.sgd(rate)),
+            data.splits(self.dataset, missing, **splits),
+            seeds=missing,
+            settings=settings,
+            **{"moving": self.moving} | options,
+        )
+        for evaluation in each:
+            evaluations.append(evaluation)
+            self.tell(f"{names[0]}, step {evaluation.step}")
+        self.record.add_all(names, missing, evaluations)
+
+    def train(self, arm: str, network: Network, rates: Sequence[float], **options: Any) -> None:
+        """Train an arm at some rates. The runs are named by `at`."""
+        rates = [*dict.fromkeys(rates)]
+        self.fit([at(arm, rate) for rate in rates], network, settings=[{"rate": rate} for rate in rates], **options)
+
+    def tune(self, arm: str, network: Network, rates: Sequence[float], by: str = "curve", **options: Any) -> Chosen:
+        """Choose the rate of an arm from a grid, by training with the tuning seeds."""
+        names = [tuning(arm, rate) for rate in rates]
+        options = {**options, "probe": None}
+        self.fit(names, network, settings=[{"rate": rate} for rate in rates], seeds=self.tuning_seeds, **options)
+        return chosen(self.record.metrics(self.tuning_seeds), arm, by)
