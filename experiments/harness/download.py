@@ -132,6 +132,8 @@ def fetch(name: str) -> Path:
 
 def _download(source: Source, path: Path, name: str) -> None:
     part = path.with_name(f"{path.name}.part")
+    if _size(part) > source.size:  # not a part of this file
+        part.unlink()
     size = _size(part)
     while size != source.size:
         before, problem = size, "the connection was closed early"
@@ -163,9 +165,6 @@ def _download(source: Source, path: Path, name: str) -> None:
 def _receive(source: Source, part: Path) -> None:
     """Append the rest of a file, or write the whole file if the server does not send parts."""
     size = _size(part)
-    if size > source.size:  # not a part of this file
-        part.unlink()
-        size = 0
     request = urllib.request.Request(source.url, headers={"Range": f"bytes={size}-"} if size else {})
     with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
         # Status 200 announces the whole file, in place of the range that was asked for.

@@ -143,6 +143,17 @@ def test_fetch_begins_again_if_the_server_ignores_ranges(server, mnist):
     assert server.asked[0] == (FIRST, "bytes=1000-")
 
 
+@pytest.mark.parametrize("more", [0, 5])
+def test_fetch_checks_a_part_that_is_no_shorter_than_the_file(more, server, mnist):
+    whole = mnist[files.IDX_FILES[0]]
+    folder = download.cache() / "mnist"
+    folder.mkdir(parents=True)
+    (folder / f"{files.IDX_FILES[0]}.part").write_bytes(whole + b"\xff" * more)
+    assert_complete(download.fetch("mnist"), mnist)
+    # A complete part needs no request. A longer one is not a part of this file.
+    assert ((FIRST, None) in server.asked) == (more > 0)
+
+
 def test_fetch_gives_up_if_nothing_more_comes(server, mnist):
     server.ranges, server.most = False, 1000
     message = rf"{FIRST}: not downloaded \(.*\), expected 313616 bytes. The 1000 bytes received are kept.* --data-dir"
