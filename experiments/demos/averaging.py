@@ -72,7 +72,7 @@ class Network(nn.Module):
 
 def run(config: Averaging) -> None:
     """Averaged weights with running statistics, and with recalibrated ones."""
-    dataset = data.load(config.data_dir)
+    dataset = data.load(data_dir=config.data_dir)
     network = Network(config.depth, config.width, dataset.classes, config.momentum)
     runs = [_evaluations(config, network, dataset, seed) for seed in trange(config.seeds, unit="seed")]
     folder = config.out / "averaging"

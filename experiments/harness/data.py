@@ -1,37 +1,28 @@
-"""Data sets: scikit-learn's handwritten digits, MNIST or Fashion-MNIST from their IDX files, and CIFAR-10 from its own.
+"""Data sets: scikit-learn's handwritten digits, or MNIST, Fashion-MNIST and CIFAR-10, downloaded or from a folder.
 
-The digits (1797 images of 8 x 8, 10 classes; from Alpaydin & Kaynak, 1998) ship with scikit-learn. The IDX format is
-LeCun's: two zero bytes, a byte for the type of the elements (8: unsigned bytes), a byte for the number of dimensions,
-each dimension as a big-endian 32-bit integer, then the elements. CIFAR-10 (Krizhevsky, 2009) is read in its binary
-version: records of a byte for the label and 3072 for the image, of 32 x 32, row by row, first all red, then green, then
-blue. Its python version is a pickle, which could run any code, so it is rejected.
+The digits (1797 images of 8 x 8, 10 classes; from Alpaydin & Kaynak, 1998) ship with scikit-learn. `load` reads a
+data set, `shrink` makes its images smaller, `splits` divides it anew for each seed, and `batches` orders the training
+images.
 """
 
-import gzip
 import hashlib
-import math
-import zlib
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
-IDX_FILES = (
-    "train-images-idx3-ubyte",
-    "train-labels-idx1-ubyte",
-    "t10k-images-idx3-ubyte",
-    "t10k-labels-idx1-ubyte",
-)
-CIFAR_FILES = (*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin")
-CIFAR_CLASSES = 10
-CIFAR_SHAPE = (3, 32, 32)
-EXPECTED = f"{', '.join(IDX_FILES)} (gzipped or not), or CIFAR-10's {', '.join(CIFAR_FILES)}"
+from experiments.harness import download, files
+from experiments.harness.files import InputError
 
+Name = Literal["digits", "mnist", "fashion-mnist", "cifar10"]
+TITLES: dict[str, str] = {"mnist": "MNIST", "fashion-mnist": "Fashion-MNIST", "cifar10": "CIFAR-10"}
 
-class InputError(ValueError):
-    """Invalid input of an experiment. The message names it, and says what was found and what to do."""
+TEST_SHARE = 0.2  # of a data set without a test part of its own
+# Tags of the random generators of a seed. `batches` uses (seed, epoch), and no run has so many epochs.
+SPLIT_TAG, NOISE_TAG = 2**32 - 1, 2**32 - 2
 
 
 def flat(images: np.ndarray) -> np.ndarray:
@@ -47,6 +38,7 @@ class Dataset(NamedTuple):
     train_labels: np.ndarray
     test_images: np.ndarray
     test_labels: np.ndarray
+    fixed_test: bool = True  # whether the publisher set these test images apart; if not, `splits` pools all images
 
     @property
     def classes(self) -> int:
@@ -54,7 +46,7 @@ class Dataset(NamedTuple):
 
     def sha256(self) -> str:
         """A checksum of all images and labels."""
-        return hashlib.sha256(b"".join(array.tobytes() for array in self[1:])).hexdigest()
+        return hashlib.sha256(b"".join(array.tobytes() for array in self[1:5])).hexdigest()
 
     def subset(self, number: int) -> "Dataset":
         """The data set with `number` training images, the first of each class, balanced over classes if possible.
@@ -70,11 +62,7 @@ class Dataset(NamedTuple):
                 f"subset({number}): expected {self.classes} to {size}: one image of each class at the least, "
                 f"and at most all training images of {self.name}."
             )
-        rank = np.empty(size, np.int64)  # by image, its place among the images of its class
-        for label in range(self.classes):
-            of_class = self.train_labels == label
-            rank[of_class] = np.arange(of_class.sum())
-        chosen = np.sort(np.lexsort((self.train_labels, rank))[:number])
+        chosen = np.sort(np.lexsort((self.train_labels, _ranks(self.train_labels)))[:number])
         return self._replace(
             name=f"{number} of {self.name}",
             train_images=self.train_images[chosen],
@@ -82,33 +70,31 @@ class Dataset(NamedTuple):
         )
 
 
-def load(data_dir: Path | None = None) -> Dataset:
-    """The digits of scikit-learn, or the data set in `data_dir`.
+def load(dataset: Name = "digits", data_dir: Path | None = None) -> Dataset:
+    """The digits of scikit-learn, a data set that is downloaded on its first use, or the one in `data_dir`.
 
     Args:
-      data_dir: None, or a folder of the four IDX files of MNIST or Fashion-MNIST, gzipped or not, or of the binary
-        files of CIFAR-10, which may also be in its subfolder `cifar-10-batches-bin`, where the archive unpacks them.
+      dataset: name of the data set; with `data_dir` only the default.
+      data_dir: None, or a folder as for `files.read`.
 
     Raises:
-      FileNotFoundError, InputError: as `idx` and `cifar10`; InputError also for a missing folder and for pickles.
+      InputError: for both a data set and a folder, or for an unknown name; otherwise as `files.read` and
+        `download.fetch`.
+      FileNotFoundError: as `files.read`.
     """
-    if data_dir is None:
+    if dataset not in get_args(Name):
+        raise InputError(f"dataset={dataset}: expected one of {', '.join(get_args(Name))}.")
+    if data_dir is not None:
+        if dataset != "digits":
+            raise InputError(
+                f"dataset={dataset}, data_dir={data_dir}: two data sets. Pass --dataset, which downloads one, or "
+                "--data-dir, which reads the one in a folder."
+            )
+        name, arrays = files.read(data_dir)
+        return Dataset(name, *arrays)
+    if dataset == "digits":
         return digits()
-    if not data_dir.is_dir():
-        raise InputError(f"{data_dir}: no such folder. Pass the one that holds {EXPECTED}.")
-    if any((data_dir / f"{name}{suffix}").is_file() for name in IDX_FILES for suffix in ("", ".gz")):
-        return idx(data_dir)
-    for folder in (data_dir, data_dir / "cifar-10-batches-bin"):
-        if any((folder / name).is_file() for name in CIFAR_FILES):
-            return cifar10(folder)
-    for folder in (data_dir, data_dir / "cifar-10-batches-py"):
-        for name in ("batches.meta", "data_batch_1", "test_batch"):
-            if (folder / name).is_file():
-                raise InputError(
-                    f"{folder / name}: CIFAR-10's python version, a pickle, which can run any code when it is read. "
-                    "Fetch the binary version, cifar-10-binary.tar.gz, and unpack it."
-                )
-    return idx(data_dir)
+    return Dataset(TITLES[dataset], *files.read(download.fetch(dataset))[1])
 
 
 def digits() -> Dataset:
@@ -117,102 +103,151 @@ def digits() -> Dataset:
     images = (images / 16).astype(np.float32).reshape(-1, 8, 8)
     train, test = train_test_split(np.arange(len(images)), test_size=0.2, random_state=0, stratify=labels)
     labels = labels.astype(np.int32)
-    return Dataset("scikit-learn digits", images[train], labels[train], images[test], labels[test])
+    return Dataset("scikit-learn digits", images[train], labels[train], images[test], labels[test], False)
 
 
-def idx(folder: Path) -> Dataset:
-    """MNIST, Fashion-MNIST, or another data set in four files of the same names and format, of any number of images.
+def shrink(dataset: Dataset, side: int) -> Dataset:
+    """The data set with images of at most `side` pixels in height and width, each the mean of a square block of pixels.
+
+    The side of the blocks is ceil(longest side / `side`). If it does not divide height or width, the images are first
+    extended by repeating their edges, as evenly as possible on both sides, which keeps the brightness at the border.
+    Images that are small enough stay the same.
+
+    Raises:
+      InputError: if `side` is not positive.
+    """
+    if side < 1:
+        raise InputError(f"shrink(side={side}): expected a positive number of pixels.")
+    height, width = dataset.train_images.shape[1:3]
+    block = -(-max(height, width) // side)
+    if block == 1:
+        return dataset
+    train, test = (_block_means(images, block) for images in (dataset.train_images, dataset.test_images))
+    name = f"{dataset.name} ({train.shape[1]} x {train.shape[2]})"
+    return dataset._replace(name=name, train_images=train, test_images=test)
+
+
+def _block_means(images: np.ndarray, block: int) -> np.ndarray:
+    missing = [-size % block for size in images.shape[1:3]]
+    around = [(0, 0), *((n // 2, n - n // 2) for n in missing), *[(0, 0)] * (images.ndim - 3)]
+    images = np.pad(images, around, mode="edge") if any(missing) else images
+    number, height, width, *channels = images.shape
+    blocks = images.reshape(number, height // block, block, width // block, block, *channels)
+    return blocks.mean((2, 4), dtype=np.float32)
+
+
+class Splits(NamedTuple):
+    """Images and labels of a data set, and the parts of it that each seed trains, validates and tests on.
+
+    The parts are indices into `images`, int32 of shape (seeds, size of the part), in random order, so that the first
+    ones are a random sample as well.
+    """
+
+    name: str
+    images: np.ndarray  # float32 in [0, 1] of shape (number, height, width[, channels]): all images of the data set
+    labels: np.ndarray  # int32 of shape (seeds, number); seeds differ in their label noise
+    train: np.ndarray
+    validation: np.ndarray
+    test: np.ndarray
+
+    @property
+    def classes(self) -> int:
+        return 1 + int(self.labels.max())
+
+
+def splits(
+    dataset: Dataset,
+    seeds: Sequence[int],
+    *,
+    train: int | None = None,
+    validation_share: float = 0.2,
+    most: int = 1000,
+    noise: float = 0.0,
+) -> Splits:
+    """Divide a data set anew for each seed, stratified by class.
+
+    Without a test part of the publisher's own, all images are pooled and divided at random: a share of `TEST_SHARE` for
+    testing, `validation_share` for validation, and the rest for training. Otherwise test images are drawn from the
+    publisher's test part, and `validation_share` refers to the training part.
+
+    Test and validation images of a seed depend on neither `train` nor `noise`. With fewer training images, they are a
+    subset of those with more.
 
     Args:
-      folder: folder of the files, gzipped or not.
+      dataset: the data set.
+      seeds: seeds of the divisions, one for each run.
+      train: number of training images, balanced over classes if possible; default: all that remain.
+      validation_share: share of the images for validation.
+      most: the most images for validation, and for testing. Images beyond it are not used.
+      noise: share of the training images whose label is replaced by another class, each of the others being equally
+        likely. Labels of validation and test images stay the same.
 
     Raises:
-      FileNotFoundError: if one of the files is missing.
-      InputError: if a file is truncated, is not IDX, does not contain images or labels of unsigned bytes, is empty, or
-        if the numbers of images and labels differ.
+      InputError: for a number of training images below the number of classes, or above what remains; for a share
+        outside its range.
     """
-    paths = []
-    for name in IDX_FILES:
-        found = [path for path in (folder / name, folder / f"{name}.gz") if path.is_file()]
-        if not found:
-            raise FileNotFoundError(f"{folder / name}: no such file, gzipped (.gz) or not. Expected {EXPECTED}.")
-        paths.append(found[0])
-    arrays = [read_idx(path, dimensions) for path, dimensions in zip(paths, (3, 1, 3, 1), strict=True)]
-    for i in (0, 2):
-        images, labels = arrays[i], arrays[i + 1]
-        if images.size == 0:
-            raise InputError(f"{paths[i]}: no pixels, its shape is {images.shape}. Expected one image at the least.")
-        if len(images) != len(labels):
-            raise InputError(
-                f"{paths[i]} has {len(images)} images and {paths[i + 1].name} {len(labels)} labels. Expected as many "
-                "of one as of the other: the files belong to different data sets."
-            )
-    if arrays[0].shape[1:] != arrays[2].shape[1:]:
+    limit = 1.0 if dataset.fixed_test else 1 - TEST_SHARE
+    if not 0 < validation_share < limit:
+        raise InputError(f"splits(validation_share={validation_share}): expected a number between 0 and {limit}.")
+    if not 0 <= noise <= 1:
+        raise InputError(f"splits(noise={noise}): expected a number in [0, 1].")
+    if most < 1:
+        raise InputError(f"splits(most={most}): expected a positive number of images.")
+    images = np.concatenate([dataset.train_images, dataset.test_images])
+    labels = np.concatenate([dataset.train_labels, dataset.test_labels])
+    parts = [_split(dataset, labels, seed, train, validation_share, most) for seed in seeds]
+    noisy = [_noisy(labels, dataset.classes, part[0], seed, noise) for part, seed in zip(parts, seeds, strict=True)]
+    stacked = [np.stack(part).astype(np.int32) for part in zip(*parts, strict=True)]
+    return Splits(dataset.name, images, np.stack(noisy), *stacked)
+
+
+def _split(
+    dataset: Dataset, labels: np.ndarray, seed: int, train: int | None, validation_share: float, most: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Indices of the training, validation and test images of a seed."""
+    rng = np.random.default_rng((seed, SPLIT_TAG))
+    pool, tests = np.split(np.arange(len(labels)), [len(dataset.train_labels)])
+    if not dataset.fixed_test:
+        pool = np.concatenate([pool, tests])
+        tests, pool = _draw(rng, pool, labels, round(TEST_SHARE * len(labels)))
+    divided = len(dataset.train_labels) if dataset.fixed_test else len(labels)
+    validation, pool = _draw(rng, pool, labels, max(1, round(validation_share * divided)))
+    tests, validation = (_draw(rng, part, labels, min(most, len(part)))[0] for part in (tests, validation))
+    number = len(pool) if train is None else train
+    if not dataset.classes <= number <= len(pool):
         raise InputError(
-            f"{paths[0]} has images of {arrays[0].shape[1:]} and {paths[2].name} of {arrays[2].shape[1:]}. "
-            "Expected one size: the files belong to different data sets."
+            f"splits(train={number}): expected {dataset.classes} to {len(pool)}: one image of each class at the least, "
+            f"and at most the images of {dataset.name} that are for training."
         )
-    train_images, test_images = ((arrays[i] / np.float32(255)).astype(np.float32) for i in (0, 2))
-    train_labels, test_labels = (arrays[i].astype(np.int32) for i in (1, 3))
-    return Dataset(folder.resolve().name, train_images, train_labels, test_images, test_labels)
+    pool = rng.permutation(pool)
+    balanced = np.argsort(_ranks(labels[pool]), kind="stable")
+    return rng.permutation(pool[balanced[:number]]), validation, tests
 
 
-def read_idx(path: Path, dimensions: int) -> np.ndarray:
-    """The array of unsigned bytes in an IDX file, gzipped or not."""
-    content = path.read_bytes()
-    if content[:2] == b"\x1f\x8b":
-        try:
-            content = gzip.decompress(content)
-        except (EOFError, OSError, zlib.error) as error:
-            raise InputError(f"{path}: truncated or damaged gzip file ({error}). Fetch it again.") from error
-    if content[:3] != b"\0\0\x08" or len(content) < 4 or content[3] != dimensions:
-        raise InputError(
-            f"{path}: not an IDX file of unsigned bytes in {dimensions} dimension(s): it begins with "
-            f"{content[:4].hex(' ') or 'nothing'}, expected 00 00 08 {dimensions:02x}."
-        )
-    header = 4 + 4 * dimensions
-    shape = tuple(int.from_bytes(content[i : i + 4], "big") for i in range(4, header, 4))
-    if len(content) < header or len(content) != header + math.prod(shape):
-        raise InputError(
-            f"{path}: {len(content)} bytes, but a header that asks for {header + math.prod(shape)} (shape {shape}). "
-            "The file is truncated or has something appended: fetch it again."
-        )
-    return np.frombuffer(content, np.uint8, offset=header).reshape(shape)
+def _draw(rng: np.random.Generator, pool: np.ndarray, labels: np.ndarray, number: int) -> tuple[np.ndarray, np.ndarray]:
+    """Some images of a pool, of each class in proportion to its share, and the others; both in random order."""
+    pool = rng.permutation(pool)
+    of_pool = labels[pool]
+    # A class with twice as many images has its ranks twice as dense, so the first of all have the classes' proportions.
+    order = np.argsort((_ranks(of_pool) + 0.5) / np.bincount(of_pool)[of_pool], kind="stable")
+    return rng.permutation(pool[order[:number]]), rng.permutation(pool[order[number:]])
 
 
-def cifar10(folder: Path) -> Dataset:
-    """CIFAR-10 from the six files of its binary version, with any number of images in each.
-
-    Raises:
-      FileNotFoundError: if one of the files is missing.
-      InputError: if one is empty, truncated, or has a label above 9.
-    """
-    parts = [read_cifar(folder / name) for name in CIFAR_FILES]
-    images, labels = (np.concatenate(arrays) for arrays in zip(*parts[:-1], strict=True))
-    test_images, test_labels = parts[-1]
-    images, test_images = images / np.float32(255), test_images / np.float32(255)
-    return Dataset("CIFAR-10", images, labels.astype(np.int32), test_images, test_labels.astype(np.int32))
+def _ranks(labels: np.ndarray) -> np.ndarray:
+    """By image, its place among the images of its class."""
+    ranks = np.empty(len(labels), np.int64)
+    for label in np.unique(labels):
+        of_class = labels == label
+        ranks[of_class] = np.arange(of_class.sum())
+    return ranks
 
 
-def read_cifar(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Images of shape (number, 32, 32, 3) and labels, both unsigned bytes, in a file of CIFAR-10's binary version."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file. Expected {', '.join(CIFAR_FILES)}: unpack the archive again.")
-    content, record = np.fromfile(path, np.uint8), 1 + math.prod(CIFAR_SHAPE)
-    if content.size == 0 or content.size % record:
-        raise InputError(
-            f"{path}: {content.size} bytes, expected a multiple of {record} (a label and an image of 32 x 32 in three "
-            "colours), one record at the least. The file is truncated or not CIFAR-10's: fetch it again."
-        )
-    labels, images = np.split(content.reshape(-1, record), [1], axis=1)
-    if labels.max() >= CIFAR_CLASSES:
-        worst = int(labels.argmax())
-        raise InputError(
-            f"{path}: record {worst} has the label {labels[worst, 0]}, expected 0 to {CIFAR_CLASSES - 1}. "
-            "The file is damaged or not CIFAR-10's: fetch it again."
-        )
-    # Bytes are transposed here, because transposing the floats later would copy four times as much memory.
-    return np.ascontiguousarray(images.reshape(-1, *CIFAR_SHAPE).transpose(0, 2, 3, 1)), labels[:, 0]
+def _noisy(labels: np.ndarray, classes: int, train: np.ndarray, seed: int, noise: float) -> np.ndarray:
+    """The labels, a share of those of the training images replaced by another class."""
+    rng = np.random.default_rng((seed, NOISE_TAG))
+    labels, chosen = labels.copy(), rng.permutation(train)[: round(noise * len(train))]
+    labels[chosen] = (labels[chosen] + rng.integers(1, classes, len(chosen), np.int32)) % classes
+    return labels
 
 
 def batches(

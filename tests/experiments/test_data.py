@@ -1,188 +1,13 @@
-"""Reading data sets: the digits, and IDX and CIFAR-10 files whole and broken."""
+"""Data sets: the digits, smaller images, divisions by seed, and batches."""
 
-import gzip
+import hashlib
+import math
 
 import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
 from experiments.harness import data
-
-
-def idx_bytes(array):
-    header = bytes([0, 0, 8, array.ndim]) + b"".join(n.to_bytes(4, "big") for n in array.shape)
-    return header + array.astype(np.uint8).tobytes()
-
-
-@pytest.fixture
-def arrays(rng):
-    return [
-        rng.integers(0, 256, (7, 5, 4), np.uint8),
-        rng.integers(0, 3, 7, np.uint8),
-        rng.integers(0, 256, (2, 5, 4), np.uint8),
-        np.array([2, 0], np.uint8),
-    ]
-
-
-@pytest.fixture
-def folder(tmp_path, arrays):
-    for i, (name, array) in enumerate(zip(data.IDX_FILES, arrays, strict=True)):
-        content = idx_bytes(array)
-        path = tmp_path / (f"{name}.gz" if i % 2 else name)
-        path.write_bytes(gzip.compress(content) if i % 2 else content)
-    return tmp_path
-
-
-def test_idx_files_gzipped_or_not_give_their_arrays(folder, arrays):
-    dataset = data.load(folder)
-    np.testing.assert_allclose(dataset.train_images * 255, arrays[0], rtol=1e-6)
-    np.testing.assert_array_equal(dataset.train_labels, arrays[1])
-    np.testing.assert_allclose(dataset.test_images * 255, arrays[2], rtol=1e-6)
-    np.testing.assert_array_equal(dataset.test_labels, arrays[3])
-    assert (dataset.train_images.dtype, dataset.train_labels.dtype) == (np.float32, np.int32)
-    assert (dataset.name, dataset.classes) == (folder.name, 3)
-
-
-def rewrite(name, change):
-    def apply(folder):
-        path = next(folder.glob(f"{name}*"))
-        content = path.read_bytes()
-        path.write_bytes(change(gzip.decompress(content) if path.suffix == ".gz" else content))
-
-    return apply
-
-
-IMAGES, LABELS, TEST_IMAGES, TEST_LABELS = data.IDX_FILES
-BROKEN = {
-    "missing": (lambda folder: (folder / IMAGES).unlink(), FileNotFoundError, f"{IMAGES}: no such file"),
-    "truncated": (rewrite(IMAGES, lambda b: b[:-1]), ValueError, r"155 bytes, but a header that asks for 156 \(shape"),
-    "appended": (rewrite(LABELS, lambda b: b + b"\0"), ValueError, "16 bytes, but a header that asks for 15"),
-    "header_cut": (rewrite(TEST_IMAGES, lambda b: b[:9]), ValueError, "truncated"),
-    "empty": (rewrite(TEST_LABELS, lambda b: b""), ValueError, "it begins with nothing, expected 00 00 08 01"),
-    "foreign": (
-        rewrite(IMAGES, lambda b: b"\x89PNG" + b),
-        ValueError,
-        "it begins with 89 50 4e 47, expected 00 00 08 03",
-    ),
-    "floats": (rewrite(IMAGES, lambda b: b"\0\0\x0d" + b[3:]), ValueError, "not an IDX file of unsigned bytes"),
-    "swapped": (rewrite(IMAGES, lambda b: idx_bytes(np.zeros(7))), ValueError, "begins with 00 00 08 01"),
-    "gzip_cut": (rewrite(LABELS, lambda b: gzip.compress(b)[:-9]), ValueError, "truncated or damaged gzip file"),
-    "gzip_damaged": (
-        rewrite(LABELS, lambda b: gzip.compress(b)[:12] + b"\xff" * 12),
-        ValueError,
-        "truncated or damaged gzip file",
-    ),
-    "counts": (rewrite(LABELS, lambda b: idx_bytes(np.zeros(6))), ValueError, "7 images and .* 6 labels"),
-    "test_counts": (
-        rewrite(TEST_LABELS, lambda b: idx_bytes(np.zeros(3))),
-        ValueError,
-        "2 images and .* 3 labels",
-    ),
-    "no_images": (rewrite(IMAGES, lambda b: idx_bytes(np.zeros((0, 5, 4)))), ValueError, r"no pixels, .* \(0, 5, 4\)"),
-    "no_pixels": (rewrite(IMAGES, lambda b: idx_bytes(np.zeros((7, 0, 0)))), ValueError, r"no pixels, .* \(7, 0, 0\)"),
-    "no_folder": (
-        lambda folder: folder.rename(folder.with_name("elsewhere")),
-        ValueError,
-        f"no such folder. Pass the one that holds {IMAGES}, .*, or CIFAR-10's data_batch_1.bin",
-    ),
-    "sizes": (rewrite(TEST_IMAGES, lambda b: idx_bytes(np.zeros((2, 4, 4)))), ValueError, r"\(5, 4\) and .* \(4, 4\)"),
-}
-
-
-@pytest.mark.parametrize("case", BROKEN)
-def test_broken_files_are_named_with_what_is_wrong(case, folder):
-    damage, kind, message = BROKEN[case]
-    damage(folder)
-    with pytest.raises(kind, match=message):
-        data.load(folder)
-
-
-def pixel(image, row, column, colour):
-    """By its place in the file: an image of all colours is red, then green, then blue, row by row."""
-    return image * 7 + row * 5 + column * 3 + colour * 11
-
-
-@pytest.fixture
-def cifar(tmp_path):
-    """Six files of one or two records, in the folder in which they are unpacked."""
-    folder = tmp_path / "cifar-10-batches-bin"
-    folder.mkdir()
-    numbers = iter(range(8))
-    for name, records in zip(data.CIFAR_FILES, (1, 2, 1, 1, 1, 2), strict=True):
-        content = b""
-        for image in (next(numbers) for _ in range(records)):
-            places = ((r, c, k) for k in range(3) for r in range(32) for c in range(32))
-            content += bytes([image + 2, *(pixel(image, *place) % 256 for place in places)])
-        (folder / name).write_bytes(content)
-    return tmp_path
-
-
-@pytest.mark.parametrize("inside", [True, False])
-def test_cifar_files_give_images_of_three_channels(cifar, inside):
-    dataset = data.load(cifar / "cifar-10-batches-bin" if inside else cifar)
-    images = pixel(*np.ogrid[:8, :32, :32, :3]) % 256
-    np.testing.assert_allclose(dataset.train_images, images[:6] / 255, rtol=1e-6)
-    np.testing.assert_allclose(dataset.test_images, images[6:] / 255, rtol=1e-6)
-    np.testing.assert_array_equal(dataset.train_labels, [2, 3, 4, 5, 6, 7])
-    np.testing.assert_array_equal(dataset.test_labels, [8, 9])
-    assert (dataset.train_images.dtype, dataset.train_labels.dtype) == (np.float32, np.int32)
-    assert (dataset.name, dataset.classes) == ("CIFAR-10", 10)
-
-
-CIFAR_BROKEN = {
-    "missing": (
-        lambda folder: (folder / "data_batch_4.bin").unlink(),
-        FileNotFoundError,
-        "data_batch_4.bin: no such file. Expected data_batch_1.bin",
-    ),
-    "no_test": (
-        lambda folder: (folder / "test_batch.bin").unlink(),
-        FileNotFoundError,
-        "test_batch.bin: no such file",
-    ),
-    "truncated": (
-        rewrite("data_batch_2.bin", lambda b: b[:-1]),
-        ValueError,
-        "data_batch_2.bin: 6145 bytes, expected a multiple of 3073",
-    ),
-    "empty": (rewrite("test_batch.bin", lambda b: b""), ValueError, "test_batch.bin: 0 bytes, expected a multiple"),
-    "label": (
-        rewrite("data_batch_2.bin", lambda b: b[:3073] + b"\x0a" + b[3074:]),
-        ValueError,
-        "data_batch_2.bin: record 1 has the label 10, expected 0 to 9",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", CIFAR_BROKEN)
-def test_broken_cifar_files_are_named_with_what_is_wrong(case, cifar):
-    damage, kind, message = CIFAR_BROKEN[case]
-    damage(cifar / "cifar-10-batches-bin")
-    with pytest.raises(kind, match=message):
-        data.load(cifar)
-
-
-@pytest.mark.parametrize("name", ["data_batch_1", "batches.meta", "cifar-10-batches-py/data_batch_1"])
-def test_pickles_are_refused_unread(name, tmp_path):
-    (tmp_path / name).parent.mkdir(exist_ok=True)
-    (tmp_path / name).write_bytes(b"cos\nsystem\n(S'exit 1'\ntR.")
-    with pytest.raises(
-        data.InputError, match=f"{name}: .* a pickle, which can run any code .* Fetch the binary version"
-    ):
-        data.load(tmp_path)
-
-
-def test_a_folder_of_neither_says_what_is_accepted(tmp_path):
-    (tmp_path / "data_batch_1.mat").write_bytes(b"MATLAB 5.0")
-    with pytest.raises(
-        FileNotFoundError, match=rf"{IMAGES}: no such file.*{TEST_LABELS}.* or CIFAR-10's .*test_batch.bin"
-    ):
-        data.load(tmp_path)
-
-
-def test_idx_files_go_before_cifar(folder, cifar):
-    assert folder == cifar
-    assert data.load(folder).train_images.shape == (7, 5, 4)
 
 
 @pytest.mark.parametrize("number", [3, 7, 10])
@@ -221,6 +46,191 @@ def test_digits_are_split_once_and_for_all():
     np.testing.assert_array_equal(dataset.test_labels, data.load().test_labels)
     # Each class keeps its share of a fifth.
     np.testing.assert_allclose(np.bincount(dataset.test_labels), np.bincount(dataset.train_labels) / 4, atol=1)
+
+
+def test_load_rejects_two_data_sets(tmp_path):
+    with pytest.raises(data.InputError, match=rf"dataset=mnist, data_dir={tmp_path}: two data sets"):
+        data.load("mnist", tmp_path)
+
+
+def test_load_rejects_unknown_names():
+    with pytest.raises(data.InputError, match="dataset=imagenet: expected one of digits, mnist, fashion-mnist, cifar1"):
+        data.load("imagenet")
+
+
+def test_checksum_is_of_images_and_labels_alone():
+    digits = data.digits()
+    arrays = (digits.train_images, digits.train_labels, digits.test_images, digits.test_labels)
+    expected = hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest()
+    assert digits.sha256() == digits._replace(fixed_test=True, name="other").sha256() == expected
+
+
+def of_images(images):
+    labels = np.zeros(len(images), np.int32)
+    return data.Dataset("random", images, labels, images[:1] / 2, labels[:1])
+
+
+@pytest.mark.parametrize(
+    ("shape", "side", "small"),
+    [
+        ((28, 28), 16, (14, 14)),
+        ((28, 28), 8, (7, 7)),
+        ((28, 28), 10, (10, 10)),
+        ((32, 32, 3), 16, (16, 16, 3)),
+        ((32, 32, 3), 8, (8, 8, 3)),
+        ((5, 4), 2, (2, 2)),
+        ((4, 9), 1, (1, 1)),
+    ],
+)
+def test_shrink_matches_a_loop_over_blocks(shape, side, small, rng):
+    images = rng.uniform(size=(3, *shape)).astype(np.float32)
+    dataset = data.shrink(of_images(images), side)
+    block = math.ceil(max(shape[:2]) / side)
+    before = [(size * block - old) // 2 for size, old in zip(small, shape[:2], strict=False)]
+    expected = np.zeros((3, *small))
+    for row in range(small[0]):
+        for column in range(small[1]):
+            for i in range(block):
+                for j in range(block):
+                    y = np.clip(row * block + i - before[0], 0, shape[0] - 1)
+                    x = np.clip(column * block + j - before[1], 0, shape[1] - 1)
+                    expected[:, row, column] += images[:, y, x] / block**2
+    np.testing.assert_allclose(dataset.train_images, expected, rtol=1e-5)
+    np.testing.assert_allclose(dataset.test_images, expected[:1] / 2, rtol=1e-5)
+    assert dataset.train_images.dtype == np.float32
+    assert dataset.name == f"random ({small[0]} x {small[1]})"
+
+
+@pytest.mark.parametrize("side", [8, 16])
+def test_shrink_leaves_small_images_as_they_are(side):
+    assert data.shrink(data.digits(), side).sha256() == data.digits().sha256()
+    assert data.shrink(data.digits(), side).name == "scikit-learn digits"
+
+
+def test_shrink_rejects_no_pixels():
+    with pytest.raises(data.InputError, match=r"shrink\(side=0\): expected a positive number"):
+        data.shrink(data.digits(), 0)
+
+
+def published(train, test):
+    """A data set with a test part of its own, of classes in proportion 1 : 2 : 3; each image is its index."""
+    labels = np.int32([0, 1, 1, 2, 2, 2] * (train + test))[: train + test]
+    images = np.arange(train + test, dtype=np.float32).reshape(-1, 1, 1)
+    return data.Dataset("published", images[:train], labels[:train], images[train:], labels[train:])
+
+
+def assert_apart(splits):
+    for parts in zip(splits.train, splits.validation, splits.test, strict=True):
+        together = np.concatenate(parts)
+        assert len(np.unique(together)) == len(together)
+
+
+def test_splits_of_the_digits_are_60_20_20_of_all():
+    digits = data.digits()
+    splits = data.splits(digits, range(5))
+    assert [part.shape for part in splits[3:]] == [(5, 1079), (5, 359), (5, 359)]
+    assert {part.dtype for part in splits[2:]} == {np.dtype(np.int32)}
+    assert_apart(splits)
+    images, labels = load_digits(return_X_y=True)
+    found = np.column_stack([splits.images.reshape(-1, 64) * 16, splits.labels[0]])
+    assert sorted(map(tuple, found)) == sorted(map(tuple, np.column_stack([images, labels])))
+    assert (splits.name, splits.classes) == ("scikit-learn digits", 10)
+    for part in splits[3:]:
+        for seed in range(5):
+            counts = np.bincount(splits.labels[seed][part[seed]])
+            np.testing.assert_allclose(counts, np.bincount(labels) * part.shape[1] / 1797, atol=1)
+
+
+def test_splits_of_a_published_test_part_test_on_it():
+    splits = data.splits(published(600, 300), [4, 5], validation_share=0.25)
+    assert [part.shape for part in splits[3:]] == [(2, 450), (2, 150), (2, 300)]
+    assert_apart(splits)
+    np.testing.assert_array_equal(splits.images.ravel(), np.arange(900))
+    assert splits.test.min() == 600
+    assert max(splits.train.max(), splits.validation.max()) == 599
+    for part, counts in zip(splits[3:], ([75, 150, 225], [25, 50, 75], [50, 100, 150]), strict=True):
+        np.testing.assert_array_equal(np.bincount(splits.labels[1][part[1]]), counts)
+
+
+def test_splits_have_at_most_so_many_for_validation_and_testing():
+    splits = data.splits(published(600, 300), [0], most=60)
+    assert [part.shape for part in splits[3:]] == [(1, 480), (1, 60), (1, 60)]
+    assert_apart(splits)
+    for part in (splits.validation, splits.test):
+        np.testing.assert_array_equal(np.bincount(splits.labels[0][part[0]]), [10, 20, 30])
+
+
+def test_splits_depend_on_the_seed_alone():
+    dataset = published(600, 300)
+    splits, again = data.splits(dataset, [3, 8], noise=0.5), data.splits(dataset, [8], noise=0.5)
+    for part, same in zip(splits[2:], again[2:], strict=True):
+        np.testing.assert_array_equal(part[1], same[0])
+        assert not np.array_equal(part[0], part[1])
+    # The order is random, too: the images of the test part are all drawn, in different orders.
+    assert set(splits.test[0]) == set(splits.test[1]) == set(range(600, 900))
+
+
+def test_splits_of_chance_overlap_as_chance_has_it():
+    splits = data.splits(data.digits(), range(20))
+    shared = [len(np.intersect1d(splits.test[i], splits.test[j])) for i in range(20) for j in range(i)]
+    assert abs(np.mean(shared) - 359 * 359 / 1797) < 2  # the standard error is about 0.55
+
+
+@pytest.mark.parametrize(("number", "counts"), [(3, [1, 1, 1]), (90, [30, 30, 30]), (380, [80, 150, 150])])
+def test_splits_with_fewer_training_images_balance_them(number, counts):
+    dataset = published(600, 300)
+    splits, whole = data.splits(dataset, [0, 1], train=number), data.splits(dataset, [0, 1])
+    assert splits.train.shape == (2, number)
+    for seed in range(2):
+        found = np.bincount(splits.labels[seed][splits.train[seed]])
+        np.testing.assert_array_equal(found, counts)
+        assert set(splits.train[seed]) <= set(whole.train[seed])
+    np.testing.assert_array_equal(splits.validation, whole.validation)
+    np.testing.assert_array_equal(splits.test, whole.test)
+
+
+def test_splits_with_fewer_training_images_are_part_of_those_with_more():
+    few, more = (data.splits(data.digits(), [6], train=n).train[0] for n in (100, 250))
+    assert set(few) < set(more)
+
+
+def test_splits_replace_labels_of_training_images_alone():
+    clean, noisy = (data.splits(published(6000, 300), [0, 1], noise=noise) for noise in (0, 0.3))
+    for part, same in zip(clean[3:], noisy[3:], strict=True):
+        np.testing.assert_array_equal(part, same)
+    changed = clean.labels != noisy.labels
+    for seed in range(2):
+        trained = np.isin(np.arange(6300), clean.train[seed])
+        assert not changed[seed][~trained].any()
+        assert changed[seed].sum() == round(0.3 * 4800)
+        for label in range(3):
+            replaced = noisy.labels[seed][changed[seed] & (clean.labels[seed] == label)]
+            # Each of the two other classes is as likely: within four standard errors of a half.
+            others = np.bincount(replaced, minlength=3)[np.arange(3) != label]
+            assert abs(others[0] / others.sum() - 0.5) < 2 / np.sqrt(others.sum())
+    assert not np.array_equal(changed[0], changed[1])
+
+
+def test_splits_replace_all_labels_if_asked_to():
+    clean, noisy = (data.splits(data.digits(), [0], noise=noise) for noise in (0, 1))
+    np.testing.assert_array_equal(np.flatnonzero(clean.labels != noisy.labels), np.sort(clean.train[0]))
+    assert (noisy.labels.min(), noisy.labels.max(), noisy.labels.dtype) == (0, 9, np.int32)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"train": 9}, r"splits\(train=9\): expected 10 to 1079: one image of each class .* scikit-learn digits"),
+        ({"train": 1080}, r"splits\(train=1080\): expected 10 to 1079"),
+        ({"validation_share": 0.8}, r"splits\(validation_share=0.8\): expected a number between 0 and 0.8"),
+        ({"validation_share": 0.0}, r"splits\(validation_share=0.0\)"),
+        ({"noise": 1.5}, r"splits\(noise=1.5\): expected a number in \[0, 1\]"),
+        ({"most": 0}, r"splits\(most=0\): expected a positive number"),
+    ],
+)
+def test_splits_rejects(arguments, message):
+    with pytest.raises(data.InputError, match=message):
+        data.splits(data.digits(), [0], **arguments)
 
 
 def test_batches_hold_every_index_once_an_epoch_and_the_last_is_padded():
