@@ -38,7 +38,7 @@ class Scale(NamedTuple):
     end: float
     """distance of the ends from the threshold; of a ratio, its logarithm"""
     labels: tuple[str, str]
-    """what is written on the left and the right end; empty on the common scale"""
+    """by end, the left one first, what is written on it; empty on the common scale"""
 
 
 class Line(NamedTuple):
@@ -56,13 +56,16 @@ def scale(parts: Sequence[protocol.Decided]) -> Scale:
     if not distances:
         return Scale(1, ("", ""))
     furthest = max(distances)
-    if part.kind == "ratio":
-        own = [factor for factor in OWN if ROOM * math.log(factor) >= furthest]
-        end, labels = math.log(min(own, default=ENDS)), (f"÷{min(own)}", f"{TIMES}{min(own)}") if own else ("", "")
-    else:
+    own = [factor for factor in OWN if ROOM * math.log(factor) >= furthest]
+    if part.kind == "difference":
         end = _round_up(furthest / ROOM)
-        labels = (f"{MINUS}{end:g}", f"+{end:g}")
-    return Scale(end, labels if part.side == "above" else labels[::-1])
+        less, more = f"{MINUS}{end:g}", f"+{end:g}"
+    elif own:
+        end = math.log(min(own))
+        less, more = f"÷{min(own)}", f"{TIMES}{min(own)}"
+    else:
+        return Scale(math.log(ENDS), ("", ""))
+    return Scale(end, (less, more) if part.side == "above" else (more, less))
 
 
 def place(part: protocol.Decided, on: Scale) -> Line | None:
@@ -74,7 +77,7 @@ def place(part: protocol.Decided, on: Scale) -> Line | None:
 def lines(parts: Sequence[protocol.Decided]) -> list[Markup]:
     """The lines of a part on some data sets, each an SVG element. The last one has the ends of the scale."""
     on = scale(parts)
-    return [_line(part, place(part, on), on, last=part is parts[-1]) for part in parts]
+    return [_line(part, place(part, on), on, last=i == len(parts)) for i, part in enumerate(parts, 1)]
 
 
 def _line(part: protocol.Decided, found: Line | None, on: Scale, last: bool) -> Markup:

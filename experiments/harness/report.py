@@ -120,6 +120,7 @@ def write(folder: Path, sections: Sequence[Section], facts: Mapping[str, str]) -
     claims = [section.claim for section in sections]
     page = template.render(
         sections=sections,
+        axis=forest.axis(),
         facts=facts,
         statement=stated,
         datasets=datasets(claims),
@@ -231,7 +232,6 @@ def _environment() -> jinja2.Environment:
     filters: dict[str, Any] = environment.filters
     filters.update(picture=_picture, duration=_duration, numeric=_numeric, fields=_fields)
     filters.update(rows=rows, lines=forest.lines, numbers=forest.numbers, limit=forest.limit)
-    environment.globals.update(axis=forest.axis)  # pyright: ignore[reportCallIssue]
     return environment
 
 
