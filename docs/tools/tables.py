@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from experiments.benchmark import bench, compiled, exactness
-from experiments.harness import records
+from experiments.harness import records, report
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "experiments" / "results"
@@ -29,24 +29,26 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
-def claims() -> list[dict[str, Any]]:
-    """The entries of verdicts.json."""
-    return json.loads((RESULTS / "verdicts.json").read_text(encoding="utf-8"))
+def claims() -> list[report.Claim]:
+    """The claims in the committed verdicts.json."""
+    return report.read(RESULTS / "verdicts.json")
 
 
-def verdicts(names: Sequence[str] = (), report: str = "results/report.html") -> str:
-    """Each claim with what was measured and the verdict; of these experiments alone if any are named."""
-    chosen = [claim for claim in claims() if not names or claim["id"] in names]
-    rows = [[f"[{c['id']}]({report}#{c['id']})", c["claim"], c["verdict"], c["measured"]] for c in chosen]
+def verdicts(names: Sequence[str] = (), page: str = "results/report.html") -> str:
+    """Each claim with its verdicts and measurements on all data sets; of these experiments alone if any are named."""
+    chosen = [claim for claim in claims() if not names or claim.id in names]
+    rows: list[list[str]] = []
+    for claim in chosen:
+        found = [f"{result.verdict} on {result.dataset}" for result in claim.results]
+        measured = [f"{result.dataset}: {result.measured}" for result in claim.results]
+        rows.append([f"[{claim.id}]({page}#{claim.id})", claim.claim, "<br>".join(found), "<br>".join(measured)])
     text = table(["experiment", "claim", "verdict", "measured"], rows)
     return f'<div class="verdicts" markdown>\n\n{text}\n\n</div>'
 
 
 def tally() -> str:
-    """How many claims have which verdict, in a sentence."""
-    found = [claim["verdict"] for claim in claims()]
-    parts = [f"*{verdict}*: {found.count(verdict)}" for verdict in dict.fromkeys(found)]
-    return f"Verdicts of the committed run on {len(found)} claims: {', '.join(parts)}."
+    """How many claims have which verdict on each data set, in sentences."""
+    return report.tally(claims())
 
 
 def averaging() -> str:

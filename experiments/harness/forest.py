@@ -2,91 +2,113 @@
 
 The threshold is in the middle of every line, and the side on which the claim is true is to its right. All ratios share
 one logarithmic scale, whose ends are `ENDS` times the threshold. A difference has no scale in common with another one,
-and a ratio within a tenth of its threshold could not be told from it on the common scale. Their lines have scales of
-their own, whose ends are written on them.
+and a ratio within a tenth of its threshold could hardly be told from it on the common scale. Their lines have scales of
+their own, whose ends are written on them. The lines of one part on several data sets share a scale.
 
 Positions are in percent of the width, so that a line fills any width and its letters and marks keep their size.
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from markupsafe import Markup
 
 from experiments.harness import protocol
 
+TIMES, MINUS = "\N{MULTIPLICATION SIGN}", "\N{MINUS SIGN}"
+
 ENDS = 8
+"""The ends of the common scale, as a factor."""
 TICKS = (8, 4, 2)
 """The factors at the ticks of the common scale, on either side of the threshold."""
-NEAR = 1.1
-"""A ratio whose interval is within this factor of the threshold has a scale of its own."""
-OWN = (1.1, 1.05, 1.02, 1.01, 1.005, 1.002, 1.001)
-"""The ends of such scales, as factors."""
+OWN = (1.001, 1.002, 1.005, 1.01, 1.02, 1.05, 1.1)
+"""The ends of the scales of ratios near their threshold, as factors."""
+ROOM = 0.93
+"""The part of its own scale that an interval may fill."""
 MARGIN = 4.0
 """Percent of the width between an end of a scale and the edge."""
 EDGE = 1.04
 """Where an arrow says that an interval goes on, in half widths of the scale."""
 
 
+class Scale(NamedTuple):
+    """The scale of a part's lines."""
+
+    end: float
+    """distance of the ends from the threshold; of a ratio, its logarithm"""
+    labels: tuple[str, str]
+    """by end, the left one first, what is written on it; empty on the common scale"""
+
+
 class Line(NamedTuple):
-    """The places of a part on its line: 0 is the threshold, 1 and -1 are the ends of the scale."""
+    """The places of a part on its line: 0 is the threshold, and 1 the end of the scale on the claim's side."""
 
     value: float
     low: float
     high: float
     """low <= high, whatever the claim's side"""
-    ends: tuple[str, str]
-    """what is written on the left and the right end; empty on the common scale"""
 
 
-def place(part: protocol.Decided) -> Line | None:
-    """The part on its line, with the claim's side to the right; None if it was not measured."""
-    if part.value is None or part.low is None or part.high is None:
-        return None
-    measured = (part.value, part.low, part.high)
-    if part.kind == "ratio":
-        scaled = [math.log(x / part.threshold) for x in measured]
-        furthest = max(map(abs, scaled))
-        own = [factor for factor in OWN if math.log(factor) >= furthest] if furthest <= math.log(NEAR) else []
-        scale, ends = math.log(min(own, default=ENDS)), (f"÷{min(own)}", f"×{min(own)}") if own else ("", "")
+def scale(parts: Sequence[protocol.Decided]) -> Scale:
+    """The scale for a part on some data sets."""
+    part, distances = parts[0], [abs(x) for each in parts for x in _distances(each)]
+    if not distances:
+        return Scale(1, ("", ""))
+    furthest = max(distances)
+    own = [factor for factor in OWN if ROOM * math.log(factor) >= furthest]
+    if part.kind == "difference":
+        end = _round_up(furthest / ROOM)
+        less, more = f"{MINUS}{end:g}", f"+{end:g}"
+    elif own:
+        end = math.log(min(own))
+        less, more = f"÷{min(own)}", f"{TIMES}{min(own)}"
     else:
-        scaled = [x - part.threshold for x in measured]
-        scale = _round_up(max(map(abs, scaled)))
-        ends = (f"−{scale:g}", f"+{scale:g}")  # noqa: RUF001  the sign that is as wide as a plus
-    if part.side == "below":
-        scaled, ends = [-x for x in scaled], ends[::-1]
-    value, *interval = (x / scale for x in scaled)
-    return Line(value, min(interval), max(interval), ends)
+        return Scale(math.log(ENDS), ("", ""))
+    return Scale(end, (less, more) if part.side == "above" else (more, less))
 
 
-def line(part: protocol.Decided) -> Markup:
-    """The part's line as an SVG element."""
-    found, kind = place(part), f"verdict-{protocol.VERDICTS.index(part.verdict) + 1}"
-    label = f"{part.verdict}: {numbers(part)}, {limit(part)}"
-    shapes = [f'<line class="threshold" x1="50%" x2="50%" y1="0" y2="100%"/>']
+def place(part: protocol.Decided, on: Scale) -> Line | None:
+    """The part on its line; None if it was not measured."""
+    found = [(x if part.side == "above" else -x) / on.end for x in _distances(part)]
+    return Line(found[0], min(found[1:]), max(found[1:])) if found else None
+
+
+def lines(parts: Sequence[protocol.Decided]) -> list[Markup]:
+    """The lines of a part on some data sets, each an SVG element. The last one has the ends of the scale."""
+    on = scale(parts)
+    return [_line(part, place(part, on), on, last=i == len(parts)) for i, part in enumerate(parts, 1)]
+
+
+def _line(part: protocol.Decided, found: Line | None, on: Scale, last: bool) -> Markup:
+    # Vertical lines reach beyond the element, to join those of the next one. The page cuts them at the end of the part.
+    shapes = [f'<line class="threshold" x1="{_x(0)}" x2="{_x(0)}" {_LONG}/>']
+    if not any(on.labels):
+        shapes += [f'<line class="tick" x1="{x}" x2="{x}" {_LONG}/>' for x in map(_x, _ticks())]
+    elif last:
+        shapes += [
+            f'<text x="{x}%" y="27" text-anchor="{anchor}">{label}</text>'
+            for x, anchor, label in zip((0, 100), ("start", "end"), on.labels, strict=True)
+        ]
     if found is not None:
-        if any(found.ends):
-            shapes += [
-                f'<text x="{x}%" y="26" text-anchor="{anchor}">{end}</text>'
-                for x, anchor, end in zip((0, 100), ("start", "end"), found.ends, strict=True)
-            ]
-        else:
-            shapes += [f'<line class="tick" x1="{x}" x2="{x}" y1="0" y2="100%"/>' for x in map(_x, _ticks())]
         low, high = (min(max(end, -EDGE), EDGE) for end in (found.low, found.high))
         if low < high:
-            shapes.append(f'<line class="interval" x1="{_x(low)}" x2="{_x(high)}" y1="12" y2="12"/>')
+            shapes.append(f'<line class="interval" x1="{_x(low)}" x2="{_x(high)}" y1="{_MIDDLE}" y2="{_MIDDLE}"/>')
         if found.low < -EDGE:
             shapes.append(_shape(-EDGE, "M-5 0L4 -6V6Z"))
         if found.high > EDGE:
             shapes.append(_shape(EDGE, "M5 0L-4 -6V6Z"))
         if -EDGE <= found.value <= EDGE:
             shapes.append(_shape(found.value, _MARKS[part.verdict]))
-    content = "".join(shapes)
-    return Markup(
-        f'<svg class="line {kind}" role="img" aria-label="{{}}" height="30" width="100%">{content}</svg>'
-    ).format(label)
+    kind = protocol.VERDICTS.index(part.verdict) + 1
+    label = f"{part.verdict}: {numbers(part)}, {limit(part)}"
+    start = Markup('<svg class="line verdict-{}" role="img" aria-label="{}" height="{}" width="100%">')
+    height = 30 if last and any(on.labels) else 24
+    return start.format(kind, label, height) + Markup("".join(shapes)) + Markup("</svg>")
 
 
+_LONG = 'y1="-100" y2="200"'
+_MIDDLE = 12
 _MARKS = {
     protocol.HOLDS: "M-5 0A5 5 0 0 0 5 0A5 5 0 0 0 -5 0Z",
     protocol.REFUTED: "M-6 0L0 -6L6 0L0 6Z",
@@ -96,14 +118,12 @@ _MARKS = {
 
 
 def axis() -> Markup:
-    """The common scale of ratios, with its ends, as an SVG element."""
-    texts = [f'<text x="{_x(0)}" y="12" text-anchor="middle">threshold</text>']
-    for x, factor in zip(_ticks(), (*TICKS, *TICKS[::-1]), strict=True):
-        texts.append(f'<text x="{_x(x)}" y="12" text-anchor="middle">{factor}×</text>')
-    return Markup(
-        '<svg role="img" aria-label="The threshold is in the middle; ticks are at 2, 4 and 8 times its distance '
-        f'on either side" height="16" width="100%">{"".join(texts)}</svg>'
+    """The common scale of ratios as an SVG element."""
+    places = zip(
+        (0.0, *_ticks()), ("threshold", *(f"{factor}{TIMES}" for factor in (*TICKS, *TICKS[::-1]))), strict=True
     )
+    texts = [f'<text x="{_x(place)}" y="12" text-anchor="middle">{text}</text>' for place, text in places]
+    return Markup(f'<svg height="16" width="100%">{"".join(texts)}</svg>')
 
 
 def numbers(part: protocol.Decided) -> str:
@@ -117,7 +137,8 @@ def numbers(part: protocol.Decided) -> str:
         own = 1 - math.floor(math.log10(abs(x))) if x else 0
         least = own if part.kind == "ratio" or not half else 0  # a ratio of 0.0 would tell nothing
         shown = max(decimals, least, 0)
-        return f"{x:.2e}" if shown > 6 else f"{round(x, shown) + 0.0:.{shown}f}"
+        words = f"{x:.3g}" if shown > 6 else f"{round(x, shown) + 0.0:.{shown}f}"
+        return MINUS + words[1:] if words.startswith("-") else words
 
     return f"{text(part.value)} [{text(part.low)}, {text(part.high)}]"
 
@@ -125,6 +146,16 @@ def numbers(part: protocol.Decided) -> str:
 def limit(part: protocol.Decided) -> str:
     """The side of the threshold on which the claim is true."""
     return f"claimed {'>' if part.side == 'above' else '<'} {part.threshold:g}"
+
+
+def _distances(part: protocol.Decided) -> list[float]:
+    """Of the effect and the ends of its interval from the threshold; of a ratio, in logarithms; empty if unmeasured."""
+    if part.value is None or part.low is None or part.high is None:
+        return []
+    measured = (part.value, part.low, part.high)
+    if part.kind == "ratio":
+        return [math.log(x / part.threshold) for x in measured]
+    return [x - part.threshold for x in measured]
 
 
 def _ticks() -> list[float]:
@@ -137,11 +168,11 @@ def _x(place: float) -> str:
 
 
 def _shape(place: float, path: str) -> str:
-    return f'<svg class="mark" x="{_x(place)}" y="12" overflow="visible"><path d="{path}"/></svg>'
+    return f'<svg class="mark" x="{_x(place)}" y="{_MIDDLE}" overflow="visible"><path d="{path}"/></svg>'
 
 
 def _round_up(x: float) -> float:
-    """The least of 1, 2 and 5 times a power of ten that is at least x; 1 for 0."""
+    """The least number that is at least x, and 1, 2 or 5 times a power of ten; 1 for 0."""
     if x == 0:
         return 1.0
     power = math.floor(math.log10(x))

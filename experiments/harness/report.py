@@ -118,7 +118,15 @@ def write(folder: Path, sections: Sequence[Section], facts: Mapping[str, str]) -
     verdicts = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     template = _environment().get_template("report.html.jinja")
     claims = [section.claim for section in sections]
-    page = template.render(sections=sections, facts=facts, statement=stated, tally=tally(claims), verdicts=VERDICTS)
+    page = template.render(
+        sections=sections,
+        axis=forest.axis(),
+        facts=facts,
+        statement=stated,
+        datasets=datasets(claims),
+        tally=tally(claims),
+        verdicts=VERDICTS,
+    )
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in {"verdicts.json": verdicts, "report.html": page}.items():
         beside = folder / f"{name}.part"
@@ -223,8 +231,7 @@ def _environment() -> jinja2.Environment:
     )
     filters: dict[str, Any] = environment.filters
     filters.update(picture=_picture, duration=_duration, numeric=_numeric, fields=_fields)
-    filters.update(rows=rows, line=forest.line, numbers=forest.numbers, limit=forest.limit)
-    environment.globals.update(axis=forest.axis)  # pyright: ignore[reportCallIssue]
+    filters.update(rows=rows, lines=forest.lines, numbers=forest.numbers, limit=forest.limit)
     return environment
 
 

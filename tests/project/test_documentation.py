@@ -1,6 +1,5 @@
 """The documentation: every public name is in the API reference, and the reference shows what the docstrings say."""
 
-import json
 import re
 
 import pytest
@@ -8,6 +7,7 @@ import pytest
 pytest.importorskip("griffe", reason="the documentation is built by the extra `docs`")
 
 from docs.tools import docstrings, public, tables
+from experiments.harness import readme
 from tests.support.markdown import PAGES, ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -73,9 +73,20 @@ def test_readme_has_the_committed_numbers():
 
 def test_the_committed_verdicts_are_on_the_page_of_claims():
     shown = tables.verdicts()
-    for verdict in json.loads((tables.RESULTS / "verdicts.json").read_text(encoding="utf-8")):
-        cells = [verdict[name].replace("|", "\\|") for name in ("claim", "verdict", "measured")]
-        assert f"| {' | '.join(cells)} |" in shown
+    claims = tables.claims()
+    assert len(claims) == 13
+    for claim in claims:
+        (row,) = [line for line in shown.splitlines() if line.startswith(f"| [{claim.id}]")]
+        assert claim.claim in row
+        for result in claim.results:
+            assert f"{result.verdict} on {result.dataset}" in row
+            assert f"{result.dataset}: {result.measured}".replace("|", "\\|") in row
+
+
+def test_the_readme_has_the_table_of_the_committed_verdicts():
+    """`python -m experiments table` writes it."""
+    table = readme.table(tables.RESULTS / "verdicts.json")
+    assert readme.replaced(README, table) == README
 
 
 def test_every_table_is_on_a_page_and_can_be_made():

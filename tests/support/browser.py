@@ -28,6 +28,17 @@ def find_browser() -> str:
     return found
 
 
+def dumped(url: str, *options: str) -> tuple[str, list[str]]:
+    """The page as HTML when it has loaded and its timers have run, and the messages on the console."""
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        fixed = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--enable-logging=stderr"]
+        fixed += [f"--user-data-dir={folder}", "--virtual-time-budget=60000", "--dump-dom"]
+        done = subprocess.run([find_browser(), *fixed, *options, url], capture_output=True, timeout=120)
+    log = done.stderr.decode(errors="replace")
+    assert "</body>" in done.stdout.decode(), f"the browser ended with status {done.returncode}:\n{log[-2000:]}"
+    return done.stdout.decode(), [line for line in log.splitlines() if "CONSOLE" in line]
+
+
 def open_in_browser(path: Path) -> tuple[list[str], list[bool]]:
     """Open a copy, elsewhere, of a page: the console's messages, and for each picture whether it is drawn."""
     head, end, tail = path.read_text(encoding="utf-8").rpartition("</body>")
@@ -35,10 +46,7 @@ def open_in_browser(path: Path) -> tuple[list[str], list[bool]]:
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         page = Path(folder) / "page.html"
         page.write_text(head + SCRIPT + end + tail, encoding="utf-8")
-        options = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--enable-logging=stderr"]
-        options += [f"--user-data-dir={folder}/profile", "--virtual-time-budget=10000", "--dump-dom", page.as_uri()]
-        done = subprocess.run([find_browser(), *options], capture_output=True, timeout=120)
-    shown, log = done.stdout.decode(), done.stderr.decode(errors="replace")
+        shown, messages = dumped(page.as_uri())
     drawn = re.search(r'<body\b[^>]* data-drawn="([^"]*)"', shown)
-    assert drawn, f"the browser ended with status {done.returncode} before the page was loaded:\n{log[-2000:]}"
-    return [line for line in log.splitlines() if "CONSOLE" in line], json.loads(drawn[1])
+    assert drawn, f"the page was not loaded: {messages}"
+    return messages, json.loads(drawn[1])

@@ -8,7 +8,7 @@ class Page(HTMLParser):
 
     def __init__(self, text):
         super().__init__()
-        self.open, self.text, self.pictures, self.references, self.ids = [], {}, [], [], []
+        self.open, self.text, self.pictures, self.references, self.ids, self.labels = [], {}, [], [], [], []
         self.feed(text)
         self.close()
 
@@ -16,6 +16,7 @@ class Page(HTMLParser):
         attributes = dict(attrs)
         self.references += [value for name, value in attrs if name in ("src", "href", "srcset", "action", "data")]
         self.ids += [attributes["id"]] if "id" in attributes else []
+        self.labels += [attributes["aria-label"]] if tag == "svg" and "aria-label" in attributes else []
         self.pictures += [attributes] if tag == "img" else []
         if tag not in ("img", "meta", "link"):
             self.text.setdefault(tag, []).append("")
