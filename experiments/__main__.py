@@ -3,7 +3,7 @@ measurements to a folder of its name."""
 
 import argparse
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
@@ -26,7 +26,7 @@ from experiments.claims import (
     smoothness,
 )
 from experiments.demos import averaging
-from experiments.harness import data, runtime, study
+from experiments.harness import data, readme, runtime, study
 
 STUDIES: tuple[type[study.Study], ...] = (
     convergence.Convergence,
@@ -47,23 +47,47 @@ STUDIES: tuple[type[study.Study], ...] = (
 
 @dataclass(frozen=True)
 class All:
-    """Run every experiment on a claim that is not done yet, and write the report on all of them."""
+    """Run every experiment on a claim, go on with those that are not complete, and write the report on all of them."""
 
     preset: study.Preset = "default"
-    """smoke for a quick check, default for verdicts, full for longer runs with more seeds"""
+    """smoke for a quick check, default for verdicts, full for an accelerator"""
+    dataset: data.Name = "digits"
+    """digits of scikit-learn, or a data set that is downloaded from its publisher"""
     data_dir: Path | None = None
-    """folder of the four IDX files of (Fashion-)MNIST or of the binary files of CIFAR-10; default: the digits of
-    scikit-learn"""
+    """folder of the four IDX files of (Fashion-)MNIST or of the binary files of CIFAR-10, instead of a download"""
+    stream: bool = False
+    """shift, rotate and scale the training images at random in every step"""
+    claims: tuple[str, ...] = ()
+    """names of the claims; by default all"""
     out: Path = Path("results")
     """folder for report.html, verdicts.json and a folder for each experiment"""
 
 
+@dataclass(frozen=True)
+class Report:
+    """Write the report on all complete measurements in a folder again, without any measurement."""
+
+    out: Path = Path("results")
+    """folder of the measurements"""
+    readme: Path | None = None
+    """file in which the table of the claims is replaced"""
+
+
 def run_all(config: All) -> None:
-    """Run the experiments on claims that are not done yet, and write the report."""
-    studies = [each.of(config.preset, data_dir=config.data_dir, out=config.out) for each in STUDIES]
-    # As most experiments, which do not measure the effect of devices.
-    studies[0] = replace(studies[0], runtime=runtime.Runtime(devices=1))
-    study.run_all(studies)
+    """Run the experiments on claims, go on with those that are not complete, and write the report."""
+    unknown = {*config.claims} - {each.NAME for each in STUDIES}
+    if unknown:
+        raise data.InputError(f"claims={', '.join(unknown)}: expected some of {', '.join(e.NAME for e in STUDIES)}.")
+    given = {name: getattr(config, name) for name in ("dataset", "data_dir", "stream", "out")}
+    chosen = [each for each in STUDIES if each.NAME in config.claims or not config.claims]
+    study.run_all([each.of(config.preset, **given) for each in chosen], STUDIES)
+
+
+def write_report(config: Report) -> None:
+    """Write the report on all complete measurements in a folder again."""
+    study.write_report(config.out, STUDIES)
+    if config.readme is not None:
+        readme.update(config.readme, config.out / "verdicts.json")
 
 
 def main(args: list[str] | None = None) -> int:
@@ -87,7 +111,7 @@ def _commands(args: list[str]) -> dict[str, Any]:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--preset", nargs="?", default="default")
     preset = parser.parse_known_args(args)[0].preset
-    commands: dict[str, Any] = {"all": run_all}
+    commands: dict[str, Any] = {"all": run_all, "report": write_report}
     for each in STUDIES:
         commands[each.NAME] = _command(each, each.of(preset if preset in get_args(study.Preset) else "default"))
     return commands | {

@@ -14,32 +14,18 @@ import numpy as np
 from experiments.harness import curves, lab, plot, protocol, records, runs, study
 from experiments.models import networks
 
-LOSS = 0.1
-"""The target of the training loss, as a part of the loss of guessing, log(classes)."""
-ACCURACY = 0.9
-"""The target of the smoothed validation accuracy."""
 ARMS = ("plain", "batch normalization")
 RATES = ("same rate", "own best rate")
-MEASURES = {"loss": f"a training loss of {LOSS:g} log(classes)", "accuracy": f"a validation accuracy of {ACCURACY:g}"}
 NETWORKS = {"sigmoid": "the sigmoid network", "convolutional": "the convolutional network"}
 GRIDS = {"sigmoid": lab.half_decades(0.03, 100), "convolutional": lab.half_decades(0.003, 3)}
 
 
-def steps_to(series: runs.Series, classes: int) -> dict[str, np.ndarray]:
-    """By measure, the steps of each seed to its target; nan if it is never reached."""
-    accuracy = curves.smoothed(series["validation_accuracy"])
-    return {
-        "loss": curves.reached(series.steps, series["loss"], LOSS * np.log(classes), "below"),
-        "accuracy": curves.reached(series.steps, accuracy, ACCURACY),
-    }
-
-
 def _parts():
-    for network, rate, measure in product(NETWORKS, RATES, MEASURES):
+    for network, rate, measure in product(NETWORKS, RATES, curves.TARGETS):
         paper = "31.0 / 13.3 = 2.3 at the same rate, 31.0 / 2.1 = 15 at the best (figure 3, Inception)"
         yield protocol.Part(
             f"{network}, {rate}, {measure}",
-            f"{NETWORKS[network]}: steps to {MEASURES[measure]}, plain / batch normalization, at "
+            f"{NETWORKS[network]}: steps to {curves.TARGETS[measure]}, plain / batch normalization, at "
             + ("the plain network's best rate" if rate == RATES[0] else "each one's own best rate"),
             1.0,
             "faster means fewer steps",
@@ -53,7 +39,9 @@ class Convergence(study.Study):
 
     NAME = "convergence"
     CLAIM = "batch-normalized networks converge faster"
-    QUESTION = "Does a network with batch normalization need fewer steps, at the same learning rate and at its own best?"
+    QUESTION = (
+        "Does a network with batch normalization need fewer steps, at the same learning rate and at its own best?"
+    )
     SOURCE = "Ioffe & Szegedy (2015), section 4.1, figures 1a and 3"
     PROTOCOL = (
         "The paper's network of three hidden layers of 100 sigmoid units, with initial weights of standard deviation "
@@ -93,11 +81,63 @@ class Convergence(study.Study):
             steps = self.steps if network == "sigmoid" else min(self.steps, self.convolutional_steps)
             every = {"steps": steps, "batch_size": self.batch_size, "eval_every": self.eval_every}
             each = {arm: self._network(lab.dataset, network, arm) for arm in ARMS}
-            rate = {
-                arm: lab.tune(f"{network}, {arm}", each[arm], GRIDS[network], **every).rate for arm in ARMS
-            }
+            rate = {arm: lab.tune(f"{network}, {arm}", each[arm], GRIDS[network], **every).rate for arm in ARMS}
             for arm in ARMS:
                 lab.train(f"{network}, {arm}", each[arm], (rate["plain"], rate[arm]), **every)
 
+    def _steps(self, metrics):
+        """By network, rate and arm, the series and its steps to the targets."""
+        for network, rate in product(NETWORKS, RATES):
+            best = {arm: lab.chosen(metrics, f"{network}, {arm}") for arm in ARMS}
+            for arm in ARMS:
+                used = best["plain" if rate == RATES[0] else arm].rate
+                series = metrics[lab.at(f"{network}, {arm}", used)]
+                yield (network, rate, arm), used, series, curves.steps_to(series, metrics.classes)
+
     def judge(self, metrics: runs.Metrics) -> study.Finding:
-        raise NotImplementedError
+        found = {key: (used, series, steps) for key, used, series, steps in self._steps(metrics)}
+        effects, remarks = {}, {}
+        for network, rate, measure in product(NETWORKS, RATES, curves.TARGETS):
+            name = f"{network}, {rate}, {measure}"
+            (_, plain, slow), (_, _, quick) = (found[network, rate, arm] for arm in ARMS)
+            effects[name] = curves.times_as_fast(slow[measure], quick[measure], plain.steps[-1])
+            edges = [lab.chosen(metrics, f"{network}, {arm}").edge for arm in (ARMS if rate == RATES[1] else ARMS[:1])]
+            remarks[name] = "; ".join(filter(None, edges))
+        rows = [["network, rate", "arm", "learning rate", *curves.TARGETS.values(), "test accuracy at the end"]]
+        for (network, rate, arm), (used, series, steps) in found.items():
+            words = [records.spread(steps[measure], ".0f", "never") for measure in curves.TARGETS]
+            accuracy = records.spread(series["test_accuracy"], ".4f")
+            rows.append([f"{network}, {rate}", arm, f"{used:g}", *words, accuracy])
+        said = [
+            f"{NETWORKS[network]} at {rate}: {rows[i + 1][3]} steps to the training loss plain, {rows[i + 2][3]} with "
+            "batch normalization"
+            for i, (network, rate) in zip(range(0, 8, 2), product(NETWORKS, RATES), strict=True)
+        ]
+        return study.Finding(
+            effects,
+            f"{'; '.join(said)}.",
+            "Training loss and validation accuracy at each arm's own best rate",
+            rows,
+            remarks,
+        )
+
+    def draw(self, path, metrics, title):
+        shown = {key: series for key, _, series, _ in self._steps(metrics) if key[1] == RATES[1]}
+        with plot.figure(path, title, panels=3) as panels:
+            for axes, (network, name, label) in zip(
+                panels,
+                (
+                    ("sigmoid", "loss", "training loss"),
+                    ("convolutional", "loss", "training loss"),
+                    ("convolutional", "validation_accuracy", "validation accuracy"),
+                ),
+                strict=True,
+            ):
+                series = {arm: shown[network, RATES[1], arm] for arm in ARMS}
+                plot.curves(axes, {arm: (each.steps[1:], each[name][:, 1:]) for arm, each in series.items()})
+                axes.set(ylabel=label, xscale="log")
+                axes.set_title(network, fontsize=10)
+                if name == "loss":
+                    axes.axhline(curves.LOSS * np.log(metrics.classes), color="0.4", linewidth=1, linestyle="--")
+                    axes.set_yscale("log")
+            plot.legend(panels[0], self.seeds)

@@ -2,8 +2,25 @@
 
 import numpy as np
 
+from experiments.harness import runs
+
 SMOOTHED = 3
 """The number of evaluations whose mean is one point of a smoothed curve."""
+LOSS = 0.1
+"""The target of the training loss, as a part of the loss of guessing, log(classes)."""
+ACCURACY = 0.9
+"""The target of the smoothed validation accuracy."""
+TARGETS = {"loss": f"a training loss of {LOSS:g} log(classes)", "accuracy": f"a validation accuracy of {ACCURACY:g}"}
+"""The targets that speed is measured to, by measure. They are the same for all claims, data sets and arms."""
+
+
+def steps_to(series: runs.Series, classes: int) -> dict[str, np.ndarray]:
+    """By measure, the steps of each seed to its target; nan if it is never reached."""
+    accuracy = smoothed(series["validation_accuracy"])
+    return {
+        "loss": reached(series.steps, series["loss"], LOSS * np.log(classes), "below"),
+        "accuracy": reached(series.steps, accuracy, ACCURACY),
+    }
 
 
 def smoothed(values: np.ndarray) -> np.ndarray:

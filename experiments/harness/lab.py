@@ -127,4 +127,4 @@ class Lab:
         names = [tuning(arm, rate) for rate in rates]
         options = {**options, "probe": None}
         self.fit(names, network, settings=[{"rate": rate} for rate in rates], seeds=self.tuning_seeds, **options)
-        return chosen(self.record.metrics(self.tuning_seeds), arm, by)
+        return chosen(self.record.metrics(self.tuning_seeds, self.dataset.classes), arm, by)

@@ -31,8 +31,12 @@ class Series:
         return self.values[name]
 
 
-Metrics = Mapping[str, Series]
-"""The series of all networks of a claim, by name."""
+class Metrics(dict[str, Series]):
+    """The series of all networks of a claim, by name, and the number of classes of the data set."""
+
+    def __init__(self, series: Mapping[str, Series], classes: int) -> None:
+        super().__init__(series)
+        self.classes = classes
 
 
 class Record:
@@ -73,8 +77,9 @@ class Record:
                 values[name] = curve[-1] if name.startswith("test_") else curve
             self.add(network, seed, (evaluation.step for evaluation in evaluations), values)
 
-    def metrics(self, seeds: Iterable[int]) -> dict[str, Series]:
+    def metrics(self, seeds: Iterable[int], classes: int) -> Metrics:
         """The series of every network, of those of the seeds for which it has a run."""
+        seeds = [*seeds]
         found = {}
         for network, runs in self.runs.items():
             own = [seed for seed in seeds if seed in runs]
@@ -82,7 +87,7 @@ class Record:
                 names = [name for name in runs[own[0]] if name not in ("network", "seed", "steps")]
                 values = {name: np.array([_array(runs[seed][name]) for seed in own]) for name in names}
                 found[network] = Series((*own,), np.array(runs[own[0]]["steps"]), values)
-        return found
+        return Metrics(found, classes)
 
 
 def _rounded(values: np.ndarray) -> Any:

@@ -102,7 +102,7 @@ class Study:
 
     def folder(self, dataset: data.Dataset) -> Path:
         """The folder of this experiment's files."""
-        return self.out / self.NAME / _slug(dataset.name) + "-stream" * self.stream
+        return self.out / self.NAME / (_slug(dataset.name) + "-stream" * self.stream)
 
     def measure(self, lab: lab.Lab) -> None:
         """Train the networks, or whatever the claim measures, unless the laboratory's record has it already."""
@@ -141,11 +141,12 @@ def run(study: Study, dataset: data.Dataset, progress: "tqdm[Any]") -> None:
       InputError: if the folder has the results of another design or of other data.
     """
     folder = study.folder(dataset)
-    before = _earlier(study, dataset)
+    before, checksum = _earlier(study, dataset), dataset.sha256()
+    shown = dataset.name.replace("scikit-learn digits", "digits") + ", moving" * study.stream
     begun, record = time.perf_counter(), runs.Record(folder / "metrics.jsonl")
 
     def write(complete):
-        facts = {"dataset": dataset.name, "dataset_sha256": dataset.sha256(), "design": study.design()}
+        facts = {"dataset": shown, "dataset_sha256": checksum, "classes": dataset.classes, "design": study.design()}
         seconds = round(before + time.perf_counter() - begun, 1)
         records.write_config(folder, study, **facts, seconds=seconds, complete=complete)
 
@@ -171,7 +172,9 @@ def _earlier(study: Study, dataset: data.Dataset) -> float:
     except FileNotFoundError:
         return 0.0
     except ValueError as error:
-        raise data.InputError(f"{study.folder(dataset)}: config.json is damaged ({error}). Delete the folder.") from error
+        raise data.InputError(
+            f"{study.folder(dataset)}: config.json is damaged ({error}). Delete the folder."
+        ) from error
     found = {"dataset_sha256": config.get("dataset_sha256"), **config.get("design", {})}
     wanted = {"dataset_sha256": dataset.sha256(), **study.design()}
     different = [
@@ -205,7 +208,7 @@ def conclude(kind: type[Study], out: Path) -> report.Section | None:
 
 
 def _concluded(study: Study, folder: Path, config: Mapping[str, Any]) -> tuple[report.Result, report.Shown]:
-    metrics = runs.Record(folder / "metrics.jsonl").metrics([*lab.TUNING_SEEDS, *study.seed_numbers])
+    metrics = runs.Record(folder / "metrics.jsonl").metrics([*lab.TUNING_SEEDS, *study.seed_numbers], config["classes"])
     finding = study.judge(metrics)
     parts = (*protocol.decide(study.PARTS, finding.effects, finding.remarks),)
     path = folder / f"{study.NAME}.png"
@@ -248,8 +251,8 @@ def _row(part: protocol.Decided) -> list[str]:
     return [part.name, effect, f"{part.side} {part.threshold:g}", f"{part.verdict} {part.remark}".strip()]
 
 
-def run_all(studies: Sequence[Study]) -> None:
-    """Run the experiments, go on with those that are not complete, and write the report on all."""
+def run_all(studies: Sequence[Study], kinds: Sequence[type[Study]]) -> None:
+    """Run the experiments, go on with those that are not complete, and write the report on all kinds in the folder."""
     runtime.provide_devices()
     datasets = [study.load() for study in studies]
     for study, dataset in zip(studies, datasets, strict=True):
@@ -258,7 +261,7 @@ def run_all(studies: Sequence[Study]) -> None:
     with bar(len(studies)) as progress:
         for study, dataset in zip(studies, datasets, strict=True):
             run(study, dataset, progress)
-    write_report(out, [type(study) for study in studies])
+    write_report(out, kinds)
 
 
 def write_report(out: Path, kinds: Sequence[type[Study]]) -> None:

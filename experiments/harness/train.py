@@ -5,7 +5,6 @@ all of its devices, and each device has a shard of every batch.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -363,9 +362,7 @@ def _evaluator(
 
     shared = P(along) if along else P()
     if along:
-        every = jax.shard_map(
-            every, mesh=mesh, in_specs=(shared,) * 4 + (P(),) * 5, out_specs=shared, check_vma=False
-        )
+        every = jax.shard_map(every, mesh=mesh, in_specs=(shared,) * 4 + (P(),) * 5, out_specs=shared, check_vma=False)
     every = jax.jit(every, out_shardings=NamedSharding(mesh, shared))
 
     def evaluate(learner):

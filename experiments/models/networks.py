@@ -204,7 +204,9 @@ def _apply(params, state, x, train, *, axis_name=None, **options):
     return apply(params, state, x, train, **options, **({} if axis_name is None else {"axis_name": axis_name}))
 
 
-def mlp(dataset: data.Dataset, hidden: Sequence[int], batch_norm: bool, weights: Weights = he, **options: Any) -> Network:
+def mlp(
+    dataset: data.Dataset, hidden: Sequence[int], batch_norm: bool, weights: Weights = he, **options: Any
+) -> Network:
     """A fully connected network; see `network`."""
     return network(dataset, [Layer(features) for features in hidden], batch_norm, weights, **options)
 
