@@ -142,8 +142,10 @@ def _on_cpu(x, shift, *weight, axes):
     return tuple(jnp.squeeze(v, axes) for v in (jnp.full_like(var, count), pivot + offset, var))
 
 
-guarded_moments = PlatformFunction("bnjax_moments", guarded, cpu=_on_cpu, taylor=_two_looks, first_is_full=True)
-unguarded_moments = PlatformFunction(
+guarded_moments: PlatformFunction = PlatformFunction(
+    "bnjax_moments", guarded, cpu=_on_cpu, taylor=_two_looks, first_is_full=True
+)
+unguarded_moments: PlatformFunction = PlatformFunction(
     "bnjax_part_moments", around_a_part, cpu=_on_cpu, taylor=_two_looks, first_is_full=True
 )
 

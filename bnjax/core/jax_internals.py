@@ -45,8 +45,10 @@ def _module(name: str) -> Any:
 
 
 Primitive: Any = getattr(_module("jax.extend.core"), "Primitive", None)
-ad, batching, mlir = (_module(f"jax.interpreters.{name}") for name in ("ad", "batching", "mlir"))
-jet = _module("jax.experimental.jet")
+ad: Any = _module("jax.interpreters.ad")
+batching: Any = _module("jax.interpreters.batching")
+mlir: Any = _module("jax.interpreters.mlir")
+jet: Any = _module("jax.experimental.jet")
 HAS_PRIMITIVES = None not in (Primitive, ad, batching, mlir)
 
 
@@ -77,11 +79,13 @@ class PlatformFunction:
         linear: int = 0,
         first_is_full: bool = False,
     ):
-        self.plain, self.cpu, self.cuda = plain, cpu, cuda
-        self.taylor = taylor or plain
+        self.plain: Callable[..., Any] = plain
+        self.cpu: Callable[..., Any] | None = cpu
+        self.cuda: Callable[..., Any] | None = cuda
+        self.taylor: Callable[..., Any] = taylor or plain
         self.linear = linear
         self.first_is_full = first_is_full
-        self.primitive = self._registered(Primitive(name)) if HAS_PRIMITIVES else None
+        self.primitive: Any = self._registered(Primitive(name)) if HAS_PRIMITIVES else None
 
     def __call__(self, *arrays: Any, axes: tuple[int, ...]) -> tuple[Any, ...]:
         if self.primitive is None:
