@@ -62,6 +62,11 @@ def dtype_of(name: str) -> Any:
     return jnp.dtype(name)
 
 
+def label(case: Case) -> str:
+    """The case in a few words."""
+    return f"{'x'.join(map(str, case.shape))}, {case.block}, {case.direction}, {case.dtype}"
+
+
 def arrays(shape: tuple[int, ...], dtype: str, number: int) -> list[Array]:
     """Normal numbers, made on the device."""
     return [_normal(shape, dtype)(jax.random.key(i)) for i in range(number)]
@@ -135,7 +140,7 @@ def layer(
 ) -> None:
     """Times of the layer in each library."""
     made = {
-        (name, case): record.attempt(f"{name}, {case}", partial(_made, name, case))
+        (name, case): record.attempt(f"{name}, {label(case)}", partial(_made, name, case))
         for case, name in itertools.product(every, libraries)
         if name in contenders.LAYERS
     }
@@ -143,7 +148,7 @@ def layer(
     held: tuple[Any, list[Array]] = (None, [])
     beside = torch_on_device() if "PyTorch" in libraries else None
     for case in every:
-        if record.late(f"{case}"):
+        if record.late(label(case)):
             continue
         if held[0] != (case.shape, case.dtype):
             held = (None, [])  # frees the memory before the next arrays are made
@@ -156,13 +161,13 @@ def layer(
             if (name, case) in programs:
                 calls[name] = partial(programs[name, case], *made[name, case][1], *given)
         if beside:
-            call = record.attempt(f"PyTorch, {case}", partial(_torch_layer, case, *beside))
+            call = record.attempt(f"PyTorch, {label(case)}", partial(_torch_layer, case, *beside))
             calls |= {} if call is None else {"PyTorch": call}
-        found = record.attempt(f"{case}", partial(times, calls, rounds, repeats))
+        found = record.attempt(label(case), partial(times, calls, rounds, repeats))
         if found is not None:
             facts = {"shape": case.shape, "block": case.block, "direction": case.direction, "dtype": case.dtype}
             record.keep({**facts, "seconds": found})
-            record.say(f"{facts} " + ", ".join(f"{name} {1e6 * min(s):.0f} us" for name, s in found.items()))
+            record.say(f"{label(case)}: " + ", ".join(f"{name} {1e6 * min(s):.0f} us" for name, s in found.items()))
 
 
 def _made(name, case):
@@ -172,10 +177,12 @@ def _made(name, case):
 
 
 def _torch_layer(case, torch, device):
+    """The block in PyTorch, after a first call, so that a failure is PyTorch's alone."""
     options = {"device": device, "dtype": getattr(torch, case.dtype)}
-    return torch_call(
-        contenders.torch_block(case, *(torch.randn(case.shape, **options) for _ in range(3))), torch, device
-    )
+    tensors = [torch.randn(case.shape, **options) for _ in range(3)]
+    call = torch_call(contenders.torch_block(case, *tensors), torch, device)
+    jax.block_until_ready(call())
+    return call
 
 
 # The guard.
@@ -194,26 +201,26 @@ def guard(
         made |= {(NO_GUARD, *key): _guard_program("bnjax", *key) for key in every}
     programs = record.compiled({key: program for key, (program, _) in made.items()}, threads)
     for case, number in every:
-        label = f"{case}, {number} layers"
-        if record.late(label):
+        name = f"{label(case)}, {number} in a chain"
+        if record.late(name):
             continue
         given = arrays(case.shape, dtype, 1 if number > 1 else 2 if case.direction == "forward" else 3)
         calls: dict[str, Callable[[], Any]] = {}
-        for name in ("bnjax", NO_GUARD, *FLAX):
-            if (name, case, number) in programs:
-                program, variables = programs[name, case, number], made[name, case, number][1]
-                calls[NEAR if name == "bnjax" else name] = partial(program, *variables, *given)
-                if name == "bnjax":
+        for library in ("bnjax", NO_GUARD, *FLAX):
+            if (library, case, number) in programs:
+                program, variables = programs[library, case, number], made[library, case, number][1]
+                calls[NEAR if library == "bnjax" else library] = partial(program, *variables, *given)
+                if library == "bnjax":
                     params, state = variables
                     far = state._replace(mean=state.mean + DISTANCE)
                     calls[FAR] = partial(program, params, far, *given)
         for issued in dict.fromkeys((1, max(1, repeats // number))):
-            found = record.attempt(label, partial(times, calls, rounds, issued))
+            found = record.attempt(name, partial(times, calls, rounds, issued))
             if found is not None:
                 facts = {"shape": case.shape, "direction": case.direction, "dtype": dtype}
                 record.keep({**facts, "layers": number, "issued": issued, "seconds": found})
-                least = ", ".join(f"{name} {1e6 * min(seconds):.0f} us" for name, seconds in found.items())
-                record.say(f"{label}, {issued} at once: {least}")
+                least = ", ".join(f"{each} {1e6 * min(seconds):.0f} us" for each, seconds in found.items())
+                record.say(f"{name}, {issued} at once: {least}")
 
 
 def _guard_program(name, case, number):

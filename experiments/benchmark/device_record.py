@@ -121,7 +121,7 @@ class Record:
         begun = time.perf_counter()
         with ThreadPoolExecutor(threads) as pool:
             waiting = {name: pool.submit(program.compile) for name, program in lowered.items()}
-        done = {name: self.attempt(f"{name}", future.result) for name, future in waiting.items()}
+        done = {name: self.attempt(f"compiling {name}", future.result) for name, future in waiting.items()}
         self.say(f"compiled {len(done)} programs in {time.perf_counter() - begun:.1f} s")
         return {name: program for name, program in done.items() if program is not None}
 

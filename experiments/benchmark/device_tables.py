@@ -111,7 +111,7 @@ def resnet(results: dict[str, Any]) -> Table:
         for name, seconds in least.items():
             about = e["facts"].get(name, {})
             again = about.get("looked again")
-            added = "" if base is None or flax is None else f"{(seconds - base) / (flax - base):.3f}"
+            added = "" if base is None or flax is None or flax <= base else f"{(seconds - base) / (flax - base):.3f}"
             rows.append(
                 [
                     name if base is not None or name == "PyTorch" else f"{name}, beside PyTorch",
@@ -120,7 +120,7 @@ def resnet(results: dict[str, Any]) -> Table:
                     f"{e['images'] / seconds:.0f}",
                     added,
                     f"{about['temporary'] / 1e9:.2f}" if about.get("temporary") else "",
-                    "" if again is None or "Flax" in name else f"{again[0]} of {again[1]}",
+                    "" if again is None or name not in ("bnjax", device_parts.FAR) else f"{again[0]} of {again[1]}",
                 ]
             )
     head = ["normalization", "ms a step", "spread", "images a second", "adds, of what Flax adds", "temporary GB"]
