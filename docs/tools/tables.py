@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.benchmark import bench, compiled, exactness
+from experiments.benchmark import bench, compiled, device_tables, exactness
 from experiments.harness import records, report
 
 ROOT = Path(__file__).parents[2]
@@ -185,6 +185,12 @@ def variants_timed() -> str:
         least = bench.least(e)
         rows.append([" x ".join(map(str, e["shape"])), *(f"{least[n] / least['bn_apply']:.2f}" for n in names)])
     return table(["shape of x", *(f"`{name}`" for name in names)], rows)
+
+
+def device(name: str, folder: Path = RESULTS / "device") -> str:
+    """A table of `device_tables.TABLES`, or the facts about the device, from the results in a folder."""
+    results = device_tables.read(folder)
+    return device_tables.facts(results) if name == "facts" else table(*device_tables.TABLES[name](results))
 
 
 COMPARED = ("bnjax", "Flax Linen", "Haiku", "Equinox", "Keras on JAX", "PyTorch")
