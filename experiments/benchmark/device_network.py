@@ -5,7 +5,6 @@ running statistics are those of that batch, as if they had settled on it, so tha
 near.
 """
 
-import contextlib
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -37,7 +36,7 @@ def networks(libraries: tuple[str, ...]) -> dict[str, resnet50.Norm]:
         NONE: resnet50.Affine,
         "Flax Linen": partial(nn.BatchNorm, **options),
         "bnjax": partial(linen.BatchNorm, **options),
-        parts.NO_GUARD: partial(linen.BatchNorm, **options),
+        **{name: partial(linen.BatchNorm, **options) for name in parts.READ_BY},
     }
     return {name: norm for name, norm in known.items() if name == NONE or name.partition(",")[0] in libraries}
 
@@ -99,7 +98,7 @@ def resnet(
     carries: dict[str, Any] = {}
     for name, norm in networks(libraries).items():
         step, init = resnet50.training_step(norm)
-        with parts.without_guard() if name == parts.NO_GUARD else contextlib.nullcontext():
+        with parts.read_by(name):
             shapes = jax.eval_shape(init, x)
             carries[name] = jax.tree.map(partial(_started, np.random.default_rng(0)), shapes)
             carries[name] = _norms_start(carries[name])
@@ -121,10 +120,10 @@ def resnet(
 
 
 def _prepared(name, program, carry, *batch):
-    """Calls of the step, with running means near and, for bnjax, far; and facts about them."""
+    """Calls of the step, with running means near and, with the guard, far; and facts about them."""
     if "batch_stats" in carry[0]:
         carry = settled(carry, program(carry, *batch)[0])
-    starts = {name: carry} | ({parts.FAR: far(carry)} if name == "bnjax" else {})
+    starts = {name: carry} | ({parts.FAR: far(carry)} if name == parts.NEAR else {})
     facts: dict[str, dict[str, Any]] = {}
     for label, start in starts.items():
         after, loss = program(start, *batch)

@@ -120,7 +120,9 @@ def resnet(results: dict[str, Any]) -> Table:
                     f"{e['images'] / seconds:.0f}",
                     added,
                     f"{about['temporary'] / 1e9:.2f}" if about.get("temporary") else "",
-                    "" if again is None or name not in ("bnjax", device_parts.FAR) else f"{again[0]} of {again[1]}",
+                    ""
+                    if again is None or name not in (device_parts.NEAR, device_parts.FAR)
+                    else f"{again[0]} of {again[1]}",
                 ]
             )
     head = ["normalization", "ms a step", "spread", "images a second", "adds, of what Flax adds", "temporary GB"]

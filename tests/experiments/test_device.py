@@ -51,7 +51,7 @@ def test_a_small_run_times_the_layer_and_the_guard(tmp_path, flax_promotion):
         ("backward", 1),
         ("forward", 2),
     ]
-    contenders = {device_parts.NEAR, device_parts.FAR, device_parts.NO_GUARD, *device_parts.FLAX}
+    contenders = {"bnjax", device_parts.NEAR, device_parts.FAR, device_parts.NO_GUARD, *device_parts.FLAX}
     assert all(set(e["seconds"]) == contenders for e in guard)
     assert results["left_out"] == {}
     assert "copy" in results["parts"]  # the limit of all else
@@ -61,16 +61,19 @@ def test_a_small_run_times_a_network_whose_running_means_are_near(tmp_path, monk
     monkeypatch.setattr(device_network.resnet50, "STAGES", (1,))
     flags = ["--images", "4", "--size", "16", "--libraries", "bnjax"]
     (entry,) = measured(tmp_path, "--parts", "resnet", *flags)["parts"]["resnet"]
-    names = {"none", "bnjax", device_parts.NO_GUARD, device_parts.FAR}
+    names = {"none", "bnjax", device_parts.NEAR, device_parts.NO_GUARD, device_parts.FAR}
     assert set(entry["seconds"]) == set(entry["facts"]) == names
-    assert entry["facts"]["bnjax"]["looked again"] == [0, 5]
+    assert entry["facts"][device_parts.NEAR]["looked again"] == [0, 5]
     assert entry["facts"][device_parts.FAR]["looked again"] == [5, 5]
     # The running statistics play no part in training, with or without the guard.
     np.testing.assert_allclose(*[entry["facts"][name]["loss"] for name in ("bnjax", device_parts.FAR)], rtol=1e-2)
     np.testing.assert_allclose(*[entry["facts"][name]["loss"] for name in ("bnjax", device_parts.NO_GUARD)], rtol=1e-2)
 
 
-def test_without_guard_leaves_out_the_conditional_and_nothing_else(rng):
+@pytest.mark.parametrize(
+    ("name", "conditional"), [("bnjax", False), (device_parts.NEAR, True), (device_parts.NO_GUARD, False)]
+)
+def test_the_guard_is_in_the_program_for_a_gpu_that_is_traced_with_it(name, conditional, rng):
     x = rng.standard_normal((64, 4), np.float32)
     params, state = bnjax.bn_init(4)
 
@@ -80,11 +83,10 @@ def test_without_guard_leaves_out_the_conditional_and_nothing_else(rng):
         )
         return lowered.as_text()
 
-    assert "stablehlo.case" in text()
-    with device_parts.without_guard():
-        assert "stablehlo.case" not in text()
+    with device_parts.read_by(name):
+        assert ("stablehlo.case" in text()) == conditional
         y, new = bnjax.bn_apply(params, state, x, True, momentum=0.0)
-    assert "stablehlo.case" in text()
+    assert "stablehlo.case" not in text()
     np.testing.assert_allclose(new.mean, x.mean(0), atol=1e-6)
     np.testing.assert_allclose(y, (x - x.mean(0)) / np.sqrt(x.var(0) + 1e-5), atol=1e-5)
 
@@ -119,10 +121,10 @@ def test_the_tables_of_guard_and_network_have_the_differences():
     entry = {"shape": [2, 3], "direction": "forward", "dtype": "bfloat16", "layers": 50, "issued": 1}
     _, rows = device_tables.guard(results_of(guard=[{**entry, "seconds": seconds}]))
     assert rows == [["2 x 3, bfloat16, a chain of 50, forward, one call at a time", "20.0", "10.0", "16.0", "10.0"]]
-    facts = {"bnjax": {"loss": 1.0, "temporary": 2 * 10**9, "looked again": [1, 53]}}
-    steps = {"none": [0.06], "Flax Linen": [0.1], "bnjax": [0.09]}
+    facts = {device_parts.NEAR: {"loss": 1.0, "temporary": 2 * 10**9, "looked again": [1, 53]}}
+    steps = {"none": [0.06], "Flax Linen": [0.1], device_parts.NEAR: [0.09]}
     _, rows = device_tables.resnet(results_of(resnet=[{"images": 9, "size": 224, "seconds": steps, "facts": facts}]))
-    assert rows[2] == ["bnjax", "90.00", "0.0%", "100", "0.750", "2.00", "1 of 53"]
+    assert rows[2] == [device_parts.NEAR, "90.00", "0.0%", "100", "0.750", "2.00", "1 of 53"]
 
 
 def test_the_facts_have_the_clocks_under_load():
