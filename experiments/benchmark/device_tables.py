@@ -70,6 +70,13 @@ def layer(results: dict[str, Any]) -> Table:
     return ["", *times, *(f"{name}, of the copy speed" for name in libraries)], rows
 
 
+def times_beside(results: dict[str, Any], block: str, direction: str, dtype: str) -> dict[str, str]:
+    """By library, its time in multiples of bnjax's, as a geometric mean over the shapes that are not a call's overhead."""
+    wanted = {"block": block, "direction": direction, "dtype": dtype}
+    every = [e for e in entries(results, "layer") if _values(e) >= SMALL and all(e[k] == v for k, v in wanted.items())]
+    return {name: f"{ratio(every, name, 'bnjax'):.2f}" for name in names(every) if name != "copy"}
+
+
 def layer_times(results: dict[str, Any]) -> Table:
     """By case: the least time of each call in microseconds, and the spread (median / least - 1) of bnjax's times."""
     every = entries(results, "layer")
