@@ -1,4 +1,4 @@
-"""Batch normalization reduces internal covariate shift (Ioffe & Szegedy, 2015, sections 1, 2 and 4.1, figures 1b and c).
+"""Batch normalization reduces internal covariate shift (Ioffe & Szegedy, 2015, sections 2 and 4.1, figures 1b and c).
 
 The shift is measured in two ways. Ioffe & Szegedy call it the change in the distribution of network activations due to
 the change in network parameters during training: `distributions.drift`. The mean and the variance of a normalized input
@@ -105,13 +105,13 @@ class Activations(study.Study):
     )
     SOURCE = "Ioffe & Szegedy (2015), sections 2 and 4.1, figures 1b and 1c; Santurkar et al. (2018), section 2.2"
     PROTOCOL = (
-        "The networks of the claim convergence, each arm at a learning rate chosen by the mean validation accuracy over "
-        "the curve. The drift is the standard deviation, over all steps of training, of the median of a unit's input in "
-        "the last hidden layer on fixed training images, divided by the input's own standard deviation. It is nearly "
-        "true by definition that normalization makes it smaller. Therefore the measure of Santurkar et al. is added: "
-        "how much a layer's gradient on a batch changes, and the cosine, when the layers before it are updated by a "
-        "step on this batch, averaged over layers. Both arms are compared at equal loss of this batch: at 0.75, 0.5 and "
-        "0.25 of log(classes), which lie between guessing and the target of the training loss."
+        "The networks of the claim convergence, each arm at a learning rate chosen by the mean validation accuracy "
+        "over the curve. The drift is the standard deviation, over all steps of training, of the median of a unit's "
+        "input in the last hidden layer on fixed training images, divided by the input's own standard deviation. It is "
+        "nearly true by definition that normalization makes it smaller. Therefore the measure of Santurkar et al. is "
+        "added: how much a layer's gradient on a batch changes, and the cosine, when the layers before it are updated "
+        "by a step on this batch, averaged over layers. Both arms are compared at equal loss of this batch: at 0.75, "
+        "0.5 and 0.25 of log(classes), which lie between guessing and the target of the training loss."
     )
     WOULD_CHANGE = (
         "The paper of Santurkar et al. compares differences of gradients that are not divided by the gradient's norm, "
@@ -119,9 +119,11 @@ class Activations(study.Study):
         "distributions move more."
     )
     PARTS = (*_parts(),)
-    SMOKE = {"steps": 30, "convolutional_steps": 10, "seeds": 2, "points": 8}
+    SMOKE = {"networks": ("sigmoid",), "steps": 50, "seeds": 2, "points": 8}
     FULL = {"steps": 20_000, "convolutional_steps": 5000, "seeds": 20, "side": 32}
 
+    networks: tuple[str, ...] = (*NETWORKS,)
+    """the networks that are measured; parts on others are undecided"""
     steps: int = 4000
     """updates per run of the sigmoid network"""
     convolutional_steps: int = 500
@@ -157,7 +159,7 @@ class Activations(study.Study):
         return probe
 
     def measure(self, lab: lab.Lab) -> None:
-        for network in NETWORKS:
+        for network in self.networks:
             steps = self.steps if network == "sigmoid" else self.convolutional_steps
             common = {"steps": steps, "batch_size": self.batch_size}
             each = {arm: self._network(lab.dataset, network, arm) for arm in ARMS}
@@ -193,7 +195,7 @@ class Activations(study.Study):
     def judge(self, metrics: runs.Metrics) -> study.Finding:
         effects, remarks, found = {}, {}, {}
         rows = [["network, rate", "arm", "learning rate", *MEASURES]]
-        for network, rate in product(NETWORKS, RATES):
+        for network, rate in product(self.networks, RATES):
             for arm, (used, series) in self._series(metrics, network, rate).items():
                 values = self._measured(metrics, series)
                 found[network, rate, arm] = values
@@ -201,34 +203,35 @@ class Activations(study.Study):
                 rows.append([f"{network}, {rate}", arm, f"{used:g}", *words])
         for part in self.PARTS:
             network, rate, measure = part.name.split(", ")
+            if network not in self.networks:
+                effects[part.name] = np.full(self.seeds, np.nan)
+                continue
             plain, normalized = (found[network, rate, arm][measure] for arm in ARMS)
             effects[part.name] = plain / normalized if part.kind == "ratio" else normalized - plain
             edges = [lab.chosen(metrics, f"{network}, {arm}").edge for arm in (ARMS if rate == RATES[1] else ARMS[:1])]
             remarks[part.name] = "; ".join(filter(None, edges))
         said = []
-        for network in NETWORKS:
+        for network in self.networks:
             plain, same = (found[network, RATES[0], arm] for arm in ARMS)
             own = found[network, RATES[1], ARMS[1]]
-            drifts, changes = (
-                [records.spread(x[name], ".2g") for x in (plain, same, own)] for name in ("drift", "change")
-            )
+            drifts, changes = ([records.spread(x[name], ".2g") for x in (plain, same, own)] for name in [*MEASURES][:2])
             said.append(
-                f"{NETWORKS[network]}: drift {drifts[0]} standard deviations plain, {drifts[1]} with batch normalization "
-                f"at the same rate; the update of the layers before it changes a layer's gradient by {changes[0]} of "
-                f"its norm plain, by {changes[1]} with batch normalization at the same rate, by {changes[2]} at its own "
-                "best rate"
+                f"{NETWORKS[network]}: drift {drifts[0]} standard deviations plain, {drifts[1]} with batch "
+                f"normalization at the same rate; the update of the layers before it changes a layer's gradient by "
+                f"{changes[0]} of its norm plain, by {changes[1]} with batch normalization at the same rate, by "
+                f"{changes[2]} at its own best rate"
             )
         return study.Finding(
             effects,
             f"{'. '.join(said)}.",
-            "The input of one unit of the last hidden layer at the same rate, and the change of gradients against the loss",
+            "The input of a unit of the last hidden layer, and the change of gradients against the loss",
             rows,
             remarks,
         )
 
     def draw(self, path, metrics, title):
         with plot.figure(path, title, panels=3) as panels:
-            series = {arm: each for arm, (_, each) in self._series(metrics, "sigmoid", RATES[0]).items()}
+            series = {arm: each for arm, (_, each) in self._series(metrics, self.networks[0], RATES[0]).items()}
             for arm, each in series.items():
                 # Of the first seed alone: units of different seeds have nothing in common.
                 median, spread = (each[name][0, :, 0] for name in ("median", "spread"))
@@ -236,8 +239,8 @@ class Activations(study.Study):
                 panels[0].fill_between(each.steps, median - spread, median + spread, color=colour, alpha=0.25, lw=0)
                 panels[0].plot(each.steps, median, color=colour, lw=2)
             panels[0].set(xlabel="training steps", ylabel="median, and 15th to 85th percentile, of an input")
-            panels[0].set_title("sigmoid, one seed", fontsize=10)
-            for axes, network in zip(panels[1:], NETWORKS, strict=True):
+            panels[0].set_title(f"{self.networks[0]}, one seed", fontsize=10)
+            for axes, network in zip(panels[1:], self.networks, strict=False):
                 levels = np.geomspace(1, curves.LEVELS[-1], 25)
                 for rate, style in zip(RATES, ("-", "--"), strict=True):
                     for arm, (_, each) in self._series(metrics, network, rate).items():
