@@ -45,9 +45,13 @@ def drift(steps: np.ndarray, median: np.ndarray, spread: np.ndarray) -> np.ndarr
       steps: the steps of the evaluations.
       median, spread: the summaries, of shape (runs, evaluations, units).
     """
+    mean = mean_over_steps(steps, median)[:, None]
+    deviation = np.sqrt(mean_over_steps(steps, (median - mean) ** 2))
+    return (deviation / mean_over_steps(steps, spread)).mean(1)
+
+
+def mean_over_steps(steps: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """By run, the mean over all steps of values of shape (runs, evaluations, ...), linear between evaluations."""
     gaps = np.diff(np.asarray(steps, float))
     weights = np.concatenate([gaps, [0]]) + np.concatenate([[0], gaps])
-    weights = (weights / weights.sum())[:, None]
-    mean = (weights * median).sum(1, keepdims=True)
-    deviation = np.sqrt((weights * (median - mean) ** 2).sum(1))
-    return (deviation / (weights * spread).sum(1)).mean(1)
+    return np.tensordot(values, weights / weights.sum(), ((1,), (0,)))
