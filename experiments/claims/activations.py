@@ -13,6 +13,7 @@ parametrization; the relative change does not. Kernels alone are compared, becau
 
 from dataclasses import dataclass
 from itertools import product
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -161,7 +162,7 @@ class Activations(study.Study):
     def measure(self, lab: lab.Lab) -> None:
         for network in self.networks:
             steps = self.steps if network == "sigmoid" else self.convolutional_steps
-            common = {"steps": steps, "batch_size": self.batch_size}
+            common: dict[str, Any] = {"steps": steps, "batch_size": self.batch_size}
             each = {arm: self._network(lab.dataset, network, arm) for arm in ARMS}
             grid, every = GRIDS[network], max(1, steps // 25)
             rate = {

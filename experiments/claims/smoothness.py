@@ -4,8 +4,8 @@ The networks are those of `convergence`. A third arm has noise AFTER each batch 
 are drawn again at every step (the paper's algorithm 1 in appendix A), so that no layer's inputs have a steady
 distribution.
 
-Along training the gradient g of a fixed batch is followed over steps of eta = 0.5 to 4 times the learning rate, the plain
-network's best one for both arms. The measures are those of figure 4: the range of the loss along this step
+Along training the gradient g of a fixed batch is followed over steps of eta = 0.5 to 4 times the learning rate, which
+is the plain network's best one for both arms. The measures are those of figure 4: the range of the loss along this step
 (a), the largest distance of the gradient there from g (b), and the effective smoothness (c), the largest distance of
 the gradient divided by the distance moved, |g(eta) - g| / (eta |g|). A network that has learned more has a smaller loss
 and smaller gradients, so the arms are compared at equal loss of the batch, by `curves.at_losses`.
@@ -17,6 +17,7 @@ moves the median of a unit's input, divided by the input's own standard deviatio
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -65,7 +66,7 @@ def _parts():
     for network, (measure, words) in product(NETWORKS, curves.TARGETS.items()):
         yield protocol.Part(
             f"{network}, noise, {measure}",
-            f"{NETWORKS[network]}: steps to {words}, plain / noise after batch normalization, each at its own best rate",
+            f"{NETWORKS[network]}: steps to {words}, plain / noise after batch normalization, each at its best rate",
             1.0,
             "faster means fewer steps",
             paper="'still performs better' (figure 2)",
@@ -196,12 +197,12 @@ class Smoothness(study.Study):
     def measure(self, lab: lab.Lab) -> None:
         for network in self.networks:
             steps = self.steps if network == "sigmoid" else self.convolutional_steps
-            common = {"steps": steps, "batch_size": self.batch_size}
+            common: dict[str, Any] = {"steps": steps, "batch_size": self.batch_size}
             each = {arm: self._network(lab.dataset, network, arm) for arm in ARMS}
             rate = {}
             for arm in (ARMS[0], ARMS[2]):  # batch normalization is measured at the plain network's rate alone
-                every = {"eval_every": max(1, steps // 25)}
-                rate[arm] = lab.tune(f"{network}, {arm}", each[arm], GRIDS[network], **common, **every).rate
+                every = max(1, steps // 25)
+                rate[arm] = lab.tune(f"{network}, {arm}", each[arm], GRIDS[network], eval_every=every, **common).rate
             for arm in ARMS:
                 lab.train(
                     f"{network}, {arm}",

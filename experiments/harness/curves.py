@@ -26,7 +26,7 @@ def log_spaced(steps: int, points: int) -> tuple[int, ...]:
     return (*np.unique(np.geomspace(1, steps, points).round().astype(int)).tolist(),)
 
 
-def at_losses(loss: np.ndarray, values: np.ndarray, levels: Sequence[float]) -> np.ndarray:
+def at_losses(loss: np.ndarray, values: np.ndarray, levels: Sequence[float] | np.ndarray) -> np.ndarray:
     """By run, the mean over levels of a quantity at a loss, of shape (runs,).
 
     A level is passed between the first evaluation whose loss is at or below it and the one before; between these two
