@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.harness import curves, distributions, lab, plot, protocol, records, runs, study, train
+from experiments.harness import curves, distributions, lab, plot, protocol, records, report, runs, study, train
 from experiments.models import networks
 
 ARMS = ("plain", "batch normalization")
@@ -120,6 +120,15 @@ class Activations(study.Study):
         "distributions move more."
     )
     PARTS = (*_parts(),)
+    CHANGES = (
+        report.Change(
+            "2026-11-27",
+            "The drift alone, which normalization makes smaller nearly by definition, at one learning rate that was "
+            "chosen for the plain network and with a threshold of 2 that no publication states. Added were the change "
+            "of gradients by the update of earlier layers (Santurkar et al.), tuned rates and a convolutional network.",
+            "1000 to 1009",
+        ),
+    )
     SMOKE = {"networks": ("sigmoid",), "steps": 50, "seeds": 2, "points": 8}
     FULL = {"steps": 20_000, "convolutional_steps": 5000, "seeds": 20, "side": 32}
 
@@ -231,7 +240,7 @@ class Activations(study.Study):
         )
 
     def draw(self, path, metrics, title):
-        with plot.figure(path, title, panels=3) as panels:
+        with plot.figure(path, title, panels=1 + len(self.networks)) as panels:
             series = {arm: each for arm, (_, each) in self._series(metrics, self.networks[0], RATES[0]).items()}
             for arm, each in series.items():
                 # Of the first seed alone: units of different seeds have nothing in common.
@@ -240,8 +249,8 @@ class Activations(study.Study):
                 panels[0].fill_between(each.steps, median - spread, median + spread, color=colour, alpha=0.25, lw=0)
                 panels[0].plot(each.steps, median, color=colour, lw=2)
             panels[0].set(xlabel="training steps", ylabel="median, and 15th to 85th percentile, of an input")
-            panels[0].set_title(f"{self.networks[0]}, one seed", fontsize=10)
-            for axes, network in zip(panels[1:], self.networks, strict=False):
+            panels[0].set_title(f"{self.networks[0]}, same rate, one seed", fontsize=10)
+            for axes, network in zip(panels[1:], self.networks, strict=True):
                 levels = np.geomspace(1, curves.LEVELS[-1], 25)
                 for rate, style in zip(RATES, ("-", "--"), strict=True):
                     for arm, (_, each) in self._series(metrics, network, rate).items():
