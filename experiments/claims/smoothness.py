@@ -141,8 +141,8 @@ class Smoothness(study.Study):
     CHANGES = (
         report.Change(
             "2026-11-27",
-            "The arms were compared at equal steps, where the normalized network has learned more and its gradients are "
-            "smaller for that reason alone, and with a threshold of 2 that no publication states. They are now compared "
+            "The arms were compared at equal steps, where the normalized network has learned more and has smaller "
+            "gradients for that reason, and with a threshold of 2 that no publication states. They are now compared "
             "at equal loss. The steadiness of the noisy arm, half of the paper's argument, was not measured. Its rate "
             "was the plain network's.",
             "1000 to 1009",
