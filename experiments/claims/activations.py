@@ -111,8 +111,8 @@ class Activations(study.Study):
         "input in the last hidden layer on fixed training images, divided by the input's own standard deviation. It is "
         "nearly true by definition that normalization makes it smaller. Therefore the measure of Santurkar et al. is "
         "added: how much a layer's gradient on a batch changes, and the cosine, when the layers before it are updated "
-        "by a step on this batch, averaged over layers. Both arms are compared at equal loss of this batch: at 0.75, "
-        "0.5 and 0.25 of log(classes), which lie between guessing and the target of the training loss."
+        "by a step on this batch, averaged over layers. Both arms are compared at equal loss of this batch: on average "
+        "over losses from 0.75 to 0.25 of log(classes), which lie between guessing and the target of the training loss."
     )
     WOULD_CHANGE = (
         "The paper of Santurkar et al. compares differences of gradients that are not divided by the gradient's norm, "
@@ -142,10 +142,12 @@ class Activations(study.Study):
     """images per step, and images by which gradients are compared"""
     weight_std: float = 0.1
     """standard deviation of the sigmoid network's initial kernels"""
-    units: int = 4
+    units: int = 3
     """units of the last hidden layer whose inputs are recorded"""
-    points: int = 40
-    """evaluations per run, about, in equal ratios of steps"""
+    points: int = 60
+    """evaluations per run of the sigmoid network, about, in equal ratios of steps"""
+    convolutional_points: int = 30
+    """the same of the convolutional network"""
 
     def _network(self, dataset, network, arm):
         batch_norm = arm != "plain"
@@ -170,7 +172,9 @@ class Activations(study.Study):
 
     def measure(self, lab: lab.Lab) -> None:
         for network in self.networks:
-            steps = self.steps if network == "sigmoid" else self.convolutional_steps
+            steps, points = self.steps, self.points
+            if network == "convolutional":
+                steps, points = self.convolutional_steps, self.convolutional_points
             common: dict[str, Any] = {"steps": steps, "batch_size": self.batch_size}
             each = {arm: self._network(lab.dataset, network, arm) for arm in ARMS}
             grid, every = GRIDS[network], max(1, steps // 25)
@@ -182,7 +186,7 @@ class Activations(study.Study):
                     f"{network}, {arm}",
                     each[arm],
                     (rate["plain"], rate[arm]),
-                    eval_every=curves.log_spaced(steps, self.points),
+                    eval_every=curves.log_spaced(steps, points),
                     probe=self._probe(each[arm].apply, network),
                     **common,
                 )
@@ -267,6 +271,6 @@ class Activations(study.Study):
                         axes.plot(levels, mean, style, color=plot.COLOURS[arm], lw=2, label=label)
                 axes.set(xscale="log", yscale="log", xlabel="loss of the batch / log(classes)", xlim=(1, levels[-1]))
                 axes.set_title(network, fontsize=10)
-                plot.ticks(axes, (1, *curves.LEVELS))
+                plot.ticks(axes, (1, 0.75, 0.5, 0.25))
             panels[1].set_ylabel("relative change of a layer's gradient")
             panels[1].legend(frameon=False, fontsize=8)

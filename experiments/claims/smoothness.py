@@ -4,11 +4,11 @@ The networks are those of `convergence`. A third arm has noise AFTER each batch 
 are drawn again at every step (the paper's algorithm 1 in appendix A), so that no layer's inputs have a steady
 distribution.
 
-Along training the gradient g of a fixed batch is followed over steps of eta = 0.5 to 4 times the learning rate, which
+Along training the gradient g of fixed batches is followed over steps of eta = 0.5 to 4 times the learning rate, which
 is the plain network's best one for both arms. The measures are those of figure 4: the range of the loss along this step
 (a), the largest distance of the gradient there from g (b), and the effective smoothness (c), the largest distance of
 the gradient divided by the distance moved, |g(eta) - g| / (eta |g|). A network that has learned more has a smaller loss
-and smaller gradients, so the arms are compared at equal loss of the batch, by `curves.at_losses`.
+and smaller gradients, so the arms are compared at equal loss of the batches, by `curves.at_losses`.
 
 Two measures tell how steady distributions are: their drift over training, and their shift, by which a single update
 moves the median of a unit's input, divided by the input's own standard deviation.
@@ -112,6 +112,11 @@ def along_gradient(loss, params, rate):
     }
 
 
+def _mean(name, values):
+    """The mean over batches: geometric of what is compared as a ratio."""
+    return values.mean() if name == "batch_loss" else jnp.exp(jnp.log(values).mean())
+
+
 @dataclass(frozen=True)
 class Smoothness(study.Study):
     """The configuration of the experiment. Its fields are the flags of the command line."""
@@ -126,12 +131,13 @@ class Smoothness(study.Study):
     PROTOCOL = (
         "The networks of the claim convergence, and a third arm with noise after each normalization, whose mean and "
         "deviation change at every step (the paper's algorithm 1). Each arm's learning rate is chosen by the mean "
-        "validation accuracy over the curve. Smoothness is measured along the gradient of a fixed batch over 0.5 to 4 "
+        "validation accuracy over the curve. Smoothness is measured along the gradient of fixed batches over 0.5 to 4 "
         "times the plain network's best rate, with which both arms are trained for this. Both are compared at equal "
-        "loss of this batch: at 0.75, 0.5 and 0.25 of log(classes), which lie between guessing and the target of the "
-        "training loss. Steadiness and speed of the noisy arm are compared at each one's own best rate, in the same "
-        "runs. The drift is the standard deviation of a unit's median input over all steps of training, the shift is "
-        "the distance by which one update moves it, and both are divided by the input's own standard deviation."
+        "loss of these batches: on average over losses from 0.75 to 0.25 of log(classes), which lie between guessing "
+        "and the target of the training loss. Steadiness and speed of the noisy arm are compared at each one's own "
+        "best rate, in the same runs. The drift is the standard deviation of a unit's median input over all steps of "
+        "training, the shift is the distance by which one update moves it, and both are divided by the input's own "
+        "standard deviation."
     )
     WOULD_CHANGE = (
         "Smoothness at equal steps of training and not at equal loss: the normalized network has learned more by then. "
@@ -158,13 +164,17 @@ class Smoothness(study.Study):
     convolutional_steps: int = 500
     """updates per run of the convolutional network"""
     batch_size: int = 60
-    """images per step, and images whose loss is followed along its gradient"""
+    """images per step, and of each batch whose loss is followed along its gradient"""
+    batches: int = 4
+    """fixed batches whose loss is followed"""
     weight_std: float = 0.1
     """standard deviation of the sigmoid network's initial kernels"""
-    units: int = 4
+    units: int = 3
     """units of the last hidden layer whose inputs are recorded"""
-    points: int = 60
-    """evaluations per run, about, in equal ratios of steps"""
+    points: int = 100
+    """evaluations per run of the sigmoid network, about, in equal ratios of steps"""
+    convolutional_points: int = 30
+    """the same of the convolutional network"""
 
     def _network(self, dataset, network, arm):
         batch_norm = arm != "plain"
@@ -179,11 +189,16 @@ class Smoothness(study.Study):
 
     def _probe(self, apply, network, arm):
         def smooth(params, state, view):
-            def loss(params):
-                return train.cross_entropy(apply, params, state, *batch)
+            def on(batch):
+                def loss(params):
+                    return train.cross_entropy(apply, params, state, *batch)
 
-            batch = view.images[: self.batch_size], view.labels[: self.batch_size]
-            return along_gradient(loss, params, view.setting["rate"])
+                return along_gradient(loss, params, view.setting["rate"])
+
+            number = min(self.batches, len(view.images) // self.batch_size)
+            rows = view.images[: number * self.batch_size].reshape(number, self.batch_size, -1)
+            each = jax.lax.map(on, (rows, view.labels[: number * self.batch_size].reshape(number, -1)))
+            return {name: _mean(name, values) for name, values in each.items()}
 
         def steady(params, state, view):
             def loss(params):
@@ -206,7 +221,9 @@ class Smoothness(study.Study):
 
     def measure(self, lab: lab.Lab) -> None:
         for network in self.networks:
-            steps = self.steps if network == "sigmoid" else self.convolutional_steps
+            steps, points = self.steps, self.points
+            if network == "convolutional":
+                steps, points = self.convolutional_steps, self.convolutional_points
             common: dict[str, Any] = {"steps": steps, "batch_size": self.batch_size}
             each = {arm: self._network(lab.dataset, network, arm) for arm in ARMS}
             rate = {}
@@ -218,7 +235,7 @@ class Smoothness(study.Study):
                     f"{network}, {arm}",
                     each[arm],
                     (rate.get(arm, rate["plain"]),),
-                    eval_every=curves.log_spaced(steps, self.points),
+                    eval_every=curves.log_spaced(steps, points),
                     probe=self._probe(each[arm].apply, network, arm),
                     **common,
                 )
@@ -297,8 +314,8 @@ class Smoothness(study.Study):
                     ]
                     plot.curves(axes, {arm: (levels, np.exp(np.transpose(values)))}, COLOURS)
                 axes.set(xscale="log", yscale="log", xlim=(1, levels[-1]), ylabel=label)
-                axes.set_xlabel("loss of the batch / log(classes)")
-                plot.ticks(axes, (1, *curves.LEVELS))
+                axes.set_xlabel("loss of the batches / log(classes)")
+                plot.ticks(axes, (1, 0.75, 0.5, 0.25))
             plot.curves(panels[2], {arm: (s.steps[1:], s["loss"][:, 1:]) for arm, (_, s) in series.items()}, COLOURS)
             panels[2].set(xscale="log", yscale="log", ylabel="training loss")
             panels[2].axhline(curves.LOSS * np.log(metrics.classes), color="0.4", linewidth=1, linestyle="--")

@@ -16,9 +16,9 @@ ACCURACY = 0.9
 TARGETS = {"loss": f"a training loss of {LOSS:g} log(classes)", "accuracy": f"a validation accuracy of {ACCURACY:g}"}
 """The targets that speed is measured to, by measure. They are the same for all claims, data sets and arms."""
 
-LEVELS = (0.75, 0.5, 0.25)
-"""The losses, as parts of log(classes), at which quantities of arms of different speed are compared: an early, a middle
-and a late place of the descent from 1, guessing, to the target `LOSS`. Below it gradients are too small to measure."""
+LEVELS = (*np.linspace(0.75, 0.25, 11).round(2).tolist(),)
+"""The losses, as parts of log(classes), at which quantities of arms of different speed are compared, from an early to a
+late place of the descent from 1, guessing, to the target `LOSS`. Below it gradients are too small to measure."""
 
 
 def log_spaced(steps: int, points: int) -> tuple[int, ...]:

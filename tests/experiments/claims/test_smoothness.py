@@ -7,7 +7,7 @@ import pytest
 
 import bnjax
 from experiments.claims import smoothness
-from experiments.harness import lab, protocol, runs
+from experiments.harness import lab, protocol, runs, train
 
 LOG10 = np.log(10)
 
@@ -27,6 +27,48 @@ def test_along_gradient_of_a_parabola_follows_its_curvature():
     np.testing.assert_allclose(found["gradient"], 0.4 * np.linalg.norm(curvature * g), rtol=1e-4)
     # In a parabola it is the same at every length of the step.
     np.testing.assert_allclose(found["smoothness"], np.linalg.norm(curvature * g) / np.linalg.norm(g), rtol=1e-4)
+
+
+def test_the_probe_averages_over_batches_and_measures_one_update():
+    """Of a network of one unit of each kind, written by hand."""
+    study = smoothness.Smoothness(batch_size=2, batches=2, units=1)
+    images = jnp.array([[1.0], [2.0], [3.0], [-1.0], [9.0]])
+    labels = jnp.array([0, 1, 1, 0, 0])
+    params, rate = [{"kernel": jnp.array([[0.5]])}, {"kernel": jnp.array([[1.0, -1.0]])}], 0.2
+
+    def apply(params, state, x, train, activation=jax.nn.sigmoid):
+        return activation(x @ params[0]["kernel"]) @ params[1]["kernel"], state
+
+    view = train.View(images, labels, {"rate": jnp.float32(rate)})
+    found = study._probe(apply, "sigmoid", "plain")(params, (), view)
+
+    def gradient(rows):
+        """Of the loss -log(sigmoid(+-2 w2 h)), where h is the hidden unit, by the kernels (w1, (v, -v))."""
+        total = np.zeros(3)
+        for x, label in zip(np.asarray(images)[rows, 0], np.asarray(labels)[rows], strict=True):
+            h = 1 / (1 + np.exp(-0.5 * x))
+            first = 1 / (1 + np.exp(-2 * h))  # the probability of class 0
+            error = np.array([first, 1 - first]) - np.eye(2)[label]
+            total += np.array([(error[0] - error[1]) * h * (1 - h) * x, error[0] * h, error[1] * h]) / len(rows)
+        return total
+
+    moved = 0.5 - rate * gradient([0, 1])[0]
+    before, after = (np.median(np.asarray(images)[:, 0] * w) for w in (0.5, moved))
+    low, high = np.percentile(np.asarray(images)[:, 0] * 0.5, (15, 85))
+    np.testing.assert_allclose(found["median"], [before], rtol=1e-5)
+    np.testing.assert_allclose(found["shift"], abs(after - before) / ((high - low) / 2), rtol=1e-3)
+    each = [
+        smoothness.along_gradient(lambda p, b=b: _loss(apply, p, images[b], labels[b]), params, rate)
+        for b in (slice(0, 2), slice(2, 4))
+    ]
+    np.testing.assert_allclose(found["batch_loss"], (each[0]["batch_loss"] + each[1]["batch_loss"]) / 2, rtol=1e-5)
+    for name in smoothness.SMOOTH:
+        np.testing.assert_allclose(found[name], np.sqrt(each[0][name] * each[1][name]), rtol=1e-3)
+
+
+def _loss(apply, params, x, labels):
+    logits, _ = apply(params, (), x, True)
+    return -jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], 1).mean()
 
 
 @pytest.mark.parametrize("shape", [(4000, 3), (250, 4, 4, 3)])
