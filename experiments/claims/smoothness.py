@@ -83,13 +83,15 @@ def noisy_bn_apply(params, state, x, train, **options):
     """Batch normalization, then s x + m for each value. The mean of m, in [-0.5, 0.5], and the deviation of s, in
     [1, 1.25], are drawn again for each unit at every step."""
     y, bn_state = bnjax.bn_apply(params, state[0], x, train, **options)
-    key, mean_key, deviation_key, m_key, s_key = jax.random.split(state[1], 5)
+    key, noise_key = jax.random.split(state[1])
     if train:
         units = (*[1] * (x.ndim - 1), x.shape[-1])
-        mean = jax.random.uniform(mean_key, units, minval=-0.5, maxval=0.5)
-        deviation = jax.random.uniform(deviation_key, units, minval=1.0, maxval=1.25)
-        y = y * (deviation + 0.1 * jax.random.normal(s_key, y.shape))
-        y = y + mean + jax.random.uniform(m_key, y.shape, minval=-0.1, maxval=0.1)
+        # One call, because XLA compiles random numbers again for every shape.
+        numbers = jax.random.uniform(noise_key, (2 * y.size + 2 * x.shape[-1],), minval=1e-6)
+        mean, deviation, m, s = jnp.split(numbers, np.cumsum([x.shape[-1], x.shape[-1], y.size]))
+        s = (1 + 0.25 * deviation).reshape(units) + 0.1 * jax.scipy.special.ndtri(s).reshape(y.shape)
+        m = (mean - 0.5).reshape(units) + (0.2 * m - 0.1).reshape(y.shape)
+        y = s * y + m
     return y, (bn_state, key)
 
 
