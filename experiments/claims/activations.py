@@ -136,7 +136,7 @@ class Activations(study.Study):
     """the networks that are measured; parts on others are undecided"""
     steps: int = 4000
     """updates per run of the sigmoid network"""
-    convolutional_steps: int = 500
+    convolutional_steps: int = 400
     """updates per run of the convolutional network"""
     batch_size: int = 60
     """images per step, and images by which gradients are compared"""
