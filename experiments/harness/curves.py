@@ -1,4 +1,7 @@
-"""Curves over training: smoothing, the step at which a target is reached, and how many times as fast one run is."""
+"""Curves over training: smoothing, the step at which a target is reached, how many times as fast one run is, and
+quantities at fixed losses."""
+
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -12,6 +15,39 @@ ACCURACY = 0.9
 """The target of the smoothed validation accuracy."""
 TARGETS = {"loss": f"a training loss of {LOSS:g} log(classes)", "accuracy": f"a validation accuracy of {ACCURACY:g}"}
 """The targets that speed is measured to, by measure. They are the same for all claims, data sets and arms."""
+
+LEVELS = (*np.linspace(0.75, 0.25, 11).round(2).tolist(),)
+"""The losses, as parts of log(classes), at which quantities of arms of different speed are compared, from an early to a
+late place of the descent from 1, guessing, to the target `LOSS`. Below it gradients are too small to measure."""
+
+
+def log_spaced(steps: int, points: int) -> tuple[int, ...]:
+    """About `points` steps from 1 to `steps` in equal ratios, so that runs of different speed are seen equally well."""
+    return (*np.unique(np.geomspace(1, steps, points).round().astype(int)).tolist(),)
+
+
+def at_losses(loss: np.ndarray, values: np.ndarray, levels: Sequence[float] | np.ndarray) -> np.ndarray:
+    """By run, the mean over levels of a quantity at a loss, of shape (runs,).
+
+    A level is passed between the first evaluation whose loss is at or below it and the one before; between these two
+    the quantity is interpolated linearly in the loss. If already the first loss is below the level, the quantity there
+    counts. A run that never gets to the level, or with a quantity there that is not finite, has no value: nan.
+
+    Args:
+      loss: the losses, of shape (runs, evaluations).
+      values: the quantity, of the same shape; the logarithm of what is compared as a ratio.
+      levels: the losses.
+    """
+    rows, found = np.arange(len(loss)), []
+    for level in levels:
+        passed = loss <= level
+        after = passed.argmax(1)
+        before = np.maximum(after - 1, 0)
+        high, low = loss[rows, before], loss[rows, after]
+        share = np.where(high > low, (high - level) / np.where(high > low, high - low, 1), 1)
+        value = (1 - share) * values[rows, before] + share * values[rows, after]
+        found.append(np.where(passed.any(1), value, np.nan))
+    return np.mean(found, 0)
 
 
 def steps_to(series: runs.Series, classes: int) -> dict[str, np.ndarray]:

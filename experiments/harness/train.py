@@ -85,7 +85,7 @@ def fit(
     seeds: int | Sequence[int],
     steps: int,
     batch_size: int,
-    eval_every: int,
+    eval_every: int | Sequence[int],
     settings: Sequence[dict[str, float]] = ({},),
     probe: Probe | None = None,
     moving: bool = False,
@@ -102,7 +102,7 @@ def fit(
       seeds: the seeds, or their number n for 0, ..., n - 1. There is a run for each seed in each setting.
       steps: number of updates per run.
       batch_size: images per update, over all devices; the last batch of an epoch has the remaining images.
-      eval_every: number of updates between evaluations on the whole test set.
+      eval_every: number of updates between evaluations on the whole test set, or the steps of these evaluations.
       settings: dictionaries of numbers with the same names; all settings are trained in one `vmap`.
       probe: function for additional metrics.
       moving: whether training images are shifted, rotated and scaled at random in every step (see `stream`).
@@ -111,7 +111,8 @@ def fit(
       checkpoints: folder to save to. If it contains a checkpoint, training continues from it.
 
     Returns:
-      An iterator over evaluations, before the first step, then every `eval_every` steps and after the last. If training
+      An iterator over evaluations, before the first step, then every `eval_every` steps, or at those, and after
+      the last. If training
       continues from a checkpoint, the evaluations before it are included.
 
     Raises:
@@ -122,6 +123,8 @@ def fit(
     number = splits.train.shape[1]
     if not 0 < batch_size <= number:
         raise data.InputError(f"batch_size={batch_size}: expected 1 to {number}, the size of {splits.name}.")
+    stops = _stops(eval_every, steps)
+    longest = int(np.diff([0, *stops]).max())
     mesh = runtime.mesh() if runtime else runs_mesh()
     along = None if runtime else RUNS  # the axis of the mesh that the runs are divided over
 
@@ -154,12 +157,14 @@ def fit(
         update = updater(apply, optimizer, mesh, runtime.parallel if runtime else "runs", moving)
         images = put(splits.images if moving else data.flat(splits.images), mesh)
         labels = put(splits.labels, mesh)
-        cuts = [eval_every, runtime.checkpoint_every] if store and runtime else [eval_every]
         while done < steps:
-            count = min(steps, *(done - done % cut + cut for cut in cuts)) - done
-            batch = _parts(mesh, along, splits.train, batch_size, seeds, done, count, min(eval_every, steps), moving)
+            stop = stops[np.searchsorted(stops, done, "right")]
+            if store and runtime:
+                stop = min(stop, done - done % runtime.checkpoint_every + runtime.checkpoint_every)
+            count = int(stop) - done
+            batch = _parts(mesh, along, splits.train, batch_size, seeds, done, count, longest, moving)
             learner, done = update(learner, batch, np.int32(count), images, labels), done + count
-            evaluated = done == steps or done % eval_every == 0
+            evaluated = done in stops
             if evaluated:
                 loss = np.asarray(learner.loss)[:runs] / np.float32(done - evaluations[-1].step)
                 evaluations.append(Evaluation(done, done / steps, loss, evaluate(learner)))
@@ -170,6 +175,12 @@ def fit(
                 yield evaluations[-1]
 
     return train()
+
+
+def _stops(eval_every: int | Sequence[int], steps: int) -> list[int]:
+    """The steps after which runs are evaluated, in order; the last one is always evaluated."""
+    steps_of = range(eval_every, steps, eval_every) if isinstance(eval_every, int) else eval_every
+    return [*sorted({step for step in steps_of if 0 < step < steps}), steps]
 
 
 def _fixed(dataset: data.Dataset, seeds: int) -> data.Splits:
