@@ -73,17 +73,17 @@ class Initialization(study.Study):
         "loss is at the target or below it at the end."
     )
     WOULD_CHANGE = (
-        "With a learning rate of its own for each scale, or with an optimizer with a step size for each weight, the plain "
-        "network trains from more scales. In networks of one or two hidden layers the scale matters less without "
+        "With a learning rate of its own for each scale, or with an optimizer with a step size for each weight, the "
+        "plain network trains from more scales. In networks of one or two hidden layers the scale matters less without "
         "normalization too."
     )
     PARTS = (*_parts(),)
     CHANGES = (
         report.Change(
             "2026-11-27",
-            "Both arms had the same, untuned rate, a scale trained if the test accuracy was 0.9, and one part was about "
-            "the end of the range of scales. Now each arm's rate is tuned, training is judged by the training loss, over "
-            "three kinds of kernels and a wider range, and a part compares the kinds.",
+            "Both arms had the same, untuned rate, a scale trained if the test accuracy was 0.9, and one part was "
+            "about the end of the range of scales. Now each arm's rate is tuned, training is judged by the training "
+            "loss, over three kinds of kernels and a wider range, and a part compares the kinds.",
             "1000 to 1009",
         ),
     )
@@ -168,4 +168,4 @@ class Initialization(study.Study):
                 axes.set(xscale="log", yscale="log")
                 axes.set_title(weights, fontsize=10)
             panels[0].set_ylabel("training loss at the end")
-            plot.legend(panels[0], self.seeds)
+            plot.legend(panels[0], self.seeds, loc="center left", bbox_to_anchor=(0, 0.6))

@@ -3,8 +3,8 @@
 Three networks are trained with and without batch normalization: three and five hidden layers of 100 sigmoid units, and
 eight convolutions with ReLU. A rate trains a network if the mean training loss of the last evaluations is at the fixed
 target or below it. The highest such rate is found in two stages. The tuning seeds train at all rates of a coarse grid.
-The other seeds then train at a fine grid, half a decade around the median of the tuning seeds. A seed whose highest rate
-is not inside the fine grid has none, so that the part is undecided.
+The other seeds then train at a fine grid, half a decade around the median of the tuning seeds. If the highest rate of a
+seed is not inside the fine grid, it is not measured, so that the part is undecided.
 
 The fine grid tells ratios apart up to a factor of one of its steps. If the measured ratio is within one step of the
 threshold, the part is undecided.
@@ -96,11 +96,11 @@ class LearningRate(study.Study):
     )
     SOURCE = "Ioffe & Szegedy (2015), section 4.2, figure 3"
     PROTOCOL = (
-        "Networks of three and five hidden layers of 100 sigmoid units, with initial weights of standard deviation 0.1, "
-        "and a plain network of eight convolutions with ReLU are trained by gradient descent, with a bias or with batch "
-        "normalization before each nonlinearity. A rate trains a network if its training loss is at the target or below "
-        "it at the end. The highest such rate is found for each seed on a fine grid, half a decade around the highest "
-        "one of the tuning seeds. Best rates are chosen by the mean validation accuracy over the curve."
+        "Networks of three and five hidden layers of 100 sigmoid units, with initial weights of standard deviation "
+        "0.1, and a plain network of eight convolutions with ReLU are trained by gradient descent, with a bias or with "
+        "batch normalization before each nonlinearity. A rate trains a network if its training loss is at the target "
+        "or below it at the end. The highest such rate is found for each seed on a fine grid, half a decade around the "
+        "highest one of the tuning seeds. Best rates are chosen by the mean validation accuracy over the curve."
     )
     WOULD_CHANGE = (
         "The ratio is bounded by the last layer, which is not normalized. With a longer budget lower rates train as "
@@ -208,8 +208,8 @@ class LearningRate(study.Study):
         return study.Finding(
             effects,
             f"With batch normalization {said[0]}, and {said[1]}; {said[2]} {records.spread(plain, '.3f')} without.",
-            "Training loss at the end, by learning rate: batch normalization trains at higher rates (bands: the highest "
-            "rate of each seed)",
+            "Training loss at the end, by learning rate, of the seeds that choose the rates; upright bands: the "
+            "highest rates that train the others",
             rows,
             remarks,
         )
