@@ -10,6 +10,7 @@ normalization ends outside the scales, its width is a lower bound, which does no
 
 from dataclasses import dataclass
 from itertools import product
+from typing import Any
 
 import numpy as np
 
@@ -103,10 +104,10 @@ class Initialization(study.Study):
         return networks.mlp(dataset, self.hidden, arm != "plain", WEIGHTS[weights])
 
     def measure(self, lab: lab.Lab) -> None:
-        every = {"steps": self.steps, "batch_size": self.batch_size, "eval_every": self.eval_every}
+        every: dict[str, Any] = {"steps": self.steps, "batch_size": self.batch_size, "eval_every": self.eval_every}
         classes = lab.dataset.classes
         for arm in ARMS:
-            tuned = {"summary": curves.outcome(classes, curve=True), **every}
+            tuned: dict[str, Any] = {"summary": curves.outcome(classes, curve=True), **every}
             best = lab.tune(arm, self._network(lab.dataset, "He", arm), GRID, **tuned)
             settings = [{"rate": best.rate, "scale": 10.0**decade} for decade in DECADES]
             for weights in WEIGHTS:

@@ -12,6 +12,7 @@ threshold, the part is undecided.
 
 from dataclasses import dataclass
 from itertools import product
+from typing import Any
 
 import jax
 import numpy as np
@@ -150,9 +151,9 @@ class LearningRate(study.Study):
         classes = lab.dataset.classes
         for network in NETWORKS:
             steps = min(self.steps, self.convolutional_steps) if network == "convolutional" else self.steps
-            every = {"steps": steps, "batch_size": self.batch_size, "eval_every": self.eval_every}
+            every: dict[str, Any] = {"steps": steps, "batch_size": self.batch_size, "eval_every": self.eval_every}
             each = {arm: self._network(lab.dataset, network, arm) for arm in ARMS}
-            tuned = {"summary": curves.outcome(classes, curve=True), **every}
+            tuned: dict[str, Any] = {"summary": curves.outcome(classes, curve=True), **every}
             best = {arm: lab.tune(f"{network}, {arm}", each[arm], GRIDS[network], **tuned).rate for arm in ARMS}
             metrics = lab.record.metrics(lab.tuning_seeds, classes)
             for arm in ARMS:

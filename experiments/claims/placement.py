@@ -13,6 +13,7 @@ after takes `WORTH` times the steps, or makes `WORTH` times the errors. A smalle
 
 from dataclasses import dataclass
 from itertools import product
+from typing import Any
 
 import numpy as np
 
@@ -64,9 +65,9 @@ class Placement(study.Study):
         "and the test error at the end on few of them."
     )
     WOULD_CHANGE = (
-        "Before counts as better only if after needs a tenth more steps, or makes a tenth more errors; with a threshold "
-        "of 1 smaller differences would count. A saturating activation, such as the sigmoid, needs the normalization of "
-        "its input more than ReLU does, and may favour another place."
+        "Before counts as better only if after needs a tenth more steps, or makes a tenth more errors; with a "
+        "threshold of 1 smaller differences would count. A saturating activation, such as the sigmoid, needs the "
+        "normalization of its input more than ReLU does, and may favour another place."
     )
     PARTS = (*_parts(),)
     CHANGES = (
@@ -100,10 +101,10 @@ class Placement(study.Study):
         return networks.mlp(dataset, (256, 128), bool(placed), **placed)
 
     def measure(self, lab: lab.Lab) -> None:
-        few = {"splits": {"train": self.few}, "summary": curves.outcome(lab.dataset.classes)}
+        few: dict[str, Any] = {"splits": {"train": self.few}, "summary": curves.outcome(lab.dataset.classes)}
         for network in NETWORKS:
             steps = self.steps if network == "fully connected" else min(self.steps, self.convolutional_steps)
-            every = {"steps": steps, "batch_size": self.batch_size, "eval_every": self.eval_every}
+            every: dict[str, Any] = {"steps": steps, "batch_size": self.batch_size, "eval_every": self.eval_every}
             each = {arm: self._network(lab.dataset, network, arm) for arm in ARMS}
             rate = {arm: lab.tune(f"{network}, {arm}", each[arm], GRIDS[network], **every).rate for arm in ARMS}
             for arm in ARMS:
@@ -129,23 +130,23 @@ class Placement(study.Study):
             best = {arm: lab.chosen(metrics, f"{network}, {arm}") for arm in ARMS}
             own = "; ".join(filter(None, (best[arm].edge for arm in ("before", "after"))))
             error = {arm: self._errors(metrics, network, arm) for arm in ("before", "after")}
-            for rate in RATES:
-                steps = {}
-                for arm in ARMS:
-                    series, used = self._series(metrics, network, rate, arm)
-                    steps[arm] = curves.steps_to(series, metrics.classes)
-                    shown = [records.spread(steps[arm][measure], ".0f", "never") for measure in curves.TARGETS]
-                    errors = records.spread(error[arm], ".3f") if rate == RATES[1] and arm in error else ""
-                    rows.append([f"{network}, {rate}", arm, f"{used:g}", *shown, errors])
-                last = float(series.steps[-1])
-                for measure in curves.TARGETS:
-                    name = f"{network}, {rate}, {measure}"
-                    effects[name] = curves.times_as_fast(steps["after"][measure], steps["before"][measure], last)
-                    remarks[name] = best["plain"].edge if rate == RATES[0] else own
+            steps = {}
+            for rate, arm in product(RATES, ARMS):
+                series, used = self._series(metrics, network, rate, arm)
+                steps[rate, arm] = curves.steps_to(series, metrics.classes)
+                shown = [records.spread(steps[rate, arm][measure], ".0f", "never") for measure in curves.TARGETS]
+                errors = records.spread(error[arm], ".3f") if rate == RATES[1] and arm in error else ""
+                rows.append([f"{network}, {rate}", arm, f"{used:g}", *shown, errors])
+            last = float(self._series(metrics, network, RATES[0], "plain")[0].steps[-1])
+            for rate, measure in product(RATES, curves.TARGETS):
+                name = f"{network}, {rate}, {measure}"
+                before, after = (steps[rate, arm][measure] for arm in ("before", "after"))
+                effects[name] = curves.times_as_fast(after, before, last)
+                remarks[name] = best["plain"].edge if rate == RATES[0] else own
             effects[f"{network}, test error"] = error["after"] / error["before"]
             remarks[f"{network}, test error"] = own
-            before, after = (records.spread(steps[arm]["loss"], ".0f", "never") for arm in ("before", "after"))
-            of = [records.spread(error[arm], ".3f") for arm in error]
+            before, after = (records.spread(steps[RATES[1], arm]["loss"], ".0f", "never") for arm in error)
+            of = [records.spread(each, ".3f") for each in error.values()]
             said.append(
                 f"{words} takes {before} steps to the training loss with the normalization before and {after} with it "
                 f"after, and has a test error of {of[0]} and {of[1]}"
