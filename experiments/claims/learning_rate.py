@@ -119,9 +119,11 @@ class LearningRate(study.Study):
             "1000 to 1009",
         ),
     )
-    SMOKE = {"steps": 40, "seeds": 2}
+    SMOKE = {"channels": (8,), "steps": 40, "seeds": 2}
     FULL = {"steps": 20_000, "convolutional_steps": 5000, "seeds": 20, "side": 32}
 
+    channels: tuple[int, ...] = networks.CONVOLUTIONS
+    """channels per layer of the convolutional network"""
     steps: int = 1500
     """updates per run of the sigmoid networks"""
     convolutional_steps: int = 400
@@ -135,7 +137,7 @@ class LearningRate(study.Study):
 
     def _network(self, dataset, network, arm):
         if network == "convolutional":
-            return networks.convolutional(dataset, arm != "plain")
+            return networks.convolutional(dataset, arm != "plain", channels=self.channels)
         hidden = (100,) * (5 if network.startswith("deep") else 3)
         std = networks.constant(self.weight_std)
         return networks.mlp(dataset, hidden, arm != "plain", std, activation=jax.nn.sigmoid)

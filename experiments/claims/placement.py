@@ -80,9 +80,13 @@ class Placement(study.Study):
             "1000 to 1009",
         ),
     )
-    SMOKE = {"steps": 20, "seeds": 2}
+    SMOKE = {"hidden": (30,), "channels": (8,), "steps": 20, "seeds": 2}
     FULL = {"steps": 10_000, "convolutional_steps": 3000, "eval_every": 50, "seeds": 20, "side": 32}
 
+    hidden: tuple[int, ...] = (256, 128)
+    """units per layer of the fully connected network"""
+    channels: tuple[int, ...] = networks.CONVOLUTIONS
+    """channels per layer of the convolutional network"""
     steps: int = 600
     """updates per run of the fully connected network"""
     convolutional_steps: int = 250
@@ -97,8 +101,8 @@ class Placement(study.Study):
     def _network(self, dataset, network, arm):
         placed = {} if arm == "plain" else {"placement": arm}
         if network == "convolutional":
-            return networks.convolutional(dataset, bool(placed), **placed)
-        return networks.mlp(dataset, (256, 128), bool(placed), **placed)
+            return networks.convolutional(dataset, bool(placed), channels=self.channels, **placed)
+        return networks.mlp(dataset, self.hidden, bool(placed), **placed)
 
     def measure(self, lab: lab.Lab) -> None:
         few: dict[str, Any] = {"splits": {"train": self.few}, "summary": curves.outcome(lab.dataset.classes)}
