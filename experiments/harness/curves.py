@@ -3,6 +3,8 @@ quantities at fixed losses."""
 
 from collections.abc import Sequence
 
+from typing import Any
+
 import numpy as np
 
 from experiments.harness import runs
@@ -93,3 +95,32 @@ def times_as_fast(slow: np.ndarray, quick: np.ndarray, last: float) -> np.ndarra
     """
     ratio = np.nan_to_num(slow, nan=last) / np.nan_to_num(quick, nan=last)
     return np.where(np.isnan(slow) & np.isnan(quick), np.nan, ratio)
+
+
+def outcome(classes: int, curve: bool = False) -> runs.Summary:
+    """A summary of a run for sweeps over many settings, whose curves would fill the file.
+
+    It consists of `loss_step` and `accuracy_step`, the steps to the targets; `last_loss`, the mean training loss of the
+    last evaluations, which is nan for a diverged network; the test metrics; and the last step.
+
+    Args:
+      classes: number of classes.
+      curve: whether the curve of the validation accuracy is kept, which `lab.chosen` needs.
+    """
+
+    def summary(steps: list[int], values: dict[str, Any]) -> tuple[list[int], dict[str, Any]]:
+        curves = {name: np.asarray(values[name], float)[None] for name in ("loss", "validation_accuracy")}
+        reached = steps_to(runs.Series((0,), np.array(steps), curves), classes)
+        kept = {f"{name}_step": step[0] for name, step in reached.items()}
+        kept["last_loss"] = smoothed(curves["loss"])[0, -1]
+        kept |= {name: value for name, value in values.items() if name.startswith("test_")}
+        return (
+            (steps, kept | {"validation_accuracy": curves["validation_accuracy"][0]}) if curve else (steps[-1:], kept)
+        )
+
+    return summary
+
+
+def trains(series: runs.Series, classes: int) -> np.ndarray:
+    """By run, of which there is an `outcome`, whether its training loss is at the target or below it at the end."""
+    return series["last_loss"] <= LOSS * np.log(classes)

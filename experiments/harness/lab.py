@@ -86,6 +86,7 @@ class Lab:
         seeds: Sequence[int] | None = None,
         optimizer: Callable[..., optax.GradientTransformation] | None = None,
         splits: Mapping[str, Any] = {},
+        summary: runs.Summary = lambda steps, values: (steps, values),
         **options: Any,
     ) -> None:
         """Train a network in several settings, all in one `vmap`, from the seeds whose runs are missing.
@@ -97,6 +98,7 @@ class Lab:
           seeds: the seeds; by default those that the verdict is based on.
           optimizer: function from a setting as keywords; by default gradient descent with the learning rate `rate`.
           splits: options of `data.splits`.
+          summary: what is recorded of a run; by default everything.
           options: options of `train.fit`.
         """
         missing = self.record.missing(names, self.seeds if seeds is None else seeds)
@@ -115,7 +117,7 @@ class Lab:
         for evaluation in each:
             evaluations.append(evaluation)
             self.tell(f"{names[0]}, step {evaluation.step}")
-        self.record.add_all(names, missing, evaluations)
+        self.record.add_all(names, missing, evaluations, summary)
 
     def train(self, arm: str, network: Network, rates: Sequence[float], **options: Any) -> None:
         """Train an arm at some rates. The runs are named by `at`."""
