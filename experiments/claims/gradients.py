@@ -33,7 +33,7 @@ SHOWN = 6
 """The number of layers whose norms are recorded: the first, the last, and others evenly between them."""
 YANG = 0.5 * float(np.log10(np.pi / (np.pi - 1)))
 """By how many decades a layer gradients explode at initialization, in the limit of width (Yang et al., 2019)."""
-GRID = lab.half_decades(0.001, 1)
+GRID = lab.half_decades(0.0003, 0.3)
 
 
 def _part(depth: int, when: str) -> protocol.Part:
@@ -69,22 +69,22 @@ class Gradients(study.Study):
         "activations that are closer to linear to explode more slowly."
     )
     PARTS = (*(_part(depth, when) for when in WHEN for depth in DEPTHS),)
-    SMOKE = {"depths": (5,), "width": 8, "steps": 4, "seeds": 2, "eval_every": 2}
+    SMOKE = {"depths": (5,), "width": 8, "steps": 4, "images": 40, "batch_size": 40, "seeds": 2, "eval_every": 2}
     FULL = {"steps": 10_000, "seeds": 20, "width": 256, "side": 32}
 
     depths: tuple[int, ...] = DEPTHS
     """hidden layers, of those in the parts"""
     width: int = 64
     """ReLU units per hidden layer"""
-    images: int = 200
+    images: int = 100
     """images in the training set"""
-    batch_size: int = 200
+    batch_size: int = 100
     """images per step"""
-    steps: int = 1000
+    steps: int = 600
     """updates per run"""
     momentum: float = 0.9
     """momentum of gradient descent"""
-    eval_every: int = 50
+    eval_every: int = 20
     """steps between evaluations"""
 
     def __post_init__(self) -> None:

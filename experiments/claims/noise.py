@@ -204,5 +204,5 @@ def _noisy(
     """Normalize by the statistics of the valid rows, with the noise that the statistics of the rows `other` have."""
     x, _ = bnjax.bn_apply(bnjax.BNParams(None, None), state, x, train, epsilon=epsilon, **options)
     chosen = jax.lax.stop_gradient(x[other])
-    x = (x - chosen.mean(0)) * jax.lax.rsqrt(chosen.var(0) + epsilon)
-    return x * bn.scale + bn.bias, None
+    x = (x - chosen.mean(0, keepdims=True)) * jax.lax.rsqrt(chosen.var(0, keepdims=True) + epsilon)
+    return x * bn.scale[None] + bn.bias[None], None
