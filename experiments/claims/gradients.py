@@ -199,5 +199,5 @@ def gradient_norms(network: networks.Network, width: int, depth: int) -> train.P
 
 def slope(norms: jax.Array) -> jax.Array:
     """The slope of the decimal logarithm of the norms, by least squares; nan if a norm underflows."""
-    layer = jnp.arange(len(norms)) - (len(norms) - 1) / 2
+    layer = jnp.arange(len(norms), dtype=norms.dtype) - (len(norms) - 1) / 2
     return jnp.log10(jnp.where(norms > 0, norms, jnp.nan)) @ layer / (layer @ layer)
