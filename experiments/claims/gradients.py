@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments.harness import curves, data, lab, plot, protocol, records, runs, study, train
+from experiments.harness import curves, data, lab, plot, protocol, records, report, runs, study, train
 from experiments.models import networks
 
 NORMALIZED = "batch normalization"
@@ -69,6 +69,15 @@ class Gradients(study.Study):
         "activations that are closer to linear to explode more slowly."
     )
     PARTS = (*(_part(depth, when) for when in WHEN for depth in DEPTHS),)
+    CHANGES = (
+        report.Change(
+            "2026-11-27",
+            "Networks of 50 layers alone were measured, which did not train in the steps that they had. Now four "
+            "depths are, at the rates that are best for each, on few images in full batches, so that all can be "
+            "trained, and at a training accuracy in place of a number of steps.",
+            "1000 to 1009",
+        ),
+    )
     SMOKE = {"depths": (5,), "width": 8, "steps": 4, "images": 40, "batch_size": 40, "seeds": 2, "eval_every": 2}
     FULL = {"steps": 10_000, "seeds": 20, "width": 256, "side": 32}
 

@@ -25,7 +25,7 @@ import numpy as np
 from jax import Array
 
 import bnjax
-from experiments.harness import curves, data, lab, plot, protocol, records, runs, study, train
+from experiments.harness import curves, data, lab, plot, protocol, records, report, runs, study, train
 from experiments.models import networks
 
 ARMS = ("batch", "population", "population + noise")
@@ -80,6 +80,15 @@ class Noise(study.Study):
             "gap",
             "population statistics with noise",
             "if the noise is the cause, it regularizes by whatever means it is made",
+        ),
+    )
+    CHANGES = (
+        report.Change(
+            "2026-11-27",
+            "The arms differed in the memory of their statistics too, one learning rate served all, and the gap was "
+            "1 - test accuracy. Now they differ in the statistics of training alone, the noise is put back by hand in a "
+            "third, some labels are wrong, and losses are compared.",
+            "1000 to 1009",
         ),
     )
     SMOKE = {"images": 40, "steps": 40, "seeds": 2, "hidden": (20,), "eval_every": 20}
@@ -199,7 +208,7 @@ def normalized_by(network: networks.Network, arm: str) -> networks.Network:
 
 
 def _noisy(
-    other: Array, bn: bnjax.BNParams, state: None, x: Array, train: bool, *, epsilon: float = 1e-5, **options: Any
+    other: Array, bn: Any, state: None, x: Array, train: bool, *, epsilon: float = 1e-5, **options: Any
 ) -> tuple[Array, None]:
     """Normalize by the statistics of the valid rows, with the noise that the statistics of the rows `other` have."""
     x, _ = bnjax.bn_apply(bnjax.BNParams(None, None), state, x, train, epsilon=epsilon, **options)

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments.harness import curves, data, lab, plot, protocol, records, runs, study, train
+from experiments.harness import curves, data, lab, plot, protocol, records, report, runs, study, train
 from experiments.models import networks
 
 NETWORKS = ("plain", "batch normalization")
@@ -28,36 +28,36 @@ AT_THE_END = "test loss at the end, each at its rate with the lowest validation 
 OVER_THE_CURVE = "without a regularizer, each at its rate with the highest validation accuracy over the curve"
 
 
-def l2(learning_rate: jax.Array, weight: float) -> optax.GradientTransformation:
-    """Gradient descent on the loss with weight w^2 / 2 for every weight w of a kernel."""
+def penalized(rate: jax.Array, l2: jax.Array, **_: jax.Array) -> optax.GradientTransformation:
+    """Gradient descent on the loss with l2 w^2 / 2 for every weight w of a kernel."""
 
     def penalize(path, gradient, kernel):
-        return gradient + weight * kernel if "kernel" in str(path[-1]) else gradient
+        return gradient + l2 * kernel if "kernel" in str(path[-1]) else gradient
 
     penalty = optax.stateless(lambda updates, params: jax.tree.map_with_path(penalize, updates, params))
-    return optax.chain(penalty, optax.sgd(learning_rate))
+    return optax.chain(penalty, optax.sgd(rate))
 
 
-def with_dropout(network: networks.Network, rate: float) -> networks.Network:
-    """A network of which, in training, a share of the hidden units is dropped, and the others are divided by the share
-    that is kept (Srivastava et al., 2014). The state has the network's own and a key."""
+def with_dropout(network: networks.Network) -> networks.Network:
+    """A network of which, in training, a share `dropout` of the hidden units is dropped, and the others are divided by
+    the share that is kept (Srivastava et al., 2014). The state has the network's own, a key and the share."""
 
-    def init(key, **setting):
-        params, state = network.init(key, **setting)
-        return params, (state, jax.random.fold_in(key, 100))
+    def init(key, dropout, **_):
+        params, state = network.init(key)
+        return params, (state, jax.random.fold_in(key, 100), jnp.float32(dropout))
 
     def apply(params, state, x, train, **options):
-        bn_state, key = state
+        bn_state, key, share = state
         if not train:
             return network.apply(params, bn_state, x, False, **options)[0], state
         keys = iter(jax.random.split(key, 1 + len(params)))
 
         def activation(x):
-            return jnp.where(jax.random.uniform(next(keys), x.shape) < rate, 0, jax.nn.relu(x) / (1 - rate))
+            return jnp.where(jax.random.uniform(next(keys), x.shape) < share, 0, jax.nn.relu(x) / (1 - share))
 
         key = next(keys)
         logits, bn_state = network.apply(params, bn_state, x, True, activation=activation, **options)
-        return logits, (bn_state, key)
+        return logits, (bn_state, key, share)
 
     return networks.Network(init, apply)
 
@@ -111,6 +111,15 @@ class Regularization(study.Study):
             "section 4.2.1: without dropout the normalized network is no worse",
         ),
     )
+    CHANGES = (
+        report.Change(
+            "2026-11-27",
+            "The gap was 1 - test accuracy, because every network fitted all training images, and one learning rate "
+            "served all. Now some labels are wrong, the losses are compared, also at equal training loss, and each arm "
+            "has its own best rate.",
+            "1000 to 1009",
+        ),
+    )
     SMOKE = {"images": 40, "hidden": (20,), "steps": 40, "seeds": 2}
     FULL = {"steps": 20_000, "seeds": 20, "side": 32}
 
@@ -137,22 +146,35 @@ class Regularization(study.Study):
             raise data.InputError(f"dropout={self.dropout}: expected a number in (0, 1).")
 
     def measure(self, lab: lab.Lab) -> None:
+        for each in NETWORKS:
+            self._train(lab, each, with_dropout(networks.mlp(lab.dataset, self.hidden, each != "plain")))
+
+    def _train(self, laboratory, each, network):
+        """Tune and train a network with every regularizer, all of them in one vmap."""
+        arms = {f"{each}, {regularizer}": regularizer for regularizer in REGULARIZERS}
         every = {
             "steps": self.steps,
             "batch_size": self.batch_size,
             "eval_every": self.eval_every,
             "splits": {"train": self.images, "noise": self.wrong},
+            "optimizer": penalized,
         }
-        for arm in ARMS:
-            network = networks.mlp(lab.dataset, self.hidden, not arm.startswith("plain"))
-            options = dict(every)
-            if arm.endswith("dropout"):
-                network = with_dropout(network, self.dropout)
-            if arm.endswith("L2"):
-                options["optimizer"] = lambda rate: l2(rate, self.l2)
-            lab.tune(arm, network, GRID, "loss", **options)
-            known = lab.record.metrics(lab.tuning_seeds, lab.dataset.classes)
-            lab.train(arm, network, self._rates(known, arm), probe=train.probe_training(network.apply), **options)
+
+        def settings(tried):
+            for arm, rate in tried:
+                yield {
+                    "rate": rate,
+                    "dropout": self.dropout * (arms[arm] == "dropout"),
+                    "l2": self.l2 * (arms[arm] == "L2"),
+                }
+
+        tried = [(arm, rate) for arm in arms for rate in GRID]
+        names, seeds = [lab.tuning(*each) for each in tried], laboratory.tuning_seeds
+        laboratory.fit(names, network, settings=[*settings(tried)], seeds=seeds, **every)
+        known = laboratory.record.metrics(seeds, laboratory.dataset.classes)
+        best = [(arm, rate) for arm in arms for rate in dict.fromkeys(self._rates(known, arm))]
+        names, probe = [lab.at(*each) for each in best], train.probe_training(network.apply)
+        laboratory.fit(names, network, settings=[*settings(best)], probe=probe, **every)
 
     def _rates(self, metrics, arm):
         """The rates of an arm: the best at the end, and over the curve where the gap is measured."""

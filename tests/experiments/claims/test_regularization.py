@@ -12,7 +12,7 @@ from experiments.models import networks
 
 def test_penalty_is_the_gradient_of_its_formula():
     params = [{"kernel": jnp.array([[1.5, -2.0]]), "bias": jnp.array([3.0, 4.0])}]
-    optimizer = regularization.l2(jnp.float32(0.5), 0.01)
+    optimizer = regularization.penalized(jnp.float32(0.5), jnp.float32(0.01), dropout=jnp.float32(0))
     updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
     np.testing.assert_allclose(updates[0]["kernel"], [[-0.5 * 0.01 * 1.5, 0.5 * 0.01 * 2]], rtol=1e-6)
     np.testing.assert_array_equal(updates[0]["bias"], [0, 0])
@@ -30,8 +30,8 @@ def test_dropout_drops_its_share_keeps_the_mean_and_is_drawn_anew():
         return networks.apply(params, state, x, train, layers=layers, shape=(2, 2), **options)
 
     whole = networks.Network(lambda key: (params, []), apply)
-    init, apply = regularization.with_dropout(whole, 0.25)
-    params, state = init(jax.random.key(0))
+    init, apply = regularization.with_dropout(whole)
+    params, state = init(jax.random.key(0), dropout=0.25, l2=0)
     x = jnp.zeros((50, 4))
     logits, new = apply(params, state, x, True)
     kept = np.asarray(logits) * 0.75
@@ -49,8 +49,8 @@ def test_dropout_drops_its_share_keeps_the_mean_and_is_drawn_anew():
 def test_no_dropout_is_the_network_itself(batch_norm):
     network = networks.mlp(data.digits(), (6,), batch_norm)
     x = jnp.asarray(data.digits().train_images[:8].reshape(8, -1))
-    init, apply = regularization.with_dropout(network, 0.0)
-    params, state = init(jax.random.key(1))
+    init, apply = regularization.with_dropout(network)
+    params, state = init(jax.random.key(1), dropout=0, l2=0)
     logits, new = apply(params, state, x, True)
     expected, expected_state = network.apply(*network.init(jax.random.key(1)), x, True)
     np.testing.assert_array_equal(logits, expected)
