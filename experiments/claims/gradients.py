@@ -118,7 +118,8 @@ class Gradients(study.Study):
         tried = [(arm, rate) for arm in arms for rate in GRID]
         settings = [{"rate": rate, "scale": ARMS[arm]} for arm, rate in tried]
         names = [lab.tuning(f"{arm}, {depth}", rate) for arm, rate in tried]
-        laboratory.fit(names, network, settings=settings, seeds=laboratory.tuning_seeds, **every)
+        coarse = every | {"eval_every": 3 * self.eval_every}  # enough for the mean of a curve
+        laboratory.fit(names, network, settings=settings, seeds=laboratory.tuning_seeds, **coarse)
         known = laboratory.record.metrics(laboratory.tuning_seeds, laboratory.dataset.classes)
         best = [(arm, lab.chosen(known, f"{arm}, {depth}").rate) for arm in arms]
         settings = [{"rate": rate, "scale": ARMS[arm]} for arm, rate in best]

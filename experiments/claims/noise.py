@@ -86,8 +86,8 @@ class Noise(study.Study):
         report.Change(
             "2026-11-27",
             "The arms differed in the memory of their statistics too, one learning rate served all, and the gap was "
-            "1 - test accuracy. Now they differ in the statistics of training alone, the noise is put back by hand in a "
-            "third, some labels are wrong, and losses are compared.",
+            "1 - test accuracy. Now they differ in the statistics of training alone, the noise is put back by hand in "
+            "a third, some labels are wrong, and losses are compared.",
             "1000 to 1009",
         ),
     )

@@ -133,7 +133,7 @@ class Regularization(study.Study):
     """images per step"""
     steps: int = 2000
     """updates per run"""
-    eval_every: int = 20
+    eval_every: int = 40
     """steps between evaluations"""
     dropout: float = 0.5
     """fraction of the hidden units that is dropped"""
