@@ -124,3 +124,17 @@ def outcome(classes: int, curve: bool = False) -> runs.Summary:
 def trains(series: runs.Series, classes: int) -> np.ndarray:
     """By run, of which there is an `outcome`, whether its training loss is at the target or below it at the end."""
     return series["last_loss"] <= LOSS * np.log(classes)
+
+
+def at_target(falling: np.ndarray, values: np.ndarray, target: float) -> np.ndarray:
+    """By run, the value when another, falling curve first reaches a target; nan if it never does.
+
+    Both have the shape (runs, evaluations). Between two evaluations both curves are taken as straight.
+    """
+    hit = falling <= target
+    after = hit.argmax(1)[:, None]
+    before = np.maximum(after - 1, 0)
+    high, low = (np.take_along_axis(falling, i, 1)[:, 0] for i in (before, after))
+    first, last = (np.take_along_axis(values, i, 1)[:, 0] for i in (before, after))
+    share = np.where(high > low, (high - target) / np.where(high > low, high - low, 1), 1.0)
+    return np.where(hit.any(1), first + share * (last - first), np.nan)

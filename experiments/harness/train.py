@@ -88,6 +88,7 @@ def fit(
     eval_every: int | Sequence[int],
     settings: Sequence[dict[str, float]] = ({},),
     probe: Probe | None = None,
+    with_images: bool = False,
     moving: bool = False,
     runtime: Runtime | None = None,
     checkpoints: Path | None = None,
@@ -105,6 +106,7 @@ def fit(
       eval_every: number of updates between evaluations on the whole test set, or the steps of these evaluations.
       settings: dictionaries of numbers with the same names; all settings are trained in one `vmap`.
       probe: function for additional metrics.
+      with_images: whether `init` gets the training images of its seed too, as rows of pixels, by the keyword `images`.
       moving: whether training images are shifted, rotated and scaled at random in every step (see `stream`).
       runtime: devices that share every batch, and the interval of checkpoints. By default the runs are divided over
         the local devices.
@@ -129,7 +131,8 @@ def fit(
     along = None if runtime else RUNS  # the axis of the mesh that the runs are divided over
 
     def start(setting, place):
-        params, state = init(jax.random.key(seeds[place]), **setting)
+        own = {"images": data.flat(splits.images[splits.train[place]])} if with_images else {}
+        params, state = init(jax.random.key(seeds[place]), **own, **setting)
         setting = {name: jnp.float32(value) for name, value in setting.items()}
         return Learner(params, state, optimizer(**setting).init(params), jnp.zeros(()), jnp.int32(place), setting)
 
