@@ -13,10 +13,8 @@ network answers with the first class.
 from dataclasses import dataclass
 from functools import partial
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax import Array
 
 from experiments.harness import data, lab, plot, protocol, records, report, runs, study, train
@@ -86,7 +84,7 @@ def grid(size: int) -> tuple[float, ...]:
 def error(apply: train.Apply, params: object, state: object, images: Array, labels: Array) -> Array:
     """The test error, with half a mistake more."""
     wrong = (apply(params, state, images, False)[0].argmax(-1) != labels).sum()
-    return (wrong + 0.5) / (len(labels) + 1.0)
+    return (wrong.astype(jnp.float32) + 0.5) / (len(labels) + 1)
 
 
 @dataclass(frozen=True)
@@ -196,7 +194,7 @@ class BatchSize(study.Study):
 
         def probe(params, state, view):
             tests = view.test_images, view.test_labels
-            # With momentum 0 the moments of this batch replace the running statistics: bnjax.recalibrate with one batch.
+            # bnjax.recalibrate with one batch: with momentum 0 its moments replace the running statistics.
             _, recalibrated = network.apply(params, state, view.images, True, momentum=0.0)
             return {
                 "test_error": error(network.apply, params, state, *tests),

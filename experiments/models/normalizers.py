@@ -5,7 +5,6 @@ size has to divide the number of training images.
 """
 
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any
 
 import jax
@@ -25,7 +24,7 @@ def identity(params: Any, state: Any, x: Array, train: bool, **_: Any) -> tuple[
 def group(params: Any, state: Any, x: Array, train: bool, *, size: int = 8, **_: Any) -> tuple[Array, Any]:
     """Group normalization (Wu & He, 2018, equations 1 and 7), the same in training and in evaluation.
 
-        y = scale * (x - mean_g) / sqrt(var_g + epsilon) + bias    over the pixels and channels of a group g of one image
+        y = scale * (x - mean_g) / sqrt(var_g + epsilon) + bias    over the pixels and channels of a group g of an image
 
     Args:
       params: scale and bias of each channel.
