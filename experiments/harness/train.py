@@ -50,11 +50,13 @@ class Learner(NamedTuple):
 
 class View(NamedTuple):
     """What a probe sees of one run besides its variables: the first training images of its seed as rows of pixels,
-    their labels, and the setting."""
+    their labels, and the setting; and the test images and their labels. Metrics of the latter are named `test_...`."""
 
     images: Array
     labels: Array
     setting: dict[str, Array]
+    test_images: Array
+    test_labels: Array
 
 
 Probe = Callable[[Any, Any, View], dict[str, Array]]
@@ -299,7 +301,9 @@ def updater(
     if parallel != "jit":
         batch = P(None, None, AXIS) if named else P()
         specs = (learners, Batches(batch, batch, batch if moving else None), P(), P(), P())
-        update = jax.shard_map(update, mesh=mesh, in_specs=specs, out_specs=learners)
+        # Runs do not communicate, so nothing has to be checked; a network may then have a mapped axis of its own.
+        checked = parallel != "runs"
+        update = jax.shard_map(update, mesh=mesh, in_specs=specs, out_specs=learners, check_vma=checked)
     return jax.jit(update, donate_argnums=0, out_shardings=NamedSharding(mesh, learners))
 
 
@@ -357,7 +361,9 @@ def _evaluator(
 
     def values(params, state, place, setting, images, labels, chosen, weights, viewed):
         here = labels[place]
-        known = probe(params, state, View(images[viewed[place]], here[viewed[place]], setting)) if probe else {}
+        shown, tests = viewed[place], chosen[place][sizes[0] : sum(sizes)]
+        view = View(images[shown], here[shown], setting, images[tests], here[tests])
+        known = probe(params, state, view) if probe else {}
         logits, _ = apply(params, state, images[chosen[place]], False)
         finite = jnp.isfinite(logits).all()
         # The argmax of nan is 0, so a diverged network would otherwise score the share of class 0.
