@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Literal
 
 import jax
-import numpy as np
 import optax
 from tqdm import tqdm
 
