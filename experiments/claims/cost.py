@@ -90,7 +90,7 @@ class Cost(study.Study):
     """height and width of the activations"""
     features: int = 32
     """features of each block"""
-    rounds: int = 11
+    rounds: int = 9
     """calls of each arm for each seed"""
 
     def measure(self, lab: lab.Lab) -> None:

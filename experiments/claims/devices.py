@@ -150,7 +150,7 @@ class Devices(study.Study):
             "The greatest distance of a loss from one device's, as a part of it: in all seeds at most "
             f"{greatest:.1e} with synchronized statistics, and at least {least:.1g} with each device's own.",
             f"Losses on 4 devices with synchronized statistics are within {greatest:.0e} of one device's; with "
-            f"statistics of their own they come to be off by {least:.1g} of the loss or more",
+            f"statistics of their own they come to be off by {least:.1g} times the loss or more",
             rows,
         )
 
