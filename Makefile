@@ -31,7 +31,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 demo: $(VENV)/.installed ## train with and without batch normalization; table and figure under results/
-	$(BIN)/python -m experiments convergence
+	$(BIN)/python -m experiments train
 
 claims: $(VENV)/.installed ## measure every claim made for batch normalization; report.html and verdicts.json under results/
 	$(BIN)/python -m experiments all

@@ -25,7 +25,7 @@ from experiments.claims import (
     regularization,
     smoothness,
 )
-from experiments.demos import averaging
+from experiments.demos import averaging, training
 from experiments.harness import data, readme, runtime, study
 
 STUDIES: tuple[type[study.Study], ...] = (
@@ -120,6 +120,7 @@ def _commands(args: list[str]) -> dict[str, Any]:
         "compiled": compiled.run,
         "device": device.run,
         "exactness": exactness.run,
+        "train": training.run,
     }
 
 

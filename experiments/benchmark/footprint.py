@@ -122,11 +122,11 @@ def _under(policy, f):
     return jax.checkpoint(f, policy=training.save_statistics) if policy else f
 
 
-def gradient(norm, policy, x):
+def gradient(norm, policy, x, seed=0):
     """A function of params, statistics and x, which returns the gradient of a loss and the new statistics; and such
-    params and statistics."""
+    params and statistics, initialized by the seed."""
     network = Network(NORMS[norm], BLOCKS, x.shape[-1])
-    variables = network.init(jax.random.key(0), x[:1])
+    variables = network.init(jax.random.key(seed), x[:1])
     return jax.value_and_grad(_loss(network, policy), has_aux=True), _split(variables)
 
 

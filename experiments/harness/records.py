@@ -1,9 +1,12 @@
-"""The files of a run, config.json and metrics.jsonl. Process 0 writes them, and figures are made from them."""
+"""The files of a run, config.json and metrics.jsonl. Process 0 writes them, and figures are made from them.
+
+The claims have a metrics.jsonl of another form, with a line for each run (see `runs`); here, each evaluation has one.
+"""
 
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,22 +14,11 @@ import jax
 import numpy as np
 
 from experiments.harness import data, runtime
+from experiments.harness.runs import Series
 from experiments.harness.train import Evaluation
 
-Runs = Mapping[str | tuple[str, ...], Iterator[Evaluation]]
-"""The results of `train.fit` by network, or by the names of all settings if there are several."""
-
-
-@dataclass(frozen=True)
-class Series:
-    """The metrics of the runs of one network: `steps` of shape (evaluations,), and `values`, arrays by name of shape
-    (seeds, evaluations, ...), with nan for null."""
-
-    steps: np.ndarray
-    values: dict[str, np.ndarray]
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        return self.values[name]
+Runs = Mapping[str, Iterator[Evaluation]]
+"""The results of `train.fit` by network."""
 
 
 def check_positive(config: Any, *names: str) -> None:
@@ -53,12 +45,11 @@ def write_run(
     if primary:
         write_config(folder, config, dataset=dataset.name)
     with (folder / "metrics.jsonl" if primary else Path(os.devnull)).open("w") as lines:
-        for networks, evaluations in runs.items():
-            names = (networks,) if isinstance(networks, str) else networks
+        for network, evaluations in runs.items():
             before = 0.0
             for evaluation in evaluations:
-                lines.writelines(json.dumps(record) + "\n" for record in records(names, evaluation))
-                progress((evaluation.progress - before) / len(runs), f"{names[0]}, step {evaluation.step}")
+                lines.writelines(json.dumps(record) + "\n" for record in records(network, evaluation))
+                progress((evaluation.progress - before) / len(runs), f"{network}, step {evaluation.step}")
                 before = evaluation.progress
 
 
@@ -75,18 +66,11 @@ def read_config(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "config.json").read_text())
 
 
-def records(names: tuple[str, ...], evaluation: Evaluation) -> Iterator[dict[str, Any]]:
+def records(network: str, evaluation: Evaluation) -> Iterator[dict[str, Any]]:
     """One line of `metrics.jsonl` per run. Numbers that are not finite become null, because JSON has no NaN."""
-    seeds = len(evaluation.loss) // len(names)
-    for i, loss in enumerate(evaluation.loss):
-        values = {name: _finite(value[i]) for name, value in evaluation.values.items()}
-        yield {
-            "network": names[i // seeds],
-            "seed": i % seeds,
-            "step": evaluation.step,
-            "loss": _finite(loss),
-            **values,
-        }
+    for seed, loss in enumerate(evaluation.loss):
+        values = {name: _finite(value[seed]) for name, value in evaluation.values.items()}
+        yield {"network": network, "seed": seed, "step": evaluation.step, "loss": _finite(loss), **values}
 
 
 def _finite(value: np.ndarray) -> Any:
@@ -97,7 +81,7 @@ def _finite(value: np.ndarray) -> Any:
 
 
 def read_metrics(folder: Path) -> dict[str, Series]:
-    """The metrics that `write_run` wrote, by network."""
+    """The metrics that `write_run` wrote, by network: curves of shape (seeds, evaluations, ...)."""
     found: dict[str, dict[int, list[dict[str, Any]]]] = {}
     for line in (folder / "metrics.jsonl").read_text().splitlines():
         record = json.loads(line)
@@ -106,7 +90,7 @@ def read_metrics(folder: Path) -> dict[str, Series]:
     for network, runs in found.items():
         names = [name for name in runs[0][0] if name != "step"]
         values = {name: np.array([[e[name] for e in run] for run in runs.values()], float) for name in names}
-        metrics[network] = Series(np.array([e["step"] for e in runs[0]]), values)
+        metrics[network] = Series((*runs,), np.array([e["step"] for e in runs[0]]), values)
     return metrics
 
 

@@ -52,7 +52,7 @@ def orthogonal(normal: Array) -> Array:
     """Kernels with orthonormal columns, or rows if there are fewer inputs, times sqrt(2) for ReLU (Saxe et al., 2014)."""
     tall = normal if normal.shape[0] >= normal.shape[1] else normal.T
     q, r = jnp.linalg.qr(tall)
-    q = q * jnp.sign(jnp.diagonal(r))  # otherwise the distribution would not be uniform over rotations
+    q = q * jnp.sign(jnp.diagonal(r))[None]  # otherwise the distribution would not be uniform over rotations
     return 2**0.5 * (q if normal.shape[0] >= normal.shape[1] else q.T)
 
 

@@ -1,6 +1,6 @@
 """Training on many devices gives the numbers of one device with the whole batch."""
 
-from functools import cache, partial
+from functools import cache
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +13,10 @@ from experiments.harness.runtime import Runtime, put
 from experiments.models import networks
 from tests.support.pairwise import pairwise
 
-INIT = partial(networks.mlp_init, sizes=(64, 16, 8, 10), weight_std=0.3, batch_norm=True)
-APPLY = partial(networks.mlp_apply, momentum=0.9)
+DIGITS = data.digits()
+INIT, APPLY = networks.mlp(DIGITS, (16, 8), True, networks.constant(0.3), activation=jax.nn.sigmoid)
 OPTIMIZER = optax.sgd(0.2, momentum=0.5)
 STEPS, SEEDS, NUMBER = 20, 2, 190
-DIGITS = data.digits()
 SMALL = DIGITS._replace(train_images=DIGITS.train_images[:NUMBER], train_labels=DIGITS.train_labels[:NUMBER])
 
 
@@ -33,7 +32,7 @@ def one_device(batch_size):
     @jax.jit
     def step(params, state, opt_state, x, y):
         def loss(params):
-            logits, new = networks.mlp_apply(params, state, x, True, momentum=0.9)
+            logits, new = APPLY(params, state, x, True)
             return -jnp.mean(jax.nn.log_softmax(logits)[jnp.arange(len(y)), y]), new
 
         (value, state_), gradient = jax.value_and_grad(loss, has_aux=True)(params)
@@ -57,7 +56,14 @@ def start():
     """The first Learner, of NumPy's arrays."""
     params, state = jax.jit(jax.vmap(lambda seed: INIT(jax.random.key(seed))))(np.arange(SEEDS))
     opt_state = jax.jit(jax.vmap(OPTIMIZER.init))(params)
-    return jax.tree.map(np.asarray, train.Learner(params, state, opt_state, np.zeros(SEEDS, np.float32)))
+    places = np.arange(SEEDS, dtype=np.int32)
+    return jax.tree.map(np.asarray, train.Learner(params, state, opt_state, np.zeros(SEEDS, np.float32), places))
+
+
+def constants(mesh):
+    """The images, and the labels of each seed."""
+    labels = np.tile(SMALL.train_labels, (SEEDS, 1))
+    return put(SMALL.train_images.reshape(NUMBER, -1), mesh), put(labels, mesh)
 
 
 @pytest.mark.parametrize(("devices", "parallel", "batch_size"), pairwise([1, 4, 8], ["jit", "shard_map"], [50, 3]))
@@ -68,13 +74,12 @@ def test_devices_give_the_losses_and_statistics_of_one_with_the_whole_batch(devi
     size = -(-batch_size // devices) * devices
     update = train.updater(APPLY, lambda: OPTIMIZER, mesh, parallel)
     learner = jax.tree.map(lambda leaf: put(leaf, mesh), start())
-    images, labels = put(SMALL.train_images.reshape(NUMBER, -1), mesh), put(SMALL.train_labels, mesh)
     losses = [np.zeros(SEEDS)]
     for i in range(STEPS):
         rows = [data.batches(NUMBER, batch_size, seed, i, 1, size) for seed in range(SEEDS)]
         indices, weights = (put(np.stack(x), mesh, None, None, "data") for x in zip(*rows, strict=True))
         assert {shard.data.shape[-1] for shard in indices.addressable_shards} == {size // devices}
-        learner = update(learner, indices, weights, np.int32(1), images, labels)
+        learner = update(learner, train.Batches(indices, weights, None), np.int32(1), *constants(mesh))
         losses.append(np.asarray(learner.loss, np.float64))
     np.testing.assert_allclose(np.diff(losses, axis=0), expected_losses, rtol=tolerance, atol=tolerance)
     assert [set(np.ravel(layer.count)) for layer in learner.state] == [{STEPS}] * 2
@@ -116,7 +121,7 @@ def test_each_device_computes_its_part_of_the_batch_alone(parallel):
     update = train.updater(APPLY, lambda: OPTIMIZER, mesh, parallel)
     learner = jax.tree.map(lambda leaf: put(leaf, mesh), start())
     indices, weights = (put(np.zeros((SEEDS, 5, 56), t), mesh, None, None, "data") for t in (np.int32, np.float32))
-    images, labels = put(SMALL.train_images.reshape(NUMBER, -1), mesh), put(SMALL.train_labels, mesh)
-    text = update.lower(learner, indices, weights, np.int32(5), images, labels).compile().as_text()
+    batches = train.Batches(indices, weights, None)
+    text = update.lower(learner, batches, np.int32(5), *constants(mesh)).compile().as_text()
     assert "f32[2,7,16]" in text
     assert "f32[2,56,16]" not in text

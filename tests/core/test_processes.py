@@ -17,7 +17,7 @@ from experiments.harness import records
 from experiments.harness.data import InputError
 from experiments.harness.runtime import Runtime
 
-FLAGS = shlex.split("convergence --steps 40 --seeds 2 --eval-every 10 --hidden 16 --batch-size 50 --checkpoint-every 5")
+FLAGS = shlex.split("train --steps 40 --seeds 2 --eval-every 10 --hidden 16 --batch-size 50 --checkpoint-every 5")
 ENVIRONMENT = dict(os.environ, JAX_PLATFORMS="cpu", XLA_FLAGS="--xla_force_host_platform_device_count=2")
 TIMEOUT = 8
 
@@ -62,7 +62,7 @@ def finish(process):
 def one_process(tmp_path_factory):
     out = tmp_path_factory.mktemp("one")
     assert main([*FLAGS, "--devices", "1", "--out", str(out)]) == 0
-    return out / "convergence" / "metrics.jsonl"
+    return out / "train" / "metrics.jsonl"
 
 
 def assert_same_metrics(folder, one_process):
@@ -86,8 +86,8 @@ def test_two_processes_give_the_metrics_of_one(start, one_process, tmp_path):
     assert "final test accuracy" in ended[0][1]
     assert "final test accuracy" not in ended[1][1]
     assert "error" not in ended[0][2] + ended[1][2]
-    assert records.read_config(tmp_path / "convergence")["processes"] == 2
-    assert_same_metrics(tmp_path / "convergence", one_process)
+    assert records.read_config(tmp_path / "train")["processes"] == 2
+    assert_same_metrics(tmp_path / "train", one_process)
 
 
 @pytest.mark.slow
@@ -96,7 +96,7 @@ def test_a_lost_process_stops_the_other_with_a_message(victim, sent, start, one_
     address = free_address()
     flags = ["--out", tmp_path, "--checkpoint-dir", tmp_path / "saved", "--parallel", "shard_map"]
     running = [start(address, i, *flags) for i in (0, 1)]
-    while not list(tmp_path.glob("saved/convergence/plain/*/sha256.json")):
+    while not list(tmp_path.glob("saved/train/plain/*/sha256.json")):
         assert all(process.poll() is None for process in running), [finish(process) for process in running]
         time.sleep(0.01)
     running[victim].send_signal(sent)
@@ -112,7 +112,7 @@ def test_a_lost_process_stops_the_other_with_a_message(victim, sent, start, one_
     if (victim, sent) == (1, signal.SIGKILL):
         address = free_address()
         assert [finish(process)[0] for process in [start(address, i, *flags) for i in (0, 1)]] == [0, 0]
-        assert_same_metrics(tmp_path / "convergence", one_process)
+        assert_same_metrics(tmp_path / "train", one_process)
 
 
 @pytest.mark.slow

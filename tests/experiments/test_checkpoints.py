@@ -19,7 +19,7 @@ from experiments.harness import records, train
 from experiments.harness.checkpoints import Checkpoints
 from experiments.harness.data import InputError
 
-FLAGS = shlex.split("convergence --steps 60 --seeds 2 --eval-every 8 --hidden 8 --batch-size 50 --devices 1")
+FLAGS = shlex.split("train --steps 60 --seeds 2 --eval-every 8 --hidden 8 --batch-size 50 --devices 1")
 SAVING = shlex.split("--checkpoint-every 5 --checkpoint-keep 2")
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
 
@@ -38,7 +38,7 @@ def names(folder):
 @pytest.mark.slow
 def test_a_run_killed_at_random_moments_has_the_metrics_of_one_that_was_not(tmp_path):
     whole = start(tmp_path, "whole")
-    delay, saved = random.Random(0), tmp_path / "saved" / "convergence"
+    delay, saved = random.Random(0), tmp_path / "saved" / "train"
     for network in "plain", "batch-normalization":
         stopped = start(tmp_path, "stopped", "--checkpoint-dir", str(tmp_path / "saved"), *SAVING)
         while not any(name.isdecimal() for name in names(saved / network)):
@@ -53,7 +53,7 @@ def test_a_run_killed_at_random_moments_has_the_metrics_of_one_that_was_not(tmp_
     for process in resumed, whole:
         messages = process.communicate()[1]
         assert process.returncode == 0, messages
-    metrics = [(tmp_path / run / "convergence" / "metrics.jsonl").read_bytes() for run in ("whole", "stopped")]
+    metrics = [(tmp_path / run / "train" / "metrics.jsonl").read_bytes() for run in ("whole", "stopped")]
     assert metrics[0] == metrics[1]
     assert len(metrics[0].splitlines()) == 2 * 2 * 9  # networks, seeds, evaluations
     # One that was cut off while it was written may lie there still, set aside.
@@ -71,7 +71,7 @@ def finished(tmp_path_factory):
 
 def test_a_finished_run_is_not_trained_again(finished, monkeypatch):
     folder, flags = finished
-    metrics = folder / "out" / "convergence" / "metrics.jsonl"
+    metrics = folder / "out" / "train" / "metrics.jsonl"
     before = metrics.read_bytes()
     metrics.write_text("lost")
     monkeypatch.setattr(train, "updater", None)
@@ -92,7 +92,7 @@ def test_another_configuration_is_refused_with_what_differs(finished, capsys, mo
 
 def test_other_data_are_refused_with_what_differs(finished, capsys):
     folder, flags = finished
-    path = folder / "saved" / "convergence" / "config.json"
+    path = folder / "saved" / "train" / "config.json"
     text = path.read_text()
     path.write_text(text.replace(json.loads(text)["dataset_sha256"], "0123"))
     assert main(flags) == 2
@@ -109,12 +109,12 @@ def test_other_data_are_refused_with_what_differs(finished, capsys):
 def test_the_checkpoint_before_a_damaged_one_gives_the_same_metrics(finished, tmp_path):
     folder, _ = finished
     shutil.copytree(folder / "saved", tmp_path / "saved")
-    newest = tmp_path / "saved" / "convergence" / "batch-normalization" / "60"
+    newest = tmp_path / "saved" / "train" / "batch-normalization" / "60"
     _damage(newest, "flipped byte")
     flags = [*FLAGS, *SAVING, "--out", str(tmp_path / "out"), "--checkpoint-dir", str(tmp_path / "saved")]
     with pytest.warns(UserWarning, match=f"{newest}: damaged checkpoint .*Step 55 is used"):
         assert main(flags) == 0
-    metrics = [(run / "out" / "convergence" / "metrics.jsonl").read_bytes() for run in (folder, tmp_path)]
+    metrics = [(run / "out" / "train" / "metrics.jsonl").read_bytes() for run in (folder, tmp_path)]
     assert metrics[0] == metrics[1]
     assert names(newest.parent) == ["55", "60", "60.damaged"]
 

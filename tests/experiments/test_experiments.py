@@ -14,20 +14,20 @@ import pytest
 
 from experiments.__main__ import main
 from experiments.benchmark import bench, contenders
-from experiments.claims import convergence
-from experiments.harness import data, records, train
+from experiments.demos import training
+from experiments.harness import data, records, runs, train
 from experiments.harness.runtime import Runtime
 from experiments.models import networks
 from tests.support import reference
 
-INIT = partial(networks.mlp_init, sizes=(64, 8, 10), weight_std=0.5, batch_norm=True)
+INIT, APPLY = networks.mlp(data.digits(), (8,), True, networks.constant(0.5), activation=jax.nn.sigmoid)
 
 
 def fit(seeds, steps=40, eval_every=20):
     return list(
         train.fit(
             INIT,
-            networks.mlp_apply,
+            APPLY,
             partial(optax.sgd, 0.5),
             data.digits(),
             seeds=seeds,
@@ -40,16 +40,17 @@ def fit(seeds, steps=40, eval_every=20):
 
 
 def test_mlp_matches_the_oracle_in_training_and_evaluation(rng):
-    params, state = networks.mlp_init(jax.random.key(0), (5, 4, 3), 1.0, True)
+    params, state = INIT(jax.random.key(0))
     assert [set(layer) for layer in params] == [{"kernel", "bn"}, {"kernel", "bias"}]
-    x = rng.standard_normal((20, 5)).astype(np.float32)
+    x = rng.standard_normal((20, 64)).astype(np.float32)
     kernels = [np.asarray(layer["kernel"], np.float64) for layer in params]
-    hidden, mean, var = reference.train(x @ kernels[0], np.ones(4), np.zeros(4), np.zeros(4), np.ones(4))
-    logits, (new,) = networks.mlp_apply(params, state, x, True)
+    start = np.ones(8), np.zeros(8), np.zeros(8), np.ones(8)
+    hidden, mean, var = reference.train(x @ kernels[0], *start, momentum=0.9)
+    logits, (new,) = APPLY(params, state, x, True)
     np.testing.assert_allclose(logits, 1 / (1 + np.exp(-hidden)) @ kernels[1], rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(new.var, var, rtol=1e-5)
-    logits, _ = networks.mlp_apply(params, [new], x, False)
-    hidden = reference.normalize(x @ kernels[0], mean, var, np.ones(4), np.zeros(4))
+    logits, _ = APPLY(params, [new], x, False)
+    hidden = reference.normalize(x @ kernels[0], mean, var, np.ones(8), np.zeros(8))
     np.testing.assert_allclose(logits, 1 / (1 + np.exp(-hidden)) @ kernels[1], rtol=1e-4, atol=1e-5)
 
 
@@ -58,7 +59,7 @@ def test_fit_matches_a_plain_loop():
     params, state = INIT(jax.random.key(1))
 
     def loss(params, state, x, y):
-        logits, state = networks.mlp_apply(params, state, x, True)
+        logits, state = APPLY(params, state, x, True)
         return -jnp.mean(jax.nn.log_softmax(logits)[np.arange(len(y)), y]), state
 
     gradient_of = jax.jit(jax.value_and_grad(loss, has_aux=True))
@@ -69,7 +70,7 @@ def test_fit_matches_a_plain_loop():
         (value, state), gradient = gradient_of(params, state, x, y)
         params = jax.tree.map(lambda p, g: p - 0.5 * g, params, gradient)
         losses.append(value)
-    logits, _ = networks.mlp_apply(params, state, digits.test_images.reshape(-1, 64), False)
+    logits, _ = APPLY(params, state, digits.test_images.reshape(-1, 64), False)
     last = fit(seeds=2, steps=steps, eval_every=steps)[-1]
     np.testing.assert_allclose(last.loss[1], np.mean(losses), rtol=1e-4)
     # Rounding may move an image or two of the 360 over a boundary.
@@ -88,76 +89,59 @@ def test_fit_evaluates_at_every_interval_and_at_the_end():
 
 
 @pytest.fixture(scope="module")
-def convergence_run(tmp_path_factory):
-    out = tmp_path_factory.mktemp("results")
+def demonstration(tmp_path_factory):
+    """What a small run printed, and its folder."""
+    out, printed = tmp_path_factory.mktemp("results"), io.StringIO()
     flags = {"steps": 60, "seeds": 2, "eval-every": 20, "hidden": 16, "batch-size": 50, "devices": 1, "out": out}
-    assert main(["convergence", *(str(word) for name, value in flags.items() for word in (f"--{name}", value))]) == 0
-    return out / "convergence"
+    with contextlib.redirect_stdout(printed):
+        assert main(["train", *(str(word) for name, value in flags.items() for word in (f"--{name}", value))]) == 0
+    return printed.getvalue(), out / "train"
 
 
-def test_convergence_writes_its_configuration_metrics_and_figure(convergence_run):
-    config = records.read_config(convergence_run)
+def test_train_writes_its_configuration_metrics_and_figure(demonstration):
+    _, folder = demonstration
+    config = records.read_config(folder)
     assert config["config"]["steps"] == 60
     assert config["config"]["hidden"] == [16]
     assert config["dataset"] == "scikit-learn digits"
-    metrics = [json.loads(line) for line in (convergence_run / "metrics.jsonl").read_text().splitlines()]
+    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert len(metrics) == 2 * 2 * 4  # networks, seeds, evaluations
     assert {m["network"] for m in metrics} == {"plain", "batch normalization"}
     assert all((m["loss"] is None) == (m["step"] == 0) for m in metrics)
-    assert (convergence_run / "convergence.png").read_bytes().startswith(b"\x89PNG")
+    assert (folder / "train.png").read_bytes().startswith(b"\x89PNG")
 
 
-def write_metrics(folder, accuracies):
-    folder.mkdir(parents=True)
-    with (folder / "metrics.jsonl").open("w") as file:
-        for network, seeds in accuracies.items():
-            for seed, values in enumerate(seeds):
-                for step, value in zip((0, 10, 20, 30), values, strict=True):
-                    record = {"network": network, "seed": seed, "step": step, "loss": 1.0, "test_accuracy": value}
-                    file.write(json.dumps(record) + "\n")
+def test_train_prints_what_the_metrics_say(demonstration):
+    printed, folder = demonstration
+    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    last = [m["test_accuracy"] for m in metrics if m["network"] == "plain" and m["step"] == 60]
+    row = next(line for line in printed.splitlines() if line.startswith("plain"))
+    assert row.endswith(f"{np.mean(last):.4f} ± {np.std(last, ddof=1):.4f}")
 
 
-def judged(folder, plain, normalized):
-    """What is found in these accuracies of seeds at steps 0, 10, 20, 30."""
-    experiment = convergence.Convergence(seeds=2, out=folder)
-    write_metrics(experiment.folder, {"plain": plain, "batch normalization": normalized})
-    metrics = records.read_metrics(experiment.folder)
-    finding = experiment.judge(metrics)
-    experiment.draw(folder / "figure.png", metrics, finding.title)
-    assert (folder / "figure.png").read_bytes().startswith(b"\x89PNG")
-    return finding
-
-
-def test_convergence_reports_what_the_metrics_say(tmp_path):
-    plain = [[0.1, 0.5, 0.8, 0.7], [0.1, 0.3, 0.4, 0.6]]
-    finding = judged(tmp_path, plain, [[0.2, 0.8, 0.9, 0.9], [0.2, 0.5, 0.6, 0.7]])
-    assert finding.table[1:] == [
-        ["plain", "25 ± 7", "0.6500 ± 0.0707"],
-        ["batch normalization", "15 ± 7", "0.8000 ± 0.1414"],
+def test_train_says_what_diverged_and_what_was_never_reached():
+    steps, accuracy = (
+        np.arange(4) * 10,
+        {
+            "plain": [[0.1, 0.5, 0.8, 0.7], [0.1, 0.3, 0.4, 0.6]],
+            "batch normalization": [[0.9, 0.95, 0.97, 0.98], [0.1, np.nan, np.nan, np.nan]],
+        },
+    )
+    metrics = {
+        name: runs.Series((0, 1), steps, {"loss": np.ones((2, 4)), "test_accuracy": np.array(values)})
+        for name, values in accuracy.items()
+    }
+    assert training.rows(metrics)[1:] == [
+        ["plain", "never", "1.0000 ± 0.0000", "0.6500 ± 0.0707"],
+        ["batch normalization", "0 (1 of 2)", "1.0000 ± 0.0000", "0.9800 (1 of 2)"],
     ]
-    assert "best test accuracy (0.7000 ± 0.1414)" in finding.measured
-    assert finding.title.endswith("reached with batch normalization after 15 steps, without after 25")
-    # 25 / 2 is below 15; 0.2 and 0.1 more at the end have the mean 0.15 and the standard error 0.05, and t is 12.7.
-    assert finding.met == (False, False)
-    alike = judged(tmp_path / "alike", [[0.1, 0.5, 0.7, 0.8]] * 2, [[0.2, 0.8, 0.9, 0.9]] * 2)
-    assert alike.met == (True, True)  # 10 of 30 steps, 0.1 more
-
-
-def test_convergence_says_what_diverged_and_what_was_never_reached(tmp_path):
-    plain = [[0.1, 0.5, 0.8, 0.7], [0.1, 0.3, 0.4, 0.6]]
-    finding = judged(tmp_path / "a", plain, [[0.2, 0.7, 0.8, None], [0.2, None, None, None]])
-    assert finding.table[2][1:] == ["20 (1 of 2)", "diverged"]
-    assert finding.title.startswith("1 of 2 normalized networks never reach")
-    assert finding.met == (False, False)
-    finding = judged(tmp_path / "b", plain, [[0.2, 0.7, 0.7, 0.3], [0.2, 0.1, 0.1, 0.1]])
-    assert finding.table[2][1] == "never"
 
 
 def test_a_diverged_network_has_no_accuracy():
     evaluation = list(
         train.fit(
             INIT,
-            networks.mlp_apply,
+            APPLY,
             partial(optax.sgd, 1e38),
             data.digits(),
             seeds=1,
@@ -166,7 +150,7 @@ def test_a_diverged_network_has_no_accuracy():
             eval_every=5,
         )
     )[-1]
-    (record,) = records.records(("plain",), evaluation)
+    (record,) = records.records("plain", evaluation)
     assert record["test_accuracy"] is None
 
 
@@ -191,7 +175,7 @@ BAD_FLAGS = {
 @pytest.mark.parametrize("flag", BAD_FLAGS)
 def test_a_bad_flag_is_refused_before_anything_is_written(flag, tmp_path, capsys):
     try:
-        status = main(["convergence", f"--{flag}", BAD_FLAGS[flag], "--out", str(tmp_path)])
+        status = main(["train", f"--{flag}", BAD_FLAGS[flag], "--out", str(tmp_path)])
     except SystemExit as stop:
         status = stop.code
     assert status == 2
@@ -202,7 +186,7 @@ def test_a_bad_flag_is_refused_before_anything_is_written(flag, tmp_path, capsys
 
 
 def test_bad_input_is_one_line_on_stderr(tmp_path, capsys):
-    assert main(["convergence", "--data-dir", str(tmp_path), "--out", str(tmp_path)]) == 2
+    assert main(["train", "--data-dir", str(tmp_path), "--out", str(tmp_path)]) == 2
     message = capsys.readouterr().err
     assert message.startswith("error: ")
     assert "train-images-idx3-ubyte: no such file" in message

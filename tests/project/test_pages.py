@@ -69,7 +69,7 @@ def test_the_commands_for_two_machines_run(tmp_path):
         running.append(subprocess.Popen([sys.executable, *shlex.split(local)], env=environment, cwd=ROOT))
     assert [process.wait(timeout=120) for process in running] == [0, 0]
     assert (tmp_path / "run").is_dir()
-    assert (tmp_path / "out" / "convergence" / "metrics.jsonl").is_file()
+    assert (tmp_path / "out" / "train" / "metrics.jsonl").is_file()
 
 
 @pytest.mark.slow
