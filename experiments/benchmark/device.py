@@ -6,8 +6,8 @@ a GPU's driver is here, it reports the clocks before, during and after the measu
 * `copy`: the speed of copying a large array, the limit for all else.
 * `exact`: errors of mean, variance, output and gradient against float64, for data far from 0.
 * `layer`: the layer, alone and with what follows it, against Flax and PyTorch, with the bandwidth that it reaches.
-* `guard`: the layer as it is, with a guard, after the guard sent x to be read again, and without a guard; one layer, and
-  a chain of layers with nothing between. Calls are issued one at a time and several at once.
+* `guard`: the layer as it is, with a guard, after the guard sent x to be read again, and without a guard; one layer,
+  and a chain of layers with nothing between. Calls are issued one at a time and several at once.
 * `resnet`: a training step of ResNet-50, and the part of it that normalization adds: (step - none) / (Flax - none).
 * `pytorch`: that step of torchvision's ResNet-50, in turn with those of `resnet`.
 

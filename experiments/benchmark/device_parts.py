@@ -1,8 +1,8 @@
 """The measurements of `device` on one layer: the speed of copying, the layer's time, the guard's cost, its exactness.
 
 The guard decides, in each call in training, whether the statistics that were taken around the running mean are exact;
-if not, x is read twice again. On one GPU there is none: the statistics are taken around the mean of a part of x. The same
-layer is therefore traced in two more ways, with the guard, and around the running mean without it.
+if not, x is read twice again. On one GPU there is none: the statistics are taken around the mean of a part of x. The
+same layer is therefore traced in two more ways, with the guard, and around the running mean without it.
 """
 
 import contextlib

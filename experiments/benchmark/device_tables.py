@@ -71,7 +71,7 @@ def layer(results: dict[str, Any]) -> Table:
 
 
 def times_beside(results: dict[str, Any], block: str, direction: str, dtype: str) -> dict[str, str]:
-    """By library, its time in multiples of bnjax's, as a geometric mean over the shapes that are not a call's overhead."""
+    """By library, its time in multiples of bnjax's, as a geometric mean over all shapes but the smallest."""
     wanted = {"block": block, "direction": direction, "dtype": dtype}
     every = [e for e in entries(results, "layer") if _values(e) >= SMALL and all(e[k] == v for k, v in wanted.items())]
     return {name: f"{ratio(every, name, 'bnjax'):.2f}" for name in names(every) if name != "copy"}

@@ -39,9 +39,7 @@ class Convergence(study.Study):
 
     NAME = "convergence"
     CLAIM = "batch-normalized networks converge faster"
-    QUESTION = (
-        "Does a network with batch normalization need fewer steps, at the same learning rate and at its own best?"
-    )
+    QUESTION = "Does a normalized network need fewer steps, at the same learning rate and at its own best?"
     SOURCE = "Ioffe & Szegedy (2015), section 4.1, figures 1a and 3"
     PROTOCOL = (
         "The paper's network of three hidden layers of 100 sigmoid units, with initial weights of standard deviation "

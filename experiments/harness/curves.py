@@ -2,7 +2,6 @@
 quantities at fixed losses."""
 
 from collections.abc import Sequence
-
 from typing import Any
 
 import numpy as np

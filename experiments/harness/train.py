@@ -1,7 +1,7 @@
 """Training of many runs at once, all seeds and settings in one `vmap`.
 
-By default the runs are divided over the local devices, which then need not communicate. With a `Runtime`, every run is on
-all of its devices, and each device has a shard of every batch.
+By default the runs are divided over the local devices, which then need not communicate. With a `Runtime`, every run is
+on all of its devices, and each device has a shard of every batch.
 """
 
 from collections.abc import Callable, Iterator, Sequence

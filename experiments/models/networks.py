@@ -1,9 +1,9 @@
 """Networks as pure functions on bnjax, whose variables are (params, state), as in `bnjax.bn_init`.
 
-A network is a list of layers. A fully connected layer is x @ kernel; a convolution of 3 x 3 pixels with zeros outside is
-the same on patches, (batch, height, width, 9 channels) @ (9 channels, features). Written so, a convolution with a kernel
-of its own for each run is a batched matrix product under `vmap`, where XLA would otherwise make it a grouped convolution,
-which is slow on CPU.
+A network is a list of layers. A fully connected layer is x @ kernel; a convolution of 3 x 3 pixels with zeros outside
+is the same on patches, (batch, height, width, 9 channels) @ (9 channels, features). Written so, a convolution with a
+kernel of its own for each run is a batched matrix product under `vmap`, where XLA would otherwise make it a grouped
+convolution, which is slow on CPU.
 """
 
 from collections.abc import Callable, Sequence
@@ -44,12 +44,12 @@ def he(normal: Array) -> Array:
 
 
 def lecun(normal: Array) -> Array:
-    """Kernels that preserve the scale of activations without an activation: variance 1 / inputs (LeCun et al., 1998)."""
+    """Kernels that preserve the scale of linear layers: variance 1 / inputs (LeCun et al., 1998)."""
     return normal * (1 / normal.shape[0]) ** 0.5
 
 
 def orthogonal(normal: Array) -> Array:
-    """Kernels with orthonormal columns, or rows if there are fewer inputs, times sqrt(2) for ReLU (Saxe et al., 2014)."""
+    """Kernels with orthonormal columns, or rows if these are fewer, times sqrt(2) for ReLU (Saxe et al., 2014)."""
     tall = normal if normal.shape[0] >= normal.shape[1] else normal.T
     q, r = jnp.linalg.qr(tall)
     q = q * jnp.sign(jnp.diagonal(r))[None]  # otherwise the distribution would not be uniform over rotations
