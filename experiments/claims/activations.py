@@ -269,7 +269,9 @@ class Activations(study.Study):
                         mean = np.exp(np.ma.masked_invalid(changes).mean(1))
                         label = arm if arm == "plain" else f"{arm}, {rate}"
                         axes.plot(levels, mean, style, color=plot.COLOURS[arm], lw=2, label=label)
-                axes.set(xscale="log", yscale="log", xlabel="loss of the batch / log(classes)", xlim=(1, levels[-1]))
+                axes.set(xscale="log", yscale="log", xlim=(1, levels[-1]), ylim=(0.05, 2))
+                axes.set_xlabel("loss of the batch / log(classes)")
+                axes.set_yticks((0.1, 0.2, 0.5, 1), ("0.1", "0.2", "0.5", "1"))
                 axes.set_title(network, fontsize=10)
                 plot.ticks(axes, (1, 0.75, 0.5, 0.25))
             panels[1].set_ylabel("relative change of a layer's gradient")
