@@ -33,11 +33,10 @@ COLOURS = dict(zip(ARMS, (plot.VERMILION, plot.BLUE, plot.GREEN), strict=True))
 NETWORKS = {"sigmoid": "the sigmoid network", "convolutional": "the convolutional network"}
 ACTIVATIONS = {"sigmoid": jax.nn.sigmoid, "convolutional": jax.nn.relu}
 GRIDS = {"sigmoid": lab.half_decades(0.03, 100), "convolutional": lab.half_decades(0.003, 3)}
-LENGTHS = (0.5, 1.0, 2.0, 4.0)  # in learning rates, as in the paper's section 3.1
+LENGTHS = (0.05, 0.1, 0.2, 0.4)  # the decreases of the loss that steps promise, as parts of the loss
 SMOOTH = {
-    "range": "range of the loss along a step of the gradient",
-    "gradient": "largest distance of the gradient along a step",
-    "smoothness": "largest distance of the gradient along a step, divided by the distance moved",
+    "loss": "difference of the loss after a step from what the gradient promises",
+    "gradient": "change of the gradient along a step, as a part of the gradient",
 }
 STEADY = {
     "drift": "drift of the inputs of the last hidden layer over training",
@@ -95,23 +94,24 @@ def noisy_bn_apply(params, state, x, train, **options):
     return y, (bn_state, key)
 
 
-def along_gradient(loss, params, rate):
-    """What changes along a step down the gradient of a function of params, by measure; `loss` is its value here."""
+def along_gradient(loss, params):
+    """How far a function of params is from its first-order prediction along its gradient, by measure.
 
-    def at(length):
-        there = jax.tree.map(lambda p, g: p - length * rate * g, params, gradient)
+    A step of length eta down the gradient g promises a decrease of eta |g|^2. Steps are chosen by this promise.
+    `batch_loss` is the value of the function here.
+    """
+
+    def at(promised):
+        eta = promised / norm**2
+        there = jax.tree.map(lambda p, g: p - eta * g, params, gradient)
         value, moved = jax.value_and_grad(loss)(there)
-        return value, optax.global_norm(jax.tree.map(jnp.subtract, moved, gradient))
+        change = optax.global_norm(jax.tree.map(jnp.subtract, moved, gradient))
+        return jnp.abs(value - (here - promised)) / promised, change / norm
 
     here, gradient = jax.value_and_grad(loss)(params)
-    lengths = jnp.array(LENGTHS)
-    losses, distances = jax.lax.map(at, lengths)
-    return {
-        "batch_loss": here,
-        "range": losses.max() - losses.min(),
-        "gradient": distances.max(),
-        "smoothness": (distances / (lengths * rate * optax.global_norm(gradient))).max(),
-    }
+    norm = optax.global_norm(gradient)
+    differences, changes = jax.lax.map(at, jnp.array(LENGTHS) * here)
+    return {"batch_loss": here, "loss": differences.max(), "gradient": changes.max()}
 
 
 def _mean(name, values):
@@ -195,7 +195,7 @@ class Smoothness(study.Study):
                 def loss(params):
                     return train.cross_entropy(apply, params, state, *batch)
 
-                return along_gradient(loss, params, view.setting["rate"])
+                return along_gradient(loss, params)
 
             number = min(self.batches, len(view.images) // self.batch_size)
             rows = view.images[: number * self.batch_size].reshape(number, self.batch_size, -1)
