@@ -1,7 +1,7 @@
 """Training of many runs at once, all seeds and settings in one `vmap`.
 
-By default the runs are divided over the local devices, which then need not communicate. With a `Runtime`, every run is on
-all of its devices, and each device has a shard of every batch.
+By default the runs are divided over the local devices, which then need not communicate. With a `Runtime`, every run is
+on all of its devices, and each device has a shard of every batch.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -275,8 +275,8 @@ def updater(
 
     def update(learner, batches, count, images, labels):
         def body(i, learner):
-            now = (None if part is None else part[:, i] for part in batches)
-            return jax.vmap(step, (0, *[None] * 5))(learner, *now, images, labels)
+            indices, weights, motions = (None if part is None else part[:, i] for part in batches)
+            return jax.vmap(step, (0, *[None] * 5))(learner, indices, weights, motions, images, labels)
 
         # A scan of a fixed length would give another program, with other rounding, for each way to interrupt training.
         return jax.lax.fori_loop(0, count, body, learner)
@@ -284,7 +284,8 @@ def updater(
     learners = P(RUNS) if parallel == "runs" else P()
     if parallel != "jit":
         batch = P(None, None, AXIS) if named else P()
-        specs = (learners, Batches(batch, batch, batch if moving else None), P(), P(), P())
+        parts: Any = (batch, batch, batch if moving else None)
+        specs = (learners, Batches(*parts), P(), P(), P())
         update = jax.shard_map(update, mesh=mesh, in_specs=specs, out_specs=learners)
     return jax.jit(update, donate_argnums=0, out_shardings=NamedSharding(mesh, learners))
 
