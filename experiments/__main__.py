@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 import tyro
 
-from experiments.benchmark import bench, compiled, exactness
+from experiments.benchmark import bench, compiled, device, exactness
 from experiments.claims import (
     activations,
     batch_size,
@@ -118,6 +118,7 @@ def _commands(args: list[str]) -> dict[str, Any]:
         "averaging": averaging.run,
         "bench": bench.run,
         "compiled": compiled.run,
+        "device": device.run,
         "exactness": exactness.run,
         "train": training.run,
     }

@@ -45,8 +45,10 @@ def _module(name: str) -> Any:
 
 
 Primitive: Any = getattr(_module("jax.extend.core"), "Primitive", None)
-ad, batching, mlir = (_module(f"jax.interpreters.{name}") for name in ("ad", "batching", "mlir"))
-jet = _module("jax.experimental.jet")
+ad: Any = _module("jax.interpreters.ad")
+batching: Any = _module("jax.interpreters.batching")
+mlir: Any = _module("jax.interpreters.mlir")
+jet: Any = _module("jax.experimental.jet")
 HAS_PRIMITIVES = None not in (Primitive, ad, batching, mlir)
 
 
@@ -60,6 +62,7 @@ class PlatformFunction:
       plain: the computation on every other platform, and the one that derivatives are taken of.
       cpu: the computation where one CPU device holds the arrays.
       cuda: the computation on CUDA GPUs. It is elementwise, so that it serves sharded arrays too.
+      one_gpu: the computation where one CUDA GPU holds the arrays.
       taylor: the same function in operations that `jax.experimental.jet` knows; by default `plain`.
       linear: how many of the first arguments the function is linear in, all together.
       first_is_full: whether the arrays broadcast against the first one. Several models under `vmap` are then one
@@ -73,15 +76,19 @@ class PlatformFunction:
         *,
         cpu: Callable[..., Any] | None = None,
         cuda: Callable[..., Any] | None = None,
+        one_gpu: Callable[..., Any] | None = None,
         taylor: Callable[..., Any] | None = None,
         linear: int = 0,
         first_is_full: bool = False,
     ):
-        self.plain, self.cpu, self.cuda = plain, cpu, cuda
-        self.taylor = taylor or plain
+        self.plain: Callable[..., Any] = plain
+        self.cpu: Callable[..., Any] = cpu or plain
+        self.cuda: Callable[..., Any] = cuda or plain
+        self.one_gpu: Callable[..., Any] = one_gpu or self.cuda
+        self.taylor: Callable[..., Any] = taylor or plain
         self.linear = linear
         self.first_is_full = first_is_full
-        self.primitive = self._registered(Primitive(name)) if HAS_PRIMITIVES else None
+        self.primitive: Any = self._registered(Primitive(name)) if HAS_PRIMITIVES else None
 
     def __call__(self, *arrays: Any, axes: tuple[int, ...]) -> tuple[Any, ...]:
         if self.primitive is None:
@@ -96,9 +103,8 @@ class PlatformFunction:
         ad.primitive_jvps[primitive] = self._jvp
         batching.primitive_batchers[primitive] = self._batch
         mlir.register_lowering(primitive, mlir.lower_fun(self.plain, multiple_results=True))
-        mlir.register_lowering(primitive, self._lower_on_cpu, platform="cpu")
-        if self.cuda is not None:
-            mlir.register_lowering(primitive, mlir.lower_fun(self.cuda, multiple_results=True), platform="cuda")
+        for platform, one, several in ("cpu", self.cpu, self.plain), ("cuda", self.one_gpu, self.cuda):
+            mlir.register_lowering(primitive, partial(self._lower, one, several), platform=platform)
         if jet is not None:
             jet.jet_rules[primitive] = self._jet
         return primitive
@@ -131,8 +137,8 @@ class PlatformFunction:
         out = self(first, *rest, axes=tuple(a + 1 for a in axes))
         return out, (0,) * len(out)
 
-    def _lower_on_cpu(self, context, *arrays, axes):
-        rule = self.cpu if self.cpu and _on_one_device(context.module_context.axis_context) else self.plain
+    def _lower(self, one, several, context, *arrays, axes):
+        rule = one if _on_one_device(context.module_context.axis_context) else several
         return mlir.lower_fun(rule, multiple_results=True)(context, *arrays, axes=axes)
 
     def _jet(self, primals, terms, *, axes):

@@ -37,7 +37,7 @@ def autodiff_normalize(
 # scale * (x - mean) / sqrt(var + epsilon) + bias, with all arguments of x's rank; scale, bias and mask may be None. The
 # result has x's dtype. A masked element whose y is not finite in `dtype`, that of the layer's output, is a constant to
 # derivatives: a loss that leaves it out may return 0 * inf as its cotangent, a NaN for the whole feature.
-normalize = jax.custom_jvp(autodiff_normalize, nondiff_argnums=(6, 7))
+normalize: "jax.custom_jvp[Array]" = jax.custom_jvp(autodiff_normalize, nondiff_argnums=(6, 7))
 
 
 @partial(normalize.defjvp, symbolic_zeros=True)

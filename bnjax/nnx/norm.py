@@ -241,7 +241,8 @@ class RenormBatchNorm(BatchNorm):
 
     def __init__(self, num_features: int, *, r_max: Limit = RENORM_R_MAX, d_max: Limit = RENORM_D_MAX, **options: Any):
         super().__init__(num_features, **options)
-        self.r_max, self.d_max = r_max, d_max
+        self.r_max: Limit = r_max
+        self.d_max: Limit = d_max
         if callable(r_max) or callable(d_max):
             add_count(self)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.benchmark import bench, compiled, exactness
+from experiments.benchmark import bench, compiled, device_tables, exactness
 from experiments.harness import records, report
 
 ROOT = Path(__file__).parents[2]
@@ -187,6 +187,12 @@ def variants_timed() -> str:
     return table(["shape of x", *(f"`{name}`" for name in names)], rows)
 
 
+def device(name: str, folder: Path = RESULTS / "device") -> str:
+    """A table of `device_tables.TABLES`, or the facts about the device, from the results in a folder."""
+    results = device_tables.read(folder)
+    return device_tables.facts(results) if name == "facts" else table(*device_tables.TABLES[name](results))
+
+
 COMPARED = ("bnjax", "Flax Linen", "Haiku", "Equinox", "Keras on JAX", "PyTorch")
 
 
@@ -204,6 +210,9 @@ def comparison() -> str:
     for target, what in (("v5e", "passes over memory, TPU v5e¹"), ("h100", "passes over memory, H100¹")):
         row = compiled.of(_programs(), target=target, dtype="bfloat16", **facts)
         rows.append([what, *(f"{row[name]['passes']:.1f}" if name in row else "" for name in COMPARED)])
+    results = device_tables.read(RESULTS / "device")
+    beside = device_tables.times_beside(results, "bn", "backward", "bfloat16")
+    rows.append(["time on an H100, in multiples of bnjax's²", *(beside.get(name, "") for name in COMPARED)])
     facts = {"layout": "last", "dtype": "float32", "block": "bn", "direction": "backward"}
     entries = [e for e in _times()["libraries"] if all(e[k] == v for k, v in facts.items())]
     times = [bench.geometric_mean(bench.least(e)[n] / bench.least(e)["bnjax"] for e in entries) for n in COMPARED]
@@ -225,6 +234,11 @@ TABLES: dict[str, Callable[[], str]] = {
     "networks": networks,
     "libraries": libraries,
     "bench-facts": bench_facts,
+    "device-facts": lambda: device("facts"),
+    "device-resnet": lambda: device("resnet"),
+    "device-layer": lambda: device("layer"),
+    "device-guard": lambda: device("guard"),
+    "device-exact": lambda: device("exact"),
     "network": network,
     "variants-timed": variants_timed,
 }

@@ -168,14 +168,13 @@ def _keras(case):
     return (lambda params, stats, x: layer.stateless_call(params, stats, x, training=True)), params, stats
 
 
-def _torch(case):
+def torch_block(case: Case, x: Any, other: Any, cotangent: Any) -> Callable[[], Any]:
+    """The block in PyTorch, of tensors in the layout of the case; on a GPU its call returns before the work is done."""
     import torch  # pyright: ignore[reportMissingImports]
 
-    device = "cuda" if jax.default_backend() == "gpu" else "cpu"
-    x, other, cotangent = (torch.from_numpy(a).to(device, getattr(torch, case.dtype)) for a in case.arrays())
     if case.layout == "last" and x.ndim == 4:  # PyTorch's channels_last: NCHW in shape, NHWC in memory
         x, other, cotangent = (t.permute(0, 3, 1, 2) for t in (x, other, cotangent))
-    layer = (torch.nn.BatchNorm2d if x.ndim == 4 else torch.nn.BatchNorm1d)(case.shape[-1]).to(device)
+    layer = (torch.nn.BatchNorm2d if x.ndim == 4 else torch.nn.BatchNorm1d)(case.shape[-1]).to(x.device)
 
     def block(x, other):  # in place, as in torchvision's networks
         y = layer(x)
@@ -194,7 +193,14 @@ def _torch(case):
         y.backward(cotangent)
         return y, leaves
 
-    call = forward if case.direction == "forward" else both
+    return forward if case.direction == "forward" else both
+
+
+def _torch(case):
+    import torch  # pyright: ignore[reportMissingImports]
+
+    device = "cuda" if jax.default_backend() == "gpu" else "cpu"
+    call = torch_block(case, *(torch.from_numpy(a).to(device, getattr(torch, case.dtype)) for a in case.arrays()))
 
     def finished():
         out = call()

@@ -1,4 +1,9 @@
-"""Curves over training: smoothing, the step at which a target is reached, and how many times as fast one run is."""
+"""Curves over training: smoothing, the step at which a target is reached, how many times as fast one run is, and
+quantities at fixed losses."""
+
+from collections.abc import Sequence
+
+from typing import Any
 
 import numpy as np
 
@@ -12,6 +17,39 @@ ACCURACY = 0.9
 """The target of the smoothed validation accuracy."""
 TARGETS = {"loss": f"a training loss of {LOSS:g} log(classes)", "accuracy": f"a validation accuracy of {ACCURACY:g}"}
 """The targets that speed is measured to, by measure. They are the same for all claims, data sets and arms."""
+
+LEVELS = (*np.linspace(0.75, 0.25, 11).round(2).tolist(),)
+"""The losses, as parts of log(classes), at which quantities of arms of different speed are compared, from an early to a
+late place of the descent from 1, guessing, to the target `LOSS`. Below it gradients are too small to measure."""
+
+
+def log_spaced(steps: int, points: int) -> tuple[int, ...]:
+    """About `points` steps from 1 to `steps` in equal ratios, so that runs of different speed are seen equally well."""
+    return (*np.unique(np.geomspace(1, steps, points).round().astype(int)).tolist(),)
+
+
+def at_losses(loss: np.ndarray, values: np.ndarray, levels: Sequence[float] | np.ndarray) -> np.ndarray:
+    """By run, the mean over levels of a quantity at a loss, of shape (runs,).
+
+    A level is passed between the first evaluation whose loss is at or below it and the one before; between these two
+    the quantity is interpolated linearly in the loss. If already the first loss is below the level, the quantity there
+    counts. A run that never gets to the level, or with a quantity there that is not finite, has no value: nan.
+
+    Args:
+      loss: the losses, of shape (runs, evaluations).
+      values: the quantity, of the same shape; the logarithm of what is compared as a ratio.
+      levels: the losses.
+    """
+    rows, found = np.arange(len(loss)), []
+    for level in levels:
+        passed = loss <= level
+        after = passed.argmax(1)
+        before = np.maximum(after - 1, 0)
+        high, low = loss[rows, before], loss[rows, after]
+        share = np.where(high > low, (high - level) / np.where(high > low, high - low, 1), 1)
+        value = (1 - share) * values[rows, before] + share * values[rows, after]
+        found.append(np.where(passed.any(1), value, np.nan))
+    return np.mean(found, 0)
 
 
 def steps_to(series: runs.Series, classes: int) -> dict[str, np.ndarray]:
@@ -57,3 +95,46 @@ def times_as_fast(slow: np.ndarray, quick: np.ndarray, last: float) -> np.ndarra
     """
     ratio = np.nan_to_num(slow, nan=last) / np.nan_to_num(quick, nan=last)
     return np.where(np.isnan(slow) & np.isnan(quick), np.nan, ratio)
+
+
+def outcome(classes: int, curve: bool = False) -> runs.Summary:
+    """A summary of a run for sweeps over many settings, whose curves would fill the file.
+
+    It consists of `loss_step` and `accuracy_step`, the steps to the targets; `last_loss`, the mean training loss of the
+    last evaluations, which is nan for a diverged network; the test metrics; and the last step.
+
+    Args:
+      classes: number of classes.
+      curve: whether the curve of the validation accuracy is kept, which `lab.chosen` needs.
+    """
+
+    def summary(steps: list[int], values: dict[str, Any]) -> tuple[list[int], dict[str, Any]]:
+        curves = {name: np.asarray(values[name], float)[None] for name in ("loss", "validation_accuracy")}
+        reached = steps_to(runs.Series((0,), np.array(steps), curves), classes)
+        kept = {f"{name}_step": step[0] for name, step in reached.items()}
+        kept["last_loss"] = smoothed(curves["loss"])[0, -1]
+        kept |= {name: value for name, value in values.items() if name.startswith("test_")}
+        return (
+            (steps, kept | {"validation_accuracy": curves["validation_accuracy"][0]}) if curve else (steps[-1:], kept)
+        )
+
+    return summary
+
+
+def trains(series: runs.Series, classes: int) -> np.ndarray:
+    """By run, of which there is an `outcome`, whether its training loss is at the target or below it at the end."""
+    return series["last_loss"] <= LOSS * np.log(classes)
+
+
+def at_target(falling: np.ndarray, values: np.ndarray, target: float) -> np.ndarray:
+    """By run, the value when another, falling curve first reaches a target; nan if it never does.
+
+    Both have the shape (runs, evaluations). Between two evaluations both curves are taken as straight.
+    """
+    hit = falling <= target
+    after = hit.argmax(1)[:, None]
+    before = np.maximum(after - 1, 0)
+    high, low = (np.take_along_axis(falling, i, 1)[:, 0] for i in (before, after))
+    first, last = (np.take_along_axis(values, i, 1)[:, 0] for i in (before, after))
+    share = np.where(high > low, (high - target) / np.where(high > low, high - low, 1), 1.0)
+    return np.where(hit.any(1), first + share * (last - first), np.nan)

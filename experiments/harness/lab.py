@@ -42,20 +42,24 @@ def tuning(arm: str, rate: float) -> str:
 
 
 def chosen(metrics: runs.Metrics, arm: str, by: str = "curve") -> Chosen:
-    """The rate of an arm with the highest validation accuracy on average over the tuning seeds.
+    """The rate of an arm with the highest validation accuracy, or the lowest loss, on average over the tuning seeds.
 
     Args:
       metrics: all metrics of the claim.
       arm: name of the arm.
-      by: "curve" for the mean of the smoothed accuracy over the whole of training, which favours fast training, or
-        "end" for its last value. A diverged network has the accuracy 0. Of equally good rates the lowest is chosen.
+      by: "curve" for the mean of the smoothed accuracy over the whole of training, which favours fast training, "end"
+        for its last value, or "loss" for the last value of the smoothed loss. A diverged network has the accuracy 0
+        and an infinite loss. Of equally good rates the lowest is chosen.
     """
     scores = {}
     for name, series in metrics.items():
         found, _, rate = name.rpartition("@")
         if found == f"tuning {arm}":
-            accuracy = np.nan_to_num(curves.smoothed(series["validation_accuracy"]), nan=0.0)
-            scores[float(rate)] = float((accuracy[:, 1:] if by == "curve" else accuracy[:, -1:]).mean())
+            if by == "loss":
+                score = -np.nan_to_num(curves.smoothed(series["validation_loss"]), nan=np.inf)
+            else:
+                score = np.nan_to_num(curves.smoothed(series["validation_accuracy"]), nan=0.0)
+            scores[float(rate)] = float((score[:, 1:] if by == "curve" else score[:, -1:]).mean())
     rates = sorted(scores)
     best = max(rates, key=lambda rate: (scores[rate], -rate))
     at_edge = len(rates) > 1 and best in (rates[0], rates[-1])
@@ -86,6 +90,7 @@ class Lab:
         seeds: Sequence[int] | None = None,
         optimizer: Callable[..., optax.GradientTransformation] | None = None,
         splits: Mapping[str, Any] = {},
+        summary: runs.Summary = lambda steps, values: (steps, values),
         **options: Any,
     ) -> None:
         """Train a network in several settings, all in one `vmap`, from the seeds whose runs are missing.
@@ -97,6 +102,7 @@ class Lab:
           seeds: the seeds; by default those that the verdict is based on.
           optimizer: function from a setting as keywords; by default gradient descent with the learning rate `rate`.
           splits: options of `data.splits`.
+          summary: what is recorded of a run; by default everything.
           options: options of `train.fit`.
         """
         missing = self.record.missing(names, self.seeds if seeds is None else seeds)
@@ -116,7 +122,7 @@ class Lab:
         for evaluation in each:
             evaluations.append(evaluation)
             self.tell(f"{names[0]}, step {evaluation.step}")
-        self.record.add_all(names, missing, evaluations)
+        self.record.add_all(names, missing, evaluations, summary)
 
     def train(self, arm: str, network: Network, rates: Sequence[float], **options: Any) -> None:
         """Train an arm at some rates. The runs are named by `at`."""

@@ -4,7 +4,7 @@ A line is written when a run is complete, so that an interrupted measurement con
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,9 @@ from experiments.harness.train import Evaluation
 
 DIGITS = 5
 """Significant digits of a recorded number: more than its spread over seeds can tell apart."""
+
+Summary = Callable[[list[int], dict[str, Any]], tuple[list[int], dict[str, Any]]]
+"""A function from the steps and the metrics of a run to those of them, or of what follows from them, that are kept."""
 
 
 @dataclass(frozen=True)
@@ -66,8 +69,14 @@ class Record:
         with self.path.open("a") as file:
             file.write(json.dumps(run, separators=(",", ":")) + "\n")
 
-    def add_all(self, networks: Iterable[str], seeds: Iterable[int], evaluations: list[Evaluation]) -> None:
-        """Add the runs of `train.fit`, which are ordered by network, then by seed."""
+    def add_all(
+        self,
+        networks: Iterable[str],
+        seeds: Iterable[int],
+        evaluations: list[Evaluation],
+        summary: Summary = lambda steps, values: (steps, values),
+    ) -> None:
+        """Add the runs of `train.fit`, which are ordered by network, then by seed, each in the form of its summary."""
         names = [(network, seed) for network in networks for seed in seeds]
         for i, (network, seed) in enumerate(names):
             values: dict[str, Any] = {"loss": [evaluation.loss[i] for evaluation in evaluations]}
@@ -75,7 +84,7 @@ class Record:
                 curve = [evaluation.values[name][i] for evaluation in evaluations]
                 # The test images have no part in any choice, so their metrics are kept for the end alone.
                 values[name] = curve[-1] if name.startswith("test_") else curve
-            self.add(network, seed, (evaluation.step for evaluation in evaluations), values)
+            self.add(network, seed, *summary([evaluation.step for evaluation in evaluations], values))
 
     def metrics(self, seeds: Iterable[int], classes: int) -> Metrics:
         """The series of every network, of those of the seeds for which it has a run."""

@@ -50,11 +50,13 @@ class Learner(NamedTuple):
 
 class View(NamedTuple):
     """What a probe sees of one run besides its variables: the first training images of its seed as rows of pixels,
-    their labels, and the setting."""
+    their labels, and the setting; and the test images and their labels. Metrics of the latter are named `test_...`."""
 
     images: Array
     labels: Array
     setting: dict[str, Array]
+    test_images: Array
+    test_labels: Array
 
 
 Probe = Callable[[Any, Any, View], dict[str, Array]]
@@ -85,9 +87,10 @@ def fit(
     seeds: int | Sequence[int],
     steps: int,
     batch_size: int,
-    eval_every: int,
+    eval_every: int | Sequence[int],
     settings: Sequence[dict[str, float]] = ({},),
     probe: Probe | None = None,
+    with_images: bool = False,
     moving: bool = False,
     runtime: Runtime | None = None,
     checkpoints: Path | None = None,
@@ -102,16 +105,18 @@ def fit(
       seeds: the seeds, or their number n for 0, ..., n - 1. There is a run for each seed in each setting.
       steps: number of updates per run.
       batch_size: images per update, over all devices; the last batch of an epoch has the remaining images.
-      eval_every: number of updates between evaluations on the whole test set.
+      eval_every: number of updates between evaluations on the whole test set, or the steps of these evaluations.
       settings: dictionaries of numbers with the same names; all settings are trained in one `vmap`.
       probe: function for additional metrics.
+      with_images: whether `init` gets the training images of its seed too, as rows of pixels, by the keyword `images`.
       moving: whether training images are shifted, rotated and scaled at random in every step (see `stream`).
       runtime: devices that share every batch, and the interval of checkpoints. By default the runs are divided over
         the local devices.
       checkpoints: folder to save to. If it contains a checkpoint, training continues from it.
 
     Returns:
-      An iterator over evaluations, before the first step, then every `eval_every` steps and after the last. If training
+      An iterator over evaluations, before the first step, then every `eval_every` steps, or at those, and after
+      the last. If training
       continues from a checkpoint, the evaluations before it are included.
 
     Raises:
@@ -122,11 +127,14 @@ def fit(
     number = splits.train.shape[1]
     if not 0 < batch_size <= number:
         raise data.InputError(f"batch_size={batch_size}: expected 1 to {number}, the size of {splits.name}.")
+    stops = _stops(eval_every, steps)
+    longest = int(np.diff([0, *stops]).max())
     mesh = runtime.mesh() if runtime else runs_mesh()
     along = None if runtime else RUNS  # the axis of the mesh that the runs are divided over
 
     def start(setting, place):
-        params, state = init(jax.random.key(seeds[place]), **setting)
+        own = {"images": data.flat(splits.images[splits.train[place]])} if with_images else {}
+        params, state = init(jax.random.key(seeds[place]), **own, **setting)
         setting = {name: jnp.float32(value) for name, value in setting.items()}
         return Learner(params, state, optimizer(**setting).init(params), jnp.zeros(()), jnp.int32(place), setting)
 
@@ -154,12 +162,14 @@ def fit(
         update = updater(apply, optimizer, mesh, runtime.parallel if runtime else "runs", moving)
         images = put(splits.images if moving else data.flat(splits.images), mesh)
         labels = put(splits.labels, mesh)
-        cuts = [eval_every, runtime.checkpoint_every] if store and runtime else [eval_every]
         while done < steps:
-            count = min(steps, *(done - done % cut + cut for cut in cuts)) - done
-            batch = _parts(mesh, along, splits.train, batch_size, seeds, done, count, min(eval_every, steps), moving)
+            stop = stops[np.searchsorted(stops, done, "right")]
+            if store and runtime:
+                stop = min(stop, done - done % runtime.checkpoint_every + runtime.checkpoint_every)
+            count = int(stop) - done
+            batch = _parts(mesh, along, splits.train, batch_size, seeds, done, count, longest, moving)
             learner, done = update(learner, batch, np.int32(count), images, labels), done + count
-            evaluated = done == steps or done % eval_every == 0
+            evaluated = done in stops
             if evaluated:
                 loss = np.asarray(learner.loss)[:runs] / np.float32(done - evaluations[-1].step)
                 evaluations.append(Evaluation(done, done / steps, loss, evaluate(learner)))
@@ -170,6 +180,12 @@ def fit(
                 yield evaluations[-1]
 
     return train()
+
+
+def _stops(eval_every: int | Sequence[int], steps: int) -> list[int]:
+    """The steps after which runs are evaluated, in order; the last one is always evaluated."""
+    steps_of = range(eval_every, steps, eval_every) if isinstance(eval_every, int) else eval_every
+    return [*sorted({step for step in steps_of if 0 < step < steps}), steps]
 
 
 def _fixed(dataset: data.Dataset, seeds: int) -> data.Splits:
@@ -286,7 +302,9 @@ def updater(
         batch = P(None, None, AXIS) if named else P()
         parts: Any = (batch, batch, batch if moving else None)
         specs = (learners, Batches(*parts), P(), P(), P())
-        update = jax.shard_map(update, mesh=mesh, in_specs=specs, out_specs=learners)
+        # Runs do not communicate, so nothing has to be checked; a network may then have a mapped axis of its own.
+        checked = parallel != "runs"
+        update = jax.shard_map(update, mesh=mesh, in_specs=specs, out_specs=learners, check_vma=checked)
     return jax.jit(update, donate_argnums=0, out_shardings=NamedSharding(mesh, learners))
 
 
@@ -344,7 +362,9 @@ def _evaluator(
 
     def values(params, state, place, setting, images, labels, chosen, weights, viewed):
         here = labels[place]
-        known = probe(params, state, View(images[viewed[place]], here[viewed[place]], setting)) if probe else {}
+        shown, tests = viewed[place], chosen[place][sizes[0] : sum(sizes)]
+        view = View(images[shown], here[shown], setting, images[tests], here[tests])
+        known = probe(params, state, view) if probe else {}
         logits, _ = apply(params, state, images[chosen[place]], False)
         finite = jnp.isfinite(logits).all()
         # The argmax of nan is 0, so a diverged network would otherwise score the share of class 0.

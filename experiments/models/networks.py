@@ -215,7 +215,13 @@ CONVOLUTIONS = (8, 8, 16, 16, 32, 32, 32, 32)
 """Channels of a plain network of eight convolutions: deep enough for its depth to matter, small enough for a CPU."""
 
 
-def convolutional(dataset: data.Dataset, batch_norm: bool, weights: Weights = he, **options: Any) -> Network:
-    """A plain network, without shortcuts, of eight convolutions. The third and the fifth halve height and width."""
-    hidden = [Layer(features, 2 if i in (2, 4) else 1) for i, features in enumerate(CONVOLUTIONS)]
+def convolutional(
+    dataset: data.Dataset,
+    batch_norm: bool,
+    weights: Weights = he,
+    channels: Sequence[int] = CONVOLUTIONS,
+    **options: Any,
+) -> Network:
+    """A plain network, without shortcuts, of convolutions. The third and the fifth halve height and width."""
+    hidden = [Layer(features, 2 if i in (2, 4) else 1) for i, features in enumerate(channels)]
     return network(dataset, hidden, batch_norm, weights, **options)

@@ -1,0 +1,98 @@
+"""The highest rate that trains, what it gains, and the outcome of a run that both are judged by."""
+
+import numpy as np
+import pytest
+
+from experiments.claims import learning_rate
+from experiments.harness import curves, lab, protocol, runs
+
+CLASSES = 10
+TARGET = 0.1 * np.log(CLASSES)
+SEEDS = (0, 1, 2)
+
+
+def test_fine_rates_are_evenly_spaced_and_have_the_top_in_their_middle():
+    rates = learning_rate.fine(10.0, 4)
+    np.testing.assert_allclose(rates, 10.0 ** np.array([0.5, 0.75, 1, 1.25, 1.5]), rtol=5e-3)
+    assert {*learning_rate.fine(31.6, 8)[::4]} == {10.0, 31.6, 100.0}  # the names of the coarse grid
+
+
+def test_highest_rate_is_measured_only_inside_the_grid():
+    trained = np.array([[1, 1, 0, 0], [1, 0, 1, 0], [0, 0, 0, 0], [1, 1, 1, 1]], bool)
+    found = learning_rate.highest(trained, np.array([1.0, 2.0, 4.0, 8.0]))
+    np.testing.assert_array_equal(found, [2, 4, np.nan, np.nan])
+
+
+def test_outcome_keeps_what_a_run_reached():
+    values = {
+        "loss": np.array([np.nan, 2.0, 0.2, 0.1, 0.3, 0.5]),
+        "validation_accuracy": np.array([0.1, 0.5, 0.9, 0.9, 0.9, 0.2]),
+        "validation_loss": np.ones(6),
+        "test_accuracy": 0.8,
+    }
+    steps, kept = curves.outcome(CLASSES)([0, 10, 20, 30, 40, 50], values)
+    assert steps == [50]
+    assert kept == {"loss_step": 20, "accuracy_step": 40, "last_loss": pytest.approx(0.3), "test_accuracy": 0.8}
+    steps, kept = curves.outcome(CLASSES, curve=True)([0, 10, 20, 30, 40, 50], values)
+    assert steps == [0, 10, 20, 30, 40, 50]
+    np.testing.assert_array_equal(kept["validation_accuracy"], values["validation_accuracy"])
+
+
+def test_a_network_whose_loss_rises_again_or_diverges_does_not_train():
+    for last, trains in (([0.1, 0.2, 0.3], True), ([0.1, 0.2, 0.5], False), ([0.1, 0.1, np.nan], False)):
+        values = {"loss": np.array([np.nan, 0.1, *last]), "validation_accuracy": np.zeros(5)}
+        _, kept = curves.outcome(CLASSES)([0, 1, 2, 3, 4], values)
+        series = runs.Series((0,), np.array([4]), {"last_loss": np.array([kept["last_loss"]])})
+        assert curves.trains(series, CLASSES) == [trains]
+
+
+def made(tmp_path, top, best, steps, accuracy):
+    """Metrics as they would be if, by network and arm, the rates up to `top` trained, `best` had the best curve, and at
+    that rate the target took `steps`, twice as many at every other."""
+    record = runs.Record(tmp_path / "metrics.jsonl")
+    for network, grid in learning_rate.GRIDS.items():
+        for arm in learning_rate.ARMS:
+            key = network, arm
+            fine = learning_rate.fine(top[key], learning_rate.FINE.get(network, 4))
+            for rate in {*grid, *fine, best[network, "plain"], best[key]}:
+                found = {
+                    "loss_step": steps[key] * (1 if rate == best[key] else 2),
+                    "accuracy_step": np.nan,
+                    "last_loss": TARGET * (0.5 if rate <= top[key] else 2),
+                    "test_accuracy": accuracy[key],
+                }
+                score = accuracy[key] * (1 if rate == best[key] else 0.5)
+                for seed in SEEDS:
+                    record.add(lab.at(f"{network}, {arm}", rate), seed, [1000], found)
+                for seed in lab.TUNING_SEEDS:
+                    tuned = found | {"validation_accuracy": [0.1, score]}
+                    record.add(lab.tuning(f"{network}, {arm}", rate), seed, [0, 1000], tuned)
+    return record.metrics([*SEEDS, *lab.TUNING_SEEDS], CLASSES)
+
+
+def both(plain, normalized, deep=None):
+    """Values by network and arm, the same for all networks but the deep one."""
+    pairs = dict.fromkeys(learning_rate.SWEPT, (plain, normalized)) | {"deep sigmoid": deep or (plain, normalized)}
+    return {(network, arm): x for network in pairs for arm, x in zip(learning_rate.ARMS, pairs[network], strict=True)}
+
+
+def test_judge_divides_highest_rates_and_steps(tmp_path):
+    metrics = made(tmp_path, both(0.316, 10.0), both(0.1, 1.0), both(400, 50), both(0.8, 0.9, (0.1, 0.9)))
+    finding = learning_rate.LearningRate(seeds=3, first_seed=0).judge(metrics)
+    for network in learning_rate.SWEPT:
+        np.testing.assert_allclose(finding.effects[f"{network}, highest rate"], [31.6] * 3, rtol=5e-3)
+        np.testing.assert_allclose(finding.effects[f"{network}, gain"], [2.0] * 3)
+    np.testing.assert_allclose(finding.effects["deep sigmoid, accuracy"], [0.8] * 3)
+    # The best rate of the plain sigmoid networks is at the edge of the grid. It matters unless nothing is learned.
+    assert "edge" in finding.remarks["sigmoid, gain"]
+    assert not finding.remarks["convolutional, gain"]
+    assert not finding.remarks["deep sigmoid, accuracy"]
+    decided = protocol.decide(learning_rate.LearningRate.PARTS, finding.effects, finding.remarks)
+    assert [part.verdict for part in decided] == ["holds", "holds", "undecided", "holds", "holds"]
+
+
+def test_judge_does_not_decide_within_a_step_of_the_rates(tmp_path):
+    metrics = made(tmp_path, both(1.0, 3.16), both(0.316, 1.0), both(400, 50), both(0.8, 0.9))
+    remarks = learning_rate.LearningRate(seeds=3, first_seed=0).judge(metrics).remarks
+    assert "a factor of 1.78" in remarks["convolutional, highest rate"]
+    assert "sigmoid, highest rate" not in remarks  # its rates are finer, a factor of 1.33

@@ -1,0 +1,61 @@
+"""Steps and errors with batch normalization after the activation, divided by those before it."""
+
+import jax
+import numpy as np
+
+from experiments.claims import placement
+from experiments.harness import data, lab, protocol, runs
+
+CLASSES = 10
+SEEDS = (0, 1, 2)
+STEPS = np.arange(0, 110, 10)
+
+
+def made(tmp_path, arrive, accuracy):
+    """Metrics as they would be if, by arm, both targets were reached at these steps (nan: never), and the test accuracy
+    after few images were this."""
+    record = runs.Record(tmp_path / "metrics.jsonl")
+    for network, grid in placement.GRIDS.items():
+        for arm, step in arrive.items():
+            there = np.nan_to_num(step, nan=np.inf) <= STEPS
+            series = {"loss": np.where(there, 0.01, 2.0), "validation_accuracy": np.where(there, 0.99, 0.2)}
+            for seed in SEEDS:
+                record.add(lab.at(f"{network}, {arm}", 0.1), seed, STEPS, series)
+                if arm in accuracy:
+                    few = {"test_accuracy": accuracy[arm]}
+                    record.add(lab.at(f"{network}, {arm}, few images", 0.1), seed, STEPS[-1:], few)
+            for rate, seed in [(rate, seed) for rate in grid for seed in lab.TUNING_SEEDS]:
+                curve = np.full(len(STEPS), 0.9 if rate == 0.1 else 0.5)
+                record.add(lab.tuning(f"{network}, {arm}", rate), seed, STEPS, {"validation_accuracy": curve})
+    return record.metrics([*SEEDS, *lab.TUNING_SEEDS], CLASSES)
+
+
+def test_judge_divides_after_by_before(tmp_path):
+    arrive = {"plain": 80, "before": 20, "after": 50, "both": 30}
+    finding = placement.Placement(seeds=3).judge(made(tmp_path, arrive, {"before": 0.9, "after": 0.8}))
+    for network in placement.NETWORKS:
+        for rate in placement.RATES:
+            np.testing.assert_allclose(finding.effects[f"{network}, {rate}, loss"], [2.5] * 3)
+            # The smoothed accuracy arrives two evaluations later.
+            np.testing.assert_allclose(finding.effects[f"{network}, {rate}, accuracy"], [70 / 40] * 3)
+        np.testing.assert_allclose(finding.effects[f"{network}, test error"], [2.0] * 3)
+    decided = protocol.decide(placement.Placement.PARTS, finding.effects, finding.remarks)
+    assert protocol.verdict(decided) == "holds"
+
+
+def test_judge_counts_what_never_arrives_as_the_last_step_and_a_run_without_errors_as_half_an_error(tmp_path):
+    arrive = {"plain": 80, "before": np.nan, "after": 50, "both": 30}
+    effects = placement.Placement(seeds=3).judge(made(tmp_path, arrive, {"before": 0.99, "after": 1.0})).effects
+    np.testing.assert_allclose(effects["convolutional, own best rate, loss"], [0.5] * 3)
+    np.testing.assert_allclose(effects["convolutional, test error"], [0.1] * 3)
+
+
+def test_before_and_after_have_equally_many_parameters():
+    experiment, digits = placement.Placement(), data.digits()
+    for network in placement.NETWORKS:
+        sizes = {}
+        for arm in placement.ARMS:
+            params, _ = jax.eval_shape(experiment._network(digits, network, arm).init, jax.random.key(0))
+            sizes[arm] = sum(leaf.size for leaf in jax.tree.leaves(params))
+        units = 256 + 128 if network == "fully connected" else 8 + 8 + 16 + 16 + 4 * 32
+        assert sizes["before"] == sizes["after"] == sizes["plain"] + units == sizes["both"] - 2 * units

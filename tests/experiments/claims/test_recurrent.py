@@ -1,0 +1,102 @@
+"""Recurrent: the networks against their equations, shared statistics, and the effects of hand-made metrics."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import bnjax
+from experiments.claims import recurrent
+from experiments.harness import lab, runs
+
+ORDER = np.array([3, 0, 5, 1, 4, 2])
+
+
+def start(arm):
+    return recurrent.init(jax.random.key(0), **recurrent.ARMS[arm], classes=2, features=4, pixels=6)
+
+
+def logits_of_the_equations(params, state, x, normalize):
+    """Equations 6 to 8 in float64, with pixels in the fixed order."""
+    lstm = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params["lstm"])
+    output, cell = np.float64(0.1 * jax.random.normal(jax.random.key(0), (len(x), 4))), np.zeros((len(x), 4))
+    for t, place in enumerate(ORDER):
+        gates = normalize("input_bn", t, x[:, place : place + 1] @ lstm.input_kernel)
+        gates = gates + normalize("recurrent_bn", t, output @ lstm.recurrent_kernel) + lstm.bias
+        f, i, o = (1 / (1 + np.exp(-gate)) for gate in np.split(gates, 4, 1)[:3])
+        cell = f * cell + i * np.tanh(np.split(gates, 4, 1)[3])
+        output = o * np.tanh(normalize("cell_bn", t, cell))
+    return output @ np.asarray(params["kernel"], np.float64)
+
+
+@pytest.mark.parametrize("arm", recurrent.ARMS)
+@pytest.mark.parametrize("train", [True, False])
+def test_each_network_matches_its_equations(arm, train, rng):
+    x = rng.uniform(size=(5, 6)).astype(np.float32)
+    params, state = start(arm)
+    means = jax.tree.map(lambda v: jnp.asarray(rng.uniform(0.5, 2, v.shape), v.dtype), state["bn"])
+    state["bn"] = means  # evaluation has running statistics of its own for each timestep
+
+    def normalize(name, t, values):
+        if not recurrent.ARMS[arm]["cell" if name == "cell_bn" else "gates"]:
+            return values
+        mean, var = values.mean(0), values.var(0)
+        if not train:
+            mean, var = (np.float64(v[t]) for v in getattr(means, name)[:2])
+        return 0.1 * (values - mean) / np.sqrt(var + 1e-5)
+
+    logits, _ = recurrent.apply(params, state, jnp.asarray(x), train, order=ORDER, momentum=0.9)
+    expected = logits_of_the_equations(params, state, x, normalize)
+    np.testing.assert_allclose(logits, expected, rtol=1e-3, atol=1e-4)
+    np.testing.assert_array_equal(params["lstm"].bias, [1] * 4 + [0] * 12)
+
+
+def test_shared_statistics_are_the_moments_of_all_images_and_timesteps(rng):
+    x = rng.normal(np.arange(6)[:, None, None], 1 + np.arange(6)[:, None, None], (6, 50, 3))
+    params, state = bnjax.indexed_bn_init(3, 6)
+    for t in range(6):
+        _, state = bnjax.indexed_bn_apply(params, state, jnp.asarray(x[t], jnp.float32), True, index=t, momentum=0.0)
+    found = recurrent.shared(bnjax.BNLSTMState(state, state, state)).cell_bn
+    pooled = x.reshape(300, 3)
+    np.testing.assert_allclose(found.mean, np.tile(pooled.mean(0), (6, 1)), rtol=1e-4)
+    np.testing.assert_allclose(found.var, np.tile(pooled.var(0), (6, 1)), rtol=1e-4)
+
+
+def test_the_optimizer_limits_the_gradient_and_has_the_papers_momentum():
+    optimizer = recurrent._optimizer(rate=0.1, gates=0, cell=0)
+    state, params = optimizer.init(jnp.zeros(2)), jnp.zeros(2)
+    first, state = optimizer.update(jnp.array([300.0, 400.0]), state, params)
+    # Limited to (0.6, 0.8); RMSProp divides by sqrt(0.1) times that at its first step.
+    np.testing.assert_allclose(first, [-0.1 / 0.1**0.5] * 2, rtol=1e-4)
+    second, _ = optimizer.update(jnp.zeros(2), state, params)
+    np.testing.assert_allclose(second, 0.9 * first, rtol=1e-4)
+
+
+def test_effects_of_hand_made_metrics(tmp_path):
+    record = runs.Record(tmp_path / "metrics.jsonl")
+    best = {recurrent.LSTM: 3.16e-4, recurrent.BN_LSTM: 3.16e-3, recurrent.NO_CELL: 1e-3}
+    for arm, rate in best.items():
+        for each in recurrent.GRID:
+            values = {"validation_accuracy": [0.1, 0.9 if each == rate else 0.5]}
+            record.add(lab.tuning(arm, each), 900, [0, 10], values)
+    losses = {recurrent.LSTM: [1.0, 0.5], recurrent.BN_LSTM: [0.2, 0.1], recurrent.NO_CELL: [1.0, 0.2]}
+    accuracy = {recurrent.LSTM: 0.80, recurrent.BN_LSTM: 0.95, recurrent.NO_CELL: 0.96}
+    for arm, rate in best.items():
+        for seed in (1000, 1001):
+            values = {
+                "loss": [np.nan, *losses[arm]],
+                "validation_accuracy": [0.1, 0.5, 0.9],
+                "test_accuracy": accuracy[arm] - 0.01 * (seed - 1000),
+                "test_loss": 0.2,
+                "test_shared_loss": 0.3,
+                "test_shared_accuracy": 0.7,
+            }
+            record.add(lab.at(arm, rate), seed, [0, 10, 40], values)
+    finding = recurrent.Recurrent(seeds=2).judge(record.metrics([900, 1000, 1001], 10))
+    # The LSTM never reaches 0.1 log(10) = 0.23, and counts as reaching it at the last step; the BN-LSTM does at once.
+    np.testing.assert_allclose(finding.effects["speed"], [4, 4])
+    np.testing.assert_allclose(finding.effects["accuracy"], [0.15, 0.15], atol=1e-6)
+    np.testing.assert_allclose(finding.effects["own statistics"], [1.5, 1.5])
+    np.testing.assert_allclose(finding.effects["cell"], [-0.01, -0.01], atol=1e-6)
+    assert not any(finding.remarks.values())
+    assert finding.effects.keys() == {part.name for part in recurrent.Recurrent.PARTS}
