@@ -108,7 +108,8 @@ class Lab:
         missing = self.record.missing(names, self.seeds if seeds is None else seeds)
         if not missing:
             return
-        evaluations = []
+        evaluations: list[train.Evaluation] = []
+        options = {"moving": self.moving, **options}
         each = train.fit(
             lambda key, rate=0.0, **setting: network.init(key, **setting),
             network.apply,
@@ -116,7 +117,7 @@ class Lab:
             data.splits(self.dataset, missing, **splits),
             seeds=missing,
             settings=settings,
-            **{"moving": self.moving} | options,
+            **options,
         )
         for evaluation in each:
             evaluations.append(evaluation)

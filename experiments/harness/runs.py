@@ -63,7 +63,7 @@ class Record:
     def add(self, network: str, seed: int, steps: Iterable[int], values: Mapping[str, Any]) -> None:
         """Add a run, and write its line."""
         rounded = {name: _rounded(np.asarray(value, float)) for name, value in values.items()}
-        run = {"network": network, "seed": int(seed), "steps": [int(step) for step in steps], **rounded}
+        run: dict[str, Any] = {"network": network, "seed": int(seed), "steps": [int(step) for step in steps], **rounded}
         self.runs.setdefault(network, {})[run["seed"]] = run
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a") as file:

@@ -227,9 +227,9 @@ def _concluded(study: Study, folder: Path, config: Mapping[str, Any]) -> tuple[r
 
 def _restored(kind: type[Study], config: Mapping[str, Any]) -> Study:
     """The study whose fields config.json has."""
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in config.items()}
-    folders = {name: Path(values[name]) for name in ("out", "data_dir") if values[name] is not None}
-    return kind(**values | folders)
+    values: dict[str, Any] = {n: tuple(value) if isinstance(value, list) else value for n, value in config.items()}
+    values |= {name: Path(values[name]) for name in ("out", "data_dir") if values[name] is not None}
+    return kind(**values)
 
 
 def run_one(study: Study) -> None:

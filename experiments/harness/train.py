@@ -291,8 +291,8 @@ def updater(
 
     def update(learner, batches, count, images, labels):
         def body(i, learner):
-            now = (None if part is None else part[:, i] for part in batches)
-            return jax.vmap(step, (0, *[None] * 5))(learner, *now, images, labels)
+            indices, weights, motions = (None if part is None else part[:, i] for part in batches)
+            return jax.vmap(step, (0, *[None] * 5))(learner, indices, weights, motions, images, labels)
 
         # A scan of a fixed length would give another program, with other rounding, for each way to interrupt training.
         return jax.lax.fori_loop(0, count, body, learner)
@@ -300,7 +300,8 @@ def updater(
     learners = P(RUNS) if parallel == "runs" else P()
     if parallel != "jit":
         batch = P(None, None, AXIS) if named else P()
-        specs = (learners, Batches(batch, batch, batch if moving else None), P(), P(), P())
+        parts: Any = (batch, batch, batch if moving else None)
+        specs = (learners, Batches(*parts), P(), P(), P())
         # Runs do not communicate, so nothing has to be checked; a network may then have a mapped axis of its own.
         checked = parallel != "runs"
         update = jax.shard_map(update, mesh=mesh, in_specs=specs, out_specs=learners, check_vma=checked)
