@@ -49,6 +49,31 @@ def _parts():
         )
 
 
+def crossed(steps: np.ndarray, values: np.ndarray, target: float) -> np.ndarray:
+    """By run, the step at which a rising curve, linear between evaluations, first reaches the target; nan if never.
+
+    The targets are reached within a few evaluations. The steps of the evaluations alone would be equal in most seeds,
+    whose spread would then be zero where the difference between the arms is not.
+    """
+    last = curves.reached(steps, values, target)
+    found = np.full(len(values), np.nan)
+    for run in np.flatnonzero(np.isfinite(last)):
+        i = int(np.searchsorted(steps, last[run]))
+        before = values[run, i - 1] if i else np.nan
+        part = (target - before) / (values[run, i] - before) if np.isfinite(before) else 1.0
+        found[run] = steps[i] - (1 - part) * (steps[i] - steps[max(i - 1, 0)])
+    return found
+
+
+def steps_to(series: runs.Series, classes: int) -> dict[str, np.ndarray]:
+    """By measure, the steps to its target. A loss is interpolated as its logarithm."""
+    accuracy = curves.smoothed(series["validation_accuracy"])
+    return {
+        "loss": crossed(series.steps, -np.log(series["loss"]), -np.log(curves.LOSS * np.log(classes))),
+        "accuracy": crossed(series.steps, accuracy, curves.ACCURACY),
+    }
+
+
 @dataclass(frozen=True)
 class Placement(study.Study):
     """The configuration of the experiment. Its fields are the flags of the command line."""
@@ -139,7 +164,7 @@ class Placement(study.Study):
             steps = {}
             for rate, arm in product(RATES, ARMS):
                 series, used = self._series(metrics, network, rate, arm)
-                steps[rate, arm] = curves.steps_to(series, metrics.classes)
+                steps[rate, arm] = steps_to(series, metrics.classes)
                 shown = [records.spread(steps[rate, arm][measure], ".0f", "never") for measure in curves.TARGETS]
                 errors = records.spread(error[arm], ".3f") if rate == RATES[1] and arm in error else ""
                 rows.append([f"{network}, {rate}", arm, f"{used:g}", *shown, errors])
