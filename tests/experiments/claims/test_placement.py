@@ -44,7 +44,7 @@ def test_judge_divides_after_by_before(tmp_path):
             part = np.log(0.1 * np.log(CLASSES) / 2) / np.log(0.01 / 2)
             expected = (40 + 10 * part) / (10 + 10 * part)
             np.testing.assert_allclose(finding.effects[f"{network}, {rate}, loss"], [expected] * 3)
-            # The smoothed accuracy rises from 0.2 in three evaluations, by 0.79 / 3 in each, and passes 0.9 in the last.
+            # The smoothed accuracy rises by 0.79 / 3 in each of three evaluations, and passes 0.9 in the last.
             part = (0.9 - (0.2 + 2 * 0.79 / 3)) / (0.79 / 3)
             expected = (60 + 10 * part) / (30 + 10 * part)
             np.testing.assert_allclose(finding.effects[f"{network}, {rate}, accuracy"], [expected] * 3)
