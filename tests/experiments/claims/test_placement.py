@@ -30,14 +30,24 @@ def made(tmp_path, arrive, accuracy):
     return record.metrics([*SEEDS, *lab.TUNING_SEEDS], CLASSES)
 
 
+def test_crossed_is_linear_between_evaluations():
+    steps, values = np.array([0, 10, 20, 30]), np.array([[0, 1, 2, 3], [np.nan, 2, 0, 0], [0, 1, 1, 1], [5, 5, 5, 5.0]])
+    np.testing.assert_allclose(placement.crossed(steps, values, 1.5), [15, 10, np.nan, 0])
+
+
 def test_judge_divides_after_by_before(tmp_path):
     arrive = {"plain": 80, "before": 20, "after": 50, "both": 30}
     finding = placement.Placement(seeds=3).judge(made(tmp_path, arrive, {"before": 0.9, "after": 0.8}))
     for network in placement.NETWORKS:
         for rate in placement.RATES:
-            np.testing.assert_allclose(finding.effects[f"{network}, {rate}, loss"], [2.5] * 3)
-            # The smoothed accuracy arrives two evaluations later.
-            np.testing.assert_allclose(finding.effects[f"{network}, {rate}, accuracy"], [70 / 40] * 3)
+            # The logarithm of the loss falls from 2 to 0.01 between two evaluations, and crosses the target in between.
+            part = np.log(0.1 * np.log(CLASSES) / 2) / np.log(0.01 / 2)
+            expected = (40 + 10 * part) / (10 + 10 * part)
+            np.testing.assert_allclose(finding.effects[f"{network}, {rate}, loss"], [expected] * 3)
+            # The smoothed accuracy rises by 0.79 / 3 in each of three evaluations, and passes 0.9 in the last.
+            part = (0.9 - (0.2 + 2 * 0.79 / 3)) / (0.79 / 3)
+            expected = (60 + 10 * part) / (30 + 10 * part)
+            np.testing.assert_allclose(finding.effects[f"{network}, {rate}, accuracy"], [expected] * 3)
         np.testing.assert_allclose(finding.effects[f"{network}, test error"], [2.0] * 3)
     decided = protocol.decide(placement.Placement.PARTS, finding.effects, finding.remarks)
     assert protocol.verdict(decided) == "holds"
@@ -46,7 +56,8 @@ def test_judge_divides_after_by_before(tmp_path):
 def test_judge_counts_what_never_arrives_as_the_last_step_and_a_run_without_errors_as_half_an_error(tmp_path):
     arrive = {"plain": 80, "before": np.nan, "after": 50, "both": 30}
     effects = placement.Placement(seeds=3).judge(made(tmp_path, arrive, {"before": 0.99, "after": 1.0})).effects
-    np.testing.assert_allclose(effects["convolutional, own best rate, loss"], [0.5] * 3)
+    part = np.log(0.1 * np.log(CLASSES) / 2) / np.log(0.01 / 2)
+    np.testing.assert_allclose(effects["convolutional, own best rate, loss"], [(40 + 10 * part) / 100] * 3)
     np.testing.assert_allclose(effects["convolutional, test error"], [0.1] * 3)
 
 
