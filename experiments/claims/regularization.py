@@ -25,7 +25,7 @@ REGULARIZERS = ("nothing", "dropout", "L2")
 ARMS = tuple(f"{network}, {regularizer}" for network, regularizer in product(NETWORKS, REGULARIZERS))
 GRID = lab.half_decades(0.001, 3)
 AT_THE_END = "test loss at the end, each at its rate with the lowest validation loss at the end"
-OVER_THE_CURVE = "without a regularizer, each at its rate with the highest validation accuracy over the curve"
+ALONE = "without a regularizer, each at its rate with the smallest gap at equal training loss"
 
 
 def penalized(rate: jax.Array, l2: jax.Array, **_: jax.Array) -> optax.GradientTransformation:
@@ -87,13 +87,13 @@ class Regularization(study.Study):
         protocol.Part(
             "gap at equal training loss",
             f"validation loss - training loss when the training loss reaches {curves.LOSS:g} log(classes), "
-            f"{OVER_THE_CURVE}: plain / batch normalization",
+            f"{ALONE}: plain / batch normalization",
             1.0,
             "regularizing means a smaller gap",
         ),
         protocol.Part(
             "gap after equally many steps",
-            f"test loss - training loss at the end, {OVER_THE_CURVE}: plain / batch normalization",
+            f"test loss - training loss at the end, {ALONE}: plain / batch normalization",
             1.0,
             "regularizing means a smaller gap",
         ),
@@ -133,7 +133,7 @@ class Regularization(study.Study):
     """images per step"""
     steps: int = 2000
     """updates per run"""
-    eval_every: int = 40
+    eval_every: int = 50
     """steps between evaluations"""
     dropout: float = 0.5
     """fraction of the hidden units that is dropped"""
@@ -158,6 +158,7 @@ class Regularization(study.Study):
             "eval_every": self.eval_every,
             "splits": {"train": self.images, "noise": self.wrong},
             "optimizer": penalized,
+            "probe": train.probe_training(network.apply),
         }
 
         def settings(tried):
@@ -173,12 +174,11 @@ class Regularization(study.Study):
         laboratory.fit(names, network, settings=[*settings(tried)], seeds=seeds, **every)
         known = laboratory.record.metrics(seeds, laboratory.dataset.classes)
         best = [(arm, rate) for arm in arms for rate in dict.fromkeys(self._rates(known, arm))]
-        names, probe = [lab.at(*each) for each in best], train.probe_training(network.apply)
-        laboratory.fit(names, network, settings=[*settings(best)], probe=probe, **every)
+        laboratory.fit([lab.at(*each) for each in best], network, settings=[*settings(best)], **every)
 
     def _rates(self, metrics, arm):
-        """The rates of an arm: the best at the end, and over the curve where the gap is measured."""
-        by = ("loss", "curve") if arm.endswith("nothing") else ("loss",)
+        """The rates of an arm: the best at the end, and for the gap where it is measured."""
+        by = ("loss", "gap") if arm.endswith("nothing") else ("loss",)
         return [lab.chosen(metrics, arm, each).rate for each in by]
 
     def judge(self, metrics: runs.Metrics) -> study.Finding:
@@ -187,11 +187,7 @@ class Regularization(study.Study):
             each: metrics[lab.at(f"{each}, nothing", self._rates(metrics, f"{each}, nothing")[1])] for each in NETWORKS
         }
         loss = {arm: series["test_loss"] for arm, series in last.items()}
-        target = curves.LOSS * np.log(metrics.classes)
-        equal = {
-            each: curves.at_target(s["train_loss"], s["validation_loss"] - s["train_loss"], target)
-            for each, s in over.items()
-        }
+        equal = {each: curves.gap(series, metrics.classes) for each, series in over.items()}
         end = {each: s["test_loss"] - s["train_loss"][:, -1] for each, s in over.items()}
         gain = {each: loss[f"{each}, nothing"] - loss[f"{each}, dropout"] for each in NETWORKS}
         plain, normalized = NETWORKS
@@ -202,7 +198,7 @@ class Regularization(study.Study):
             "instead of dropout": loss[f"{plain}, dropout"] / loss[f"{normalized}, nothing"],
         }
         edges = {arm: lab.chosen(metrics, arm, "loss").edge for arm in ARMS}
-        curve = [lab.chosen(metrics, f"{each}, nothing", "curve").edge for each in NETWORKS]
+        curve = [lab.chosen(metrics, f"{each}, nothing", "gap").edge for each in NETWORKS]
         four = [edges[f"{each}, {regularizer}"] for each in NETWORKS for regularizer in REGULARIZERS[:2]]
         remarks = dict(zip(effects, (curve, curve, four, [four[1], four[2]]), strict=True))
         rows = [["network", "learning rate", "training loss", "test loss", "test accuracy"]]
