@@ -174,6 +174,8 @@ class Gradients(study.Study):
                         label = None if name in labelled else name
                         labelled.add(name)
                         axes.plot(layers, norms.mean(0), color=COLOURS[name], linewidth=1.5, label=label)
+                if not labelled:
+                    axes.text(0.5, 0.5, "no network is trained", transform=axes.transAxes, ha="center")
                 axes.set(xlabel="layer, from the input", yscale="log")
                 axes.set_title(when, fontsize=10)
             panels[0].set_ylabel("norm of the gradient in a layer's output")

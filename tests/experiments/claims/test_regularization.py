@@ -91,7 +91,7 @@ def test_effects_of_given_losses(tmp_path):
     finding = regularization.Regularization(seeds=2).judge(record.metrics([900, 1000, 1001], 10))
     expected = {
         "gap at equal training loss": [4, 4],
-        "gap after equally many steps": [4, 4],
+        "test loss": [3 / 1.2, 4 / 2.2],
         "dropout adds less": [1.5 - 0.2] * 2,
         "instead of dropout": [1.5 / 1.2, 2.5 / 2.2],
     }
