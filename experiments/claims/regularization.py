@@ -131,9 +131,9 @@ class Regularization(study.Study):
     """ReLU units per hidden layer"""
     batch_size: int = 20
     """images per step"""
-    steps: int = 2000
+    steps: int = 3000
     """updates per run"""
-    eval_every: int = 50
+    eval_every: int = 75
     """steps between evaluations"""
     dropout: float = 0.5
     """fraction of the hidden units that is dropped"""
