@@ -33,7 +33,8 @@ SHOWN = 6
 """The number of layers whose norms are recorded: the first, the last, and others evenly between them."""
 YANG = 0.5 * float(np.log10(np.pi / (np.pi - 1)))
 """By how many decades a layer gradients explode at initialization, in the limit of width (Yang et al., 2019)."""
-GRID = lab.half_decades(0.0003, 0.3)
+GRIDS = {True: lab.half_decades(0.001, 3), False: lab.half_decades(0.0001, 0.1)}
+"""The learning rates, with and without normalization. Deep plain networks need smaller ones."""
 
 
 def _part(depth: int, when: str) -> protocol.Part:
@@ -115,7 +116,7 @@ class Gradients(study.Study):
             "splits": {"train": self.images},
             "optimizer": lambda rate, **_: optax.sgd(rate, momentum=self.momentum),
         }
-        tried = [(arm, rate) for arm in arms for rate in GRID]
+        tried = [(arm, rate) for arm in arms for rate in GRIDS[arms == (NORMALIZED,)]]
         settings = [{"rate": rate, "scale": ARMS[arm]} for arm, rate in tried]
         names = [lab.tuning(f"{arm}, {depth}", rate) for arm, rate in tried]
         coarse = every | {"eval_every": 3 * self.eval_every}  # enough for the mean of a curve
@@ -174,6 +175,8 @@ class Gradients(study.Study):
                         label = None if name in labelled else name
                         labelled.add(name)
                         axes.plot(layers, norms.mean(0), color=COLOURS[name], linewidth=1.5, label=label)
+                if not labelled:
+                    axes.text(0.5, 0.5, "no network is trained", transform=axes.transAxes, ha="center")
                 axes.set(xlabel="layer, from the input", yscale="log")
                 axes.set_title(when, fontsize=10)
             panels[0].set_ylabel("norm of the gradient in a layer's output")

@@ -21,7 +21,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 
 import bnjax
@@ -30,12 +29,12 @@ from experiments.models import networks
 
 ARMS = ("batch", "population", "population + noise")
 COLOURS = dict(zip(ARMS, (plot.BLUE, plot.VERMILION, plot.GREEN), strict=True))
-BY = {"test loss": "loss", "gap": "curve"}
+BY = {"test loss": "loss", "gap": "gap"}
 """The measures, and what the rates are chosen by for each."""
 MEASURES = {
     "test loss": "test loss at the end, at each one's rate with the lowest validation loss at the end",
     "gap": f"validation loss - training loss when the training loss reaches {curves.LOSS:g} log(classes), at each "
-    "one's rate with the highest validation accuracy over the curve",
+    "one's rate with the smallest gap",
 }
 GRID = lab.half_decades(0.001, 3)
 
@@ -125,22 +124,20 @@ class Noise(study.Study):
         }
         for arm in ARMS:
             network = normalized_by(networks.mlp(lab.dataset, self.hidden, True), arm)
-            lab.tune(arm, network, GRID, "loss", **every)
+            probe = train.probe_training(network.apply)
+            lab.tune(arm, network, GRID, "gap", probe=probe, **every)
             rates = [rate for _, rate in self._rates(lab.record.metrics(lab.tuning_seeds, lab.dataset.classes), arm)]
-            lab.train(arm, network, rates, probe=train.probe_training(network.apply), **every)
+            lab.train(arm, network, rates, probe=probe, **every)
 
     def _rates(self, metrics, arm):
         return [(measure, lab.chosen(metrics, arm, by).rate) for measure, by in BY.items()]
 
     def _values(self, metrics):
         """By arm and measure, the rate, its series and the values of all seeds."""
-        target = curves.LOSS * np.log(metrics.classes)
         for arm in ARMS:
             for measure, rate in self._rates(metrics, arm):
                 series = metrics[lab.at(arm, rate)]
-                gap = series["validation_loss"] - series["train_loss"]
-                found = series["test_loss"] if measure == "test loss" else None
-                found = curves.at_target(series["train_loss"], gap, target) if found is None else found
+                found = series["test_loss"] if measure == "test loss" else curves.gap(series, metrics.classes)
                 yield (arm, measure), (rate, series, found)
 
     def judge(self, metrics: runs.Metrics) -> study.Finding:

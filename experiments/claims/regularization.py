@@ -5,7 +5,7 @@ a network that fits them all has a loss on other images far above its training l
 regularizer, with dropout, and with an L2 penalty.
 
 A network that fits faster has a larger gap between the two losses after the same number of steps. Therefore the gap is
-measured at equal training loss too, by linear interpolation between evaluations, with running statistics and without
+measured at equal training loss, by linear interpolation between evaluations, with running statistics and without
 dropout.
 """
 
@@ -25,7 +25,7 @@ REGULARIZERS = ("nothing", "dropout", "L2")
 ARMS = tuple(f"{network}, {regularizer}" for network, regularizer in product(NETWORKS, REGULARIZERS))
 GRID = lab.half_decades(0.001, 3)
 AT_THE_END = "test loss at the end, each at its rate with the lowest validation loss at the end"
-OVER_THE_CURVE = "without a regularizer, each at its rate with the highest validation accuracy over the curve"
+ALONE = "without a regularizer, each at its rate with the smallest gap at equal training loss"
 
 
 def penalized(rate: jax.Array, l2: jax.Array, **_: jax.Array) -> optax.GradientTransformation:
@@ -77,7 +77,7 @@ class Regularization(study.Study):
         "Networks of two hidden layers of 100 ReLU units are trained by gradient descent on 200 images, of which a "
         "fifth have a wrong label: with and without batch normalization, and without a regularizer, with dropout of "
         "half of the hidden units, or with an L2 penalty. Each has its own best learning rate. The gap between the "
-        "losses is measured at equal training loss and after equally many steps, and the test loss at the end."
+        "losses is measured at equal training loss, and the test loss at the end."
     )
     WOULD_CHANGE = (
         "The less noise the labels have and the more images there are, the less there is to regularize. Larger batches "
@@ -87,15 +87,15 @@ class Regularization(study.Study):
         protocol.Part(
             "gap at equal training loss",
             f"validation loss - training loss when the training loss reaches {curves.LOSS:g} log(classes), "
-            f"{OVER_THE_CURVE}: plain / batch normalization",
+            f"{ALONE}: plain / batch normalization",
             1.0,
             "regularizing means a smaller gap",
         ),
         protocol.Part(
-            "gap after equally many steps",
-            f"test loss - training loss at the end, {OVER_THE_CURVE}: plain / batch normalization",
+            "test loss",
+            f"{AT_THE_END}, without a regularizer: plain / batch normalization",
             1.0,
-            "regularizing means a smaller gap",
+            "regularizing means a lower test loss",
         ),
         protocol.Part(
             "dropout adds less",
@@ -115,7 +115,7 @@ class Regularization(study.Study):
         report.Change(
             "2026-11-27",
             "The gap was 1 - test accuracy, because every network fitted all training images, and one learning rate "
-            "served all. Now some labels are wrong, the losses are compared, also at equal training loss, and each arm "
+            "served all. Now some labels are wrong, losses are compared, the gap at equal training loss, and each arm "
             "has its own best rate.",
             "1000 to 1009",
         ),
@@ -131,9 +131,9 @@ class Regularization(study.Study):
     """ReLU units per hidden layer"""
     batch_size: int = 20
     """images per step"""
-    steps: int = 2000
+    steps: int = 3000
     """updates per run"""
-    eval_every: int = 40
+    eval_every: int = 75
     """steps between evaluations"""
     dropout: float = 0.5
     """fraction of the hidden units that is dropped"""
@@ -158,6 +158,7 @@ class Regularization(study.Study):
             "eval_every": self.eval_every,
             "splits": {"train": self.images, "noise": self.wrong},
             "optimizer": penalized,
+            "probe": train.probe_training(network.apply),
         }
 
         def settings(tried):
@@ -173,12 +174,11 @@ class Regularization(study.Study):
         laboratory.fit(names, network, settings=[*settings(tried)], seeds=seeds, **every)
         known = laboratory.record.metrics(seeds, laboratory.dataset.classes)
         best = [(arm, rate) for arm in arms for rate in dict.fromkeys(self._rates(known, arm))]
-        names, probe = [lab.at(*each) for each in best], train.probe_training(network.apply)
-        laboratory.fit(names, network, settings=[*settings(best)], probe=probe, **every)
+        laboratory.fit([lab.at(*each) for each in best], network, settings=[*settings(best)], **every)
 
     def _rates(self, metrics, arm):
-        """The rates of an arm: the best at the end, and over the curve where the gap is measured."""
-        by = ("loss", "curve") if arm.endswith("nothing") else ("loss",)
+        """The rates of an arm: the best at the end, and for the gap where it is measured."""
+        by = ("loss", "gap") if arm.endswith("nothing") else ("loss",)
         return [lab.chosen(metrics, arm, each).rate for each in by]
 
     def judge(self, metrics: runs.Metrics) -> study.Finding:
@@ -187,34 +187,29 @@ class Regularization(study.Study):
             each: metrics[lab.at(f"{each}, nothing", self._rates(metrics, f"{each}, nothing")[1])] for each in NETWORKS
         }
         loss = {arm: series["test_loss"] for arm, series in last.items()}
-        target = curves.LOSS * np.log(metrics.classes)
-        equal = {
-            each: curves.at_target(s["train_loss"], s["validation_loss"] - s["train_loss"], target)
-            for each, s in over.items()
-        }
-        end = {each: s["test_loss"] - s["train_loss"][:, -1] for each, s in over.items()}
+        equal = {each: curves.gap(series, metrics.classes) for each, series in over.items()}
         gain = {each: loss[f"{each}, nothing"] - loss[f"{each}, dropout"] for each in NETWORKS}
         plain, normalized = NETWORKS
         effects = {
             "gap at equal training loss": equal[plain] / equal[normalized],
-            "gap after equally many steps": end[plain] / end[normalized],
+            "test loss": loss[f"{plain}, nothing"] / loss[f"{normalized}, nothing"],
             "dropout adds less": gain[plain] - gain[normalized],
             "instead of dropout": loss[f"{plain}, dropout"] / loss[f"{normalized}, nothing"],
         }
         edges = {arm: lab.chosen(metrics, arm, "loss").edge for arm in ARMS}
-        curve = [lab.chosen(metrics, f"{each}, nothing", "curve").edge for each in NETWORKS]
+        gaps = [lab.chosen(metrics, f"{each}, nothing", "gap").edge for each in NETWORKS]
         four = [edges[f"{each}, {regularizer}"] for each in NETWORKS for regularizer in REGULARIZERS[:2]]
-        remarks = dict(zip(effects, (curve, curve, four, [four[1], four[2]]), strict=True))
+        remarks = dict(zip(effects, (gaps, four[::2], four, four[1:3]), strict=True))
         rows = [["network", "learning rate", "training loss", "test loss", "test accuracy"]]
         for arm, series in last.items():
             words = [records.spread(series["train_loss"][:, -1], ".3f"), records.spread(loss[arm], ".3f")]
             rate = self._rates(metrics, arm)[0]
             rows.append([arm, f"{rate:g}", *words, records.spread(series["test_accuracy"], ".3f")])
-        gaps = [records.spread(equal[each], ".3f", "never") for each in NETWORKS]
+        shown = [records.spread(equal[each], ".3f", "never") for each in NETWORKS]
         gains = [records.spread(gain[each], "+.3f") for each in NETWORKS]
         return study.Finding(
             effects,
-            f"Gap at equal training loss: {gaps[0]} plain, {gaps[1]} with batch normalization. Dropout takes "
+            f"Gap at equal training loss: {shown[0]} plain, {shown[1]} with batch normalization. Dropout takes "
             f"{gains[0]} off the plain network's test loss, and {gains[1]} off the normalized one's.",
             "Test loss with each regularizer, and the loss on other images as the training loss falls",
             rows,
@@ -234,6 +229,7 @@ class Regularization(study.Study):
                     right.plot(x, y, color=colour, alpha=0.5, linewidth=1, label=None if i else network)
             left.set_xticks(range(len(REGULARIZERS)), REGULARIZERS)
             left.set_ylabel("test loss at the end")
+            left.margins(y=0.3)  # room for the legend
             plot.legend(left, self.seeds)
             right.axvline(curves.LOSS * np.log(metrics.classes), color="0.4", linewidth=1, linestyle="--")
             right.set(xlabel="training loss", ylabel="validation loss", xscale="log")

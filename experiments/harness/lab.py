@@ -48,14 +48,18 @@ def chosen(metrics: runs.Metrics, arm: str, by: str = "curve") -> Chosen:
       metrics: all metrics of the claim.
       arm: name of the arm.
       by: "curve" for the mean of the smoothed accuracy over the whole of training, which favours fast training, "end"
-        for its last value, or "loss" for the last value of the smoothed loss. A diverged network has the accuracy 0
-        and an infinite loss. Of equally good rates the lowest is chosen.
+        for its last value, "loss" for the last value of the smoothed loss, or "gap" for the lowest `curves.gap`, which
+        every tuning seed has to reach in three quarters of the steps, so that others reach it in all of them. A
+        diverged network has the accuracy 0 and an infinite loss. Of equally good rates the lowest is chosen.
     """
     scores = {}
     for name, series in metrics.items():
         found, _, rate = name.rpartition("@")
         if found == f"tuning {arm}":
-            if by == "loss":
+            if by == "gap":
+                gap = curves.gap(series, metrics.classes, 0.75)[:, None]
+                score = -np.nan_to_num(gap, nan=np.inf)
+            elif by == "loss":
                 score = -np.nan_to_num(curves.smoothed(series["validation_loss"]), nan=np.inf)
             else:
                 score = np.nan_to_num(curves.smoothed(series["validation_accuracy"]), nan=0.0)
@@ -130,8 +134,8 @@ class Lab:
         self.fit([at(arm, rate) for rate in rates], network, settings=[{"rate": rate} for rate in rates], **options)
 
     def tune(self, arm: str, network: Network, rates: Sequence[float], by: str = "curve", **options: Any) -> Chosen:
-        """Choose the rate of an arm from a grid, by training with the tuning seeds."""
+        """Choose the rate of an arm from a grid, by training with the tuning seeds, which need a probe for a gap."""
         names = [tuning(arm, rate) for rate in rates]
-        options = {**options, "probe": None}
+        options = options if by == "gap" else {**options, "probe": None}
         self.fit(names, network, settings=[{"rate": rate} for rate in rates], seeds=self.tuning_seeds, **options)
         return chosen(self.record.metrics(self.tuning_seeds, self.dataset.classes), arm, by)

@@ -141,7 +141,9 @@ def test_effects_are_ratios_at_the_rates_of_each_measure(tmp_path):
     record, steps = runs.Record(tmp_path / "metrics.jsonl"), [0, 10, 20]
     for i, arm in enumerate(noise.ARMS):
         for rate, accuracy, loss in ((0.01, 0.1, 3.0), (0.1, 0.5, 1.0), (1, 0.6, 2.0), (3, 0.1, 9.0)):
-            values = {"validation_accuracy": [0.1, accuracy, accuracy], "validation_loss": [3.0, loss, loss]}
+            # The gap at the target, which only the rates from 0.1 on reach in time, is smallest for the rate 1.
+            trained = [0.1 if rate > 0.01 else 2.3, 0.1]
+            values = {"train_loss": [2.3, *trained], "validation_loss": [3.0, 3 - accuracy, loss]}
             record.add(lab.tuning(arm, rate), 900, steps, values)
         for seed in (1000, 1001):
             ends = {"test_loss": (2.0, 4.0, 2.5)[i] + seed - 1000, "test_accuracy": 0.8}
@@ -164,9 +166,10 @@ def test_a_rate_at_the_edge_of_the_grid_is_remarked(tmp_path):
     record = runs.Record(tmp_path / "metrics.jsonl")
     for arm in noise.ARMS:
         for rate in (0.1, 1, 3):
-            accuracy, loss = ([0.1, 0.5], [2.0, 1.0]) if rate == 1 else ([0.1, 0.2], [2.0, 2.0])
-            loss = [2.0, 0.5] if rate == 3 and arm == "batch" else loss
-            record.add(lab.tuning(arm, rate), 900, [0, 1], {"validation_accuracy": accuracy, "validation_loss": loss})
+            loss = [2.0, 1.8, 1.0] if rate == 1 else [2.0, 2.0, 2.0]
+            loss = [2.0, 2.0, 0.1] if rate == 3 and arm == "batch" else loss
+            values = {"train_loss": [2.0, 0.1, 0.1], "validation_loss": loss}
+            record.add(lab.tuning(arm, rate), 900, [0, 1, 2], values)
         for rate in (1, 3):
             curves = {"train_loss": [2.0, 0.1], "validation_loss": [2.0, 1.0], "test_loss": 1.0, "test_accuracy": 0.5}
             record.add(lab.at(arm, rate), 1000, [0, 1], curves)

@@ -79,8 +79,8 @@ def test_effects_of_given_losses(tmp_path):
     target = 0.1 * np.log(10)
     for arm in regularization.ARMS:
         for rate, accuracy, validation in ((0.01, 0.2, 3.0), (0.1, 0.4, 1.0), (1, 0.5, 2.0), (3, 0.2, 3.0)):
-            values = {"validation_accuracy": [0.1, accuracy], "validation_loss": [3.0, validation]}
-            record.add(lab.tuning(arm, rate), 900, steps, values)
+            values = {"train_loss": [2.3, 0.1, 0.1], "validation_loss": [3.0, 3 - accuracy, validation]}
+            record.add(lab.tuning(arm, rate), 900, [0, 5, 10], values)
         for seed in (1000, 1001):
             values = {"train_loss": [2.3, 0.5], "validation_loss": [2.3, 2.0], "test_accuracy": 0.8}
             record.add(lab.at(arm, 0.1), seed, steps, {**values, "test_loss": loss[arm] + seed - 1000})
@@ -91,7 +91,7 @@ def test_effects_of_given_losses(tmp_path):
     finding = regularization.Regularization(seeds=2).judge(record.metrics([900, 1000, 1001], 10))
     expected = {
         "gap at equal training loss": [4, 4],
-        "gap after equally many steps": [4, 4],
+        "test loss": [3 / 1.2, 4 / 2.2],
         "dropout adds less": [1.5 - 0.2] * 2,
         "instead of dropout": [1.5 / 1.2, 2.5 / 2.2],
     }
