@@ -7,11 +7,12 @@ of steps to a fixed training loss and to a fixed validation accuracy.
 
 from dataclasses import dataclass
 from itertools import product
+from typing import Any
 
 import jax
 import numpy as np
 
-from experiments.harness import curves, lab, plot, protocol, records, runs, study
+from experiments.harness import curves, lab, plot, protocol, records, report, runs, study
 from experiments.models import networks
 
 ARMS = ("plain", "batch normalization")
@@ -39,7 +40,7 @@ class Convergence(study.Study):
 
     NAME = "convergence"
     CLAIM = "batch-normalized networks converge faster"
-    QUESTION = "Does a normalized network need fewer steps, at the same learning rate and at its own best?"
+    QUESTION = "Does it need fewer steps, at the same learning rate and at each network's own best?"
     SOURCE = "Ioffe & Szegedy (2015), section 4.1, figures 1a and 3"
     PROTOCOL = (
         "The paper's network of three hidden layers of 100 sigmoid units, with initial weights of standard deviation "
@@ -53,19 +54,29 @@ class Convergence(study.Study):
         "A budget that is counted in time and not in steps favours the plain network, whose steps are cheaper."
     )
     PARTS = (*_parts(),)
-    SMOKE = {"steps": 60, "seeds": 2, "eval_every": 20}
+    CHANGES = (
+        report.Change(
+            "2026-11-27",
+            "One rate, tuned for the plain network, decided for both, and the target was the maximum of a noisy test "
+            "accuracy, where small data let every network overfit: the verdict turned on other digits. Every arm now has "
+            "a rate of its own, targets are fixed, on the training loss and on the validation accuracy, and a plain "
+            "convolutional network is measured too. A part on the accuracy at the end is dropped: it is not speed.",
+            "1000 to 1009",
+        ),
+    )
+    SMOKE = {"steps": 60, "seeds": 2, "points": 8}
     FULL = {"steps": 20_000, "convolutional_steps": 5000, "seeds": 20, "side": 32}
 
-    steps: int = 4000
+    steps: int = 3000
     """updates per run of the sigmoid network"""
-    convolutional_steps: int = 800
+    convolutional_steps: int = 600
     """updates per run of the convolutional network"""
     batch_size: int = 60
     """images per step"""
     weight_std: float = 0.1
     """standard deviation of the sigmoid network's initial kernels"""
-    eval_every: int = 20
-    """steps between evaluations"""
+    points: int = 80
+    """evaluations per run, about, in equal ratios of steps"""
 
     def _network(self, dataset, network, arm):
         batch_norm = arm != "plain"
@@ -77,11 +88,13 @@ class Convergence(study.Study):
     def measure(self, lab: lab.Lab) -> None:
         for network in NETWORKS:
             steps = self.steps if network == "sigmoid" else min(self.steps, self.convolutional_steps)
-            every = {"steps": steps, "batch_size": self.batch_size, "eval_every": self.eval_every}
+            common: dict[str, Any] = {"steps": steps, "batch_size": self.batch_size}
+            tuned = common | {"eval_every": max(1, steps // 40)}
+            shown = common | {"eval_every": curves.log_spaced(steps, self.points)}
             each = {arm: self._network(lab.dataset, network, arm) for arm in ARMS}
-            rate = {arm: lab.tune(f"{network}, {arm}", each[arm], GRIDS[network], **every).rate for arm in ARMS}
+            rate = {arm: lab.tune(f"{network}, {arm}", each[arm], GRIDS[network], **tuned).rate for arm in ARMS}
             for arm in ARMS:
-                lab.train(f"{network}, {arm}", each[arm], (rate["plain"], rate[arm]), **every)
+                lab.train(f"{network}, {arm}", each[arm], (rate["plain"], rate[arm]), **shown)
 
     def _steps(self, metrics):
         """By network, rate and arm, the series and its steps to the targets."""
