@@ -50,7 +50,7 @@ class Convergence(study.Study):
         "and at each one's own best rate, the steps to two fixed targets are compared."
     )
     WOULD_CHANGE = (
-        "An optimizer with a step size for each weight, such as Adam, takes over a part of what the normalization does. "
+        "An optimizer with a step size for each weight, such as Adam, takes over a part of what normalization does. "
         "A budget that is counted in time and not in steps favours the plain network, whose steps are cheaper."
     )
     PARTS = (*_parts(),)
@@ -58,8 +58,8 @@ class Convergence(study.Study):
         report.Change(
             "2026-11-27",
             "One rate, tuned for the plain network, decided for both, and the target was the maximum of a noisy test "
-            "accuracy, where small data let every network overfit: the verdict turned on other digits. Every arm now has "
-            "a rate of its own, targets are fixed, on the training loss and on the validation accuracy, and a plain "
+            "accuracy, where small data let every network overfit: the verdict turned on other digits. Every arm now "
+            "has a rate of its own, targets are fixed, on the training loss and on the validation accuracy, and a plain "
             "convolutional network is measured too. A part on the accuracy at the end is dropped: it is not speed.",
             "1000 to 1009",
         ),

@@ -6,9 +6,10 @@ both with ReLU, are trained with the normalization before the activation, after 
 normalized layer has no other bias, wherever the normalization stands, so that before and after have equally many
 parameters.
 
-Speed is compared on all training images. The test error is compared on few, where it is far from zero and the spread of
-a count of errors is small. A rule for a design needs a difference that is worth a rule, so before is better only if
-after takes `WORTH` times the steps, or makes `WORTH` times the errors. A smaller difference refutes the claim.
+The training images are shifted, rotated and scaled at random in every step (see `stream`), so that training takes
+hundreds of steps, and no network can learn the images by heart. A rule for a design needs a difference that is worth a
+rule, so before is better only if after takes `WORTH` times the steps, or makes `WORTH` times the errors. A smaller
+difference refutes the claim.
 """
 
 from dataclasses import dataclass
@@ -26,8 +27,8 @@ RATES = ("same rate", "own best rate")
 NETWORKS = {"fully connected": "the network 256-128", "convolutional": "the convolutional network"}
 GRIDS = {"fully connected": lab.half_decades(0.03, 10), "convolutional": lab.half_decades(0.01, 3)}
 WORTH = 1.1
-LEAST = 1e-3
-"""The least test error, so that a run without errors has a ratio too: half an error of 500 images."""
+LEAST = 1.4e-3
+"""The least test error, so that a run without errors has a ratio too: about half an error of the digits' 359."""
 SOURCE = "a tenth: a smaller difference is no reason to place a layer here or there"
 
 
@@ -43,7 +44,7 @@ def _parts():
             )
         yield protocol.Part(
             f"{network}, test error",
-            f"{words}: test error after training on few images, after / before, at each one's own best rate",
+            f"{words}: test error at the end, after / before, at each one's own best rate",
             WORTH,
             SOURCE,
         )
@@ -86,8 +87,8 @@ class Placement(study.Study):
         "A fully connected network of 256 and 128 units and a plain network of eight convolutions, both with ReLU and "
         "He's initial weights, are trained by gradient descent with the normalization before the activation, after it, "
         "in both places, and without it. No normalized layer has another bias. Each arm's learning rate is chosen by "
-        "the mean validation accuracy over the curve. Steps to two fixed targets are compared on all training images, "
-        "and the test error at the end on few of them."
+        "the mean validation accuracy over the curve. The training images are shifted, rotated and scaled at random in "
+        "every step. Steps to two fixed targets are compared, and the test error at the end."
     )
     WOULD_CHANGE = (
         "Before counts as better only if after needs a tenth more steps, or makes a tenth more errors; with a "
@@ -100,28 +101,27 @@ class Placement(study.Study):
             "2026-11-27",
             "The layer after the activation came with one more bias, the rate was the same for all and untuned, the "
             "target was the maximum of a noisy test accuracy, and the accuracy was at its ceiling. Now the parameters "
-            "are equally many, rates are tuned, targets are fixed, errors are counted after training on few images, "
-            "and a convolutional network is in place of the smallest one.",
+            "are equally many, rates are tuned, targets are fixed, and a convolutional network is in place of the "
+            "smallest one. In pilots of 2 to 4 seeds the digits as they are were learned within an epoch, 15 to 20 "
+            "steps, and ratios of so few steps turned with the data set, so that the images move now.",
             "1000 to 1009",
         ),
     )
-    SMOKE = {"hidden": (30,), "channels": (8,), "steps": 20, "seeds": 2}
+    SMOKE = {"hidden": (30,), "channels": (8,), "steps": 20, "seeds": 2, "eval_every": 10}
     FULL = {"steps": 10_000, "convolutional_steps": 3000, "eval_every": 50, "seeds": 20, "side": 32}
 
     hidden: tuple[int, ...] = (256, 128)
     """units per layer of the fully connected network"""
     channels: tuple[int, ...] = networks.CONVOLUTIONS
     """channels per layer of the convolutional network"""
-    steps: int = 300
+    steps: int = 2500
     """updates per run of the fully connected network"""
-    convolutional_steps: int = 200
+    convolutional_steps: int = 600
     """updates per run of the convolutional network"""
     batch_size: int = 60
     """images per step"""
-    few: int = 300
-    """training images where the test error is compared"""
-    eval_every: int = 4
-    """steps between evaluations; these networks reach the targets in tens of steps"""
+    eval_every: int = 20
+    """steps between evaluations"""
 
     def _network(self, dataset, network, arm):
         placed = {} if arm == "plain" else {"placement": arm}
@@ -134,14 +134,12 @@ class Placement(study.Study):
         for network in NETWORKS:
             steps = self.steps if network == "fully connected" else min(self.steps, self.convolutional_steps)
             every: dict[str, Any] = {"steps": steps, "batch_size": self.batch_size, "eval_every": self.eval_every}
+            every["moving"] = True
             tuned: dict[str, Any] = every | {"summary": curves.outcome(classes, curve=True)}
-            few: dict[str, Any] = every | {"eval_every": steps, "splits": {"train": self.few}}
             each = {arm: self._network(lab.dataset, network, arm) for arm in ARMS}
             rate = {arm: lab.tune(f"{network}, {arm}", each[arm], GRIDS[network], **tuned).rate for arm in ARMS}
             for arm in ARMS:
                 lab.train(f"{network}, {arm}", each[arm], (rate["plain"], rate[arm]), **every)
-            for arm in ("before", "after"):
-                lab.train(f"{network}, {arm}, few images", each[arm], (rate[arm],), **few)
 
     def _series(self, metrics, network, rate, arm):
         """The series of an arm, and its rate."""
@@ -149,14 +147,13 @@ class Placement(study.Study):
         return metrics[lab.at(f"{network}, {arm}", used)], used
 
     def _errors(self, metrics, network, arm):
-        """By seed, the test error after training on few images. A diverged network is always wrong."""
-        best = lab.chosen(metrics, f"{network}, {arm}").rate
-        accuracy = metrics[lab.at(f"{network}, {arm}, few images", best)]["test_accuracy"]
+        """By seed, the test error at the end. A diverged network is always wrong."""
+        accuracy = self._series(metrics, network, RATES[1], arm)[0]["test_accuracy"]
         return np.maximum(1 - np.nan_to_num(accuracy, nan=0.0), LEAST)
 
     def judge(self, metrics: runs.Metrics) -> study.Finding:
         effects, remarks, said = {}, {}, []
-        rows = [["network, rate", "arm", "learning rate", *curves.TARGETS.values(), "test error, few images"]]
+        rows = [["network, rate", "arm", "learning rate", *curves.TARGETS.values(), "test error"]]
         for network, words in NETWORKS.items():
             best = {arm: lab.chosen(metrics, f"{network}, {arm}") for arm in ARMS}
             own = "; ".join(filter(None, (best[arm].edge for arm in ("before", "after"))))

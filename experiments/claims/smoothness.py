@@ -6,11 +6,11 @@ distribution.
 
 Along training the gradient g of fixed batches is followed. A step of length eta promises a decrease eta |g|^2 of the
 loss L. Two measures tell how much the promise is worth: the difference of the loss after the step from L - eta |g|^2,
-as a part of the promise, and the change of the gradient, |g(eta) - g| / |g|. The paper's figure 4 shows the change of both
-along steps of 0.5 to 4 learning rates. Steps are chosen here by their promise, 5 to 40% of the loss, because networks
-that differ in the size of their gradients would otherwise be asked for different progress, and the result would depend
-on the learning rate. A network that has learned more has a smaller loss and smaller gradients, so the arms are compared
-at equal loss of the batches, by `curves.at_losses`.
+as a part of the promise, and the change of the gradient, |g(eta) - g| / |g|. The paper's figure 4 shows the change of
+both along steps of 0.5 to 4 learning rates. Steps are chosen here by their promise, 5 to 40% of the loss, because
+networks that differ in the size of their gradients would otherwise be asked for different progress, and the result
+would depend on the learning rate. A network that has learned more has a smaller loss and smaller gradients, so the arms
+are compared at equal loss of the batches, by `curves.at_losses`.
 
 Two measures tell how steady distributions are: their drift over training, and their shift, by which a single update
 moves the median of a unit's input, divided by the input's own standard deviation.
@@ -138,10 +138,10 @@ class Smoothness(study.Study):
         "that promise a decrease of 5 to 40% of the loss to first order, while both arms are trained with the plain "
         "network's best rate: how far the loss after the step is from the promised one, and how much the gradient has "
         "changed. Both are compared at equal loss of these batches: on average over losses from 0.75 to 0.25 of "
-        "log(classes), which lie between guessing and the target of the training loss. Steadiness and speed of the noisy arm are compared at each one's own "
-        "best rate, in the same runs. The drift is the standard deviation of a unit's median input over all steps of "
-        "training, the shift is the distance by which one update moves it, and both are divided by the input's own "
-        "standard deviation."
+        "log(classes), which lie between guessing and the target of the training loss. Steadiness and speed of the "
+        "noisy arm are compared at each one's own best rate, in the same runs. The drift is the standard deviation of "
+        "a unit's median input over all steps of training, the shift is the distance by which one update moves it, "
+        "and both are divided by the input's own standard deviation."
     )
     WOULD_CHANGE = (
         "Smoothness at equal steps of training and not at equal loss: the normalized network has learned more by then. "

@@ -11,7 +11,7 @@ from experiments.models import networks
 
 IMAGES = data.digits().train_images[:60].reshape(60, -1)
 LABELS = data.digits().train_labels[:60]
-VIEW = train.View(jnp.asarray(IMAGES), jnp.asarray(LABELS), {})
+VIEW = train.View(jnp.asarray(IMAGES), jnp.asarray(LABELS), {}, jnp.asarray(IMAGES), jnp.asarray(LABELS))
 
 
 def probed(depth, width, batch_norm, scale=1.0):

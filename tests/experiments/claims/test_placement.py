@@ -13,17 +13,14 @@ STEPS = np.arange(0, 110, 10)
 
 def made(tmp_path, arrive, accuracy):
     """Metrics as they would be if, by arm, both targets were reached at these steps (nan: never), and the test accuracy
-    after few images were this."""
+    at the end were this."""
     record = runs.Record(tmp_path / "metrics.jsonl")
     for network, grid in placement.GRIDS.items():
         for arm, step in arrive.items():
             there = np.nan_to_num(step, nan=np.inf) <= STEPS
             series = {"loss": np.where(there, 0.01, 2.0), "validation_accuracy": np.where(there, 0.99, 0.2)}
             for seed in SEEDS:
-                record.add(lab.at(f"{network}, {arm}", 0.1), seed, STEPS, series)
-                if arm in accuracy:
-                    few = {"test_accuracy": accuracy[arm]}
-                    record.add(lab.at(f"{network}, {arm}, few images", 0.1), seed, STEPS[-1:], few)
+                record.add(lab.at(f"{network}, {arm}", 0.1), seed, STEPS, {**series, "test_accuracy": accuracy[arm]})
             for rate, seed in [(rate, seed) for rate in grid for seed in lab.TUNING_SEEDS]:
                 curve = np.full(len(STEPS), 0.9 if rate == 0.1 else 0.5)
                 record.add(lab.tuning(f"{network}, {arm}", rate), seed, STEPS, {"validation_accuracy": curve})
@@ -37,7 +34,7 @@ def test_crossed_is_linear_between_evaluations():
 
 def test_judge_divides_after_by_before(tmp_path):
     arrive = {"plain": 80, "before": 20, "after": 50, "both": 30}
-    finding = placement.Placement(seeds=3).judge(made(tmp_path, arrive, {"before": 0.9, "after": 0.8}))
+    finding = placement.Placement(seeds=3).judge(made(tmp_path, arrive, dict.fromkeys(placement.ARMS, 0.9) | {"after": 0.8}))
     for network in placement.NETWORKS:
         for rate in placement.RATES:
             # The logarithm of the loss falls from 2 to 0.01 between two evaluations, and crosses the target in between.
@@ -55,7 +52,7 @@ def test_judge_divides_after_by_before(tmp_path):
 
 def test_judge_counts_what_never_arrives_as_the_last_step_and_a_run_without_errors_as_half_an_error(tmp_path):
     arrive = {"plain": 80, "before": np.nan, "after": 50, "both": 30}
-    effects = placement.Placement(seeds=3).judge(made(tmp_path, arrive, {"before": 0.99, "after": 1.0})).effects
+    effects = placement.Placement(seeds=3).judge(made(tmp_path, arrive, dict.fromkeys(placement.ARMS, 0.986) | {"after": 1.0})).effects
     part = np.log(0.1 * np.log(CLASSES) / 2) / np.log(0.01 / 2)
     np.testing.assert_allclose(effects["convolutional, own best rate, loss"], [(40 + 10 * part) / 100] * 3)
     np.testing.assert_allclose(effects["convolutional, test error"], [0.1] * 3)
