@@ -135,7 +135,7 @@ class BatchSize(study.Study):
     """images in a batch of one device; 2, 32 and 128 are judged"""
     layers: int = len(LAYERS)
     """convolutions of the network"""
-    images: int = 8192
+    images: int = 16_384
     """images that each network is trained on, repetitions included"""
     train_images: int = 1024
     """training images of a seed, of which the largest batch is a divisor, so that all batches are full"""

@@ -94,11 +94,11 @@ def chosen(arms: Mapping[str, Normalize]) -> Normalize:
     """
 
     def apply(params, state, x, train, **options):
-        found, new = None, {"arm": state["arm"]}
-        for place, (name, normalize) in enumerate(arms.items()):
+        found, new = [], {"arm": state["arm"]}
+        for name, normalize in arms.items():
             y, new[name] = normalize(params, state[name], x, train, **options)
-            found = y if found is None else jnp.where(state["arm"] == place, y, found)
-        return found, new
+            found.append(y)
+        return lax.select_n(state["arm"], *found), new
 
     return apply
 
