@@ -4,7 +4,7 @@ They differ in the examples that a mean and a variance are taken over. None of t
 size has to divide the number of training images.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -103,7 +103,7 @@ def chosen(arms: Mapping[str, Normalize]) -> Normalize:
     return apply
 
 
-def with_arms(init: Callable[..., tuple[Any, Any]], arms: Mapping[str, Normalize]) -> Callable[..., tuple[Any, Any]]:
+def with_arms(init: Callable[..., tuple[Any, Any]], arms: Sequence[str]) -> Callable[..., tuple[Any, Any]]:
     """`init` with the state of `chosen`; the setting `arm` is the place of an arm."""
 
     def started(key, arm=0):
