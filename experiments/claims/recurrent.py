@@ -34,7 +34,7 @@ ARMS = {
 }
 LSTM, BN_LSTM, NO_CELL = ARMS
 COLOURS = dict(zip(ARMS, (plot.VERMILION, plot.BLUE, plot.GREEN), strict=True))
-GRID = lab.half_decades(1e-4, 1e-2)
+GRID = lab.half_decades(3e-4, 3e-2)
 CLIP = 1.0
 """The largest norm of the gradient (the paper's appendix)."""
 
@@ -102,7 +102,7 @@ class Recurrent(study.Study):
             "1000 to 1009",
         ),
     )
-    SMOKE = {"features": 8, "steps": 40, "tuning_steps": 20, "seeds": 2, "side": 4, "eval_every": 10, "momentum": 0.9}
+    SMOKE = {"features": 8, "steps": 40, "tuning_steps": 20, "seeds": 2, "side": 4, "eval_every": 10}
     FULL = {"features": 64, "batch_size": 64, "seeds": 20}
 
     side: int = 8
@@ -115,8 +115,9 @@ class Recurrent(study.Study):
     """updates per run"""
     tuning_steps: int = 1000
     """updates per run by which a learning rate is chosen"""
-    momentum: float = 0.99
-    """weight of the old value in the running statistics"""
+    momentum: float = 0.9
+    """weight of the old value in the running statistics; with a long memory they would lag behind the first hundreds
+    of steps, by which the learning rates are chosen"""
     eval_every: int = 100
     """steps between evaluations"""
 
