@@ -6,6 +6,10 @@ changes. The remedies are renormalization (Ioffe, 2017), ghost batches of 16 in 
 statistics synchronized over 4 devices, each with a batch of the given size. Recalibration, which replaces the running
 statistics of the trained network by the moments of 500 training images, is reported besides.
 
+The training images are shifted, rotated and scaled at random in every step, and so are the test images, four times
+each. Like the papers' networks on ImageNet, those here do not memorize their images; otherwise the noise of small
+batches would prevent overfitting, and would help.
+
 The test error of a run is (wrong + 1/2) / (images + 1), so that ratios exist for a run without a mistake. A diverged
 network answers with the first class.
 """
@@ -17,10 +21,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from experiments.harness import data, lab, plot, protocol, records, report, runs, study, train
+from experiments.harness import data, lab, plot, protocol, records, report, runs, stream, study, train
 from experiments.models import networks, normalizers
 
 SMALL, USUAL, LARGE, GHOST, DEVICES = 2, 32, 128, 16, 4
+COPIES = 4
+"""The number of times that each test image is moved."""
 ARMS = {
     "plain": normalizers.identity,
     "group normalization": normalizers.group,
@@ -99,7 +105,8 @@ class BatchSize(study.Study):
     )
     SOURCE = "Ioffe (2017), section 4; Wu & He (2018), figure 1 and table 2; Hoffer et al. (2017), table 1"
     PROTOCOL = (
-        "A network of four convolutions with ReLU sees the same number of images in batches of different sizes. Each "
+        "A network of four convolutions with ReLU sees the same number of images, shifted, rotated and scaled at random, "
+        "in batches of different sizes, and is tested on images that are moved in the same way. Each "
         "normalization's learning rate is chosen for each size by the validation accuracy; the linearly scaled rate is "
         "the best one for batches of 32, in proportion to the images of a step. The running statistics remember the "
         "same number of images for every size. Synchronized statistics extend over 4 devices, each with a batch of "
@@ -192,10 +199,17 @@ class BatchSize(study.Study):
         )
         network = networks.Network(normalizers.with_arms(plain.init, [*arms]), plain.apply)
 
+        shape = laboratory.dataset.train_images.shape[1:]
+
+        def moved(rows, copies):
+            motions = stream.motions(0, 0, copies, len(rows)).reshape(-1, 4)
+            images = jnp.tile(rows.reshape(len(rows), *shape), (copies, *[1] * len(shape)))
+            return stream.moved(images, jnp.asarray(motions)).reshape(len(motions), -1)
+
         def probe(params, state, view):
-            tests = view.test_images, view.test_labels
+            tests = moved(view.test_images, COPIES), jnp.tile(view.test_labels, COPIES)
             # bnjax.recalibrate with one batch: with momentum 0 its moments replace the running statistics.
-            _, recalibrated = network.apply(params, state, view.images, True, momentum=0.0)
+            _, recalibrated = network.apply(params, state, moved(view.images, 1), True, momentum=0.0)
             return {
                 "test_error": error(network.apply, params, state, *tests),
                 "test_recalibrated_error": error(network.apply, params, recalibrated, *tests),
@@ -213,6 +227,7 @@ class BatchSize(study.Study):
             batch_size=step,
             eval_every=-(-total // 4),
             probe=None if tuning else probe,
+            moving=True,
         )
 
     def _rates(self, metrics, arm, size):
