@@ -105,8 +105,8 @@ class BatchSize(study.Study):
     )
     SOURCE = "Ioffe (2017), section 4; Wu & He (2018), figure 1 and table 2; Hoffer et al. (2017), table 1"
     PROTOCOL = (
-        "A network of four convolutions with ReLU sees the same number of images, shifted, rotated and scaled at random, "
-        "in batches of different sizes, and is tested on images that are moved in the same way. Each "
+        "A network of four convolutions with ReLU sees the same number of images, shifted, rotated and scaled at "
+        "random, in batches of different sizes, and is tested on images that are moved in the same way. Each "
         "normalization's learning rate is chosen for each size by the validation accuracy; the linearly scaled rate is "
         "the best one for batches of 32, in proportion to the images of a step. The running statistics remember the "
         "same number of images for every size. Synchronized statistics extend over 4 devices, each with a batch of "
@@ -115,7 +115,8 @@ class BatchSize(study.Study):
     )
     WOULD_CHANGE = (
         "Larger images in the last layers give each channel more values in a small batch, though correlated ones. "
-        "Recalibrated running statistics take away that part of the error that the average over noisy batches causes."
+        "On images that do not move, the noise of small batches prevents overfitting, and hurts less. Recalibrated "
+        "running statistics take away that part of the error that the average over noisy batches causes."
     )
     PARTS = (*_parts(),)
     CHANGES = (
@@ -124,7 +125,8 @@ class BatchSize(study.Study):
             "A fully connected network, in which a batch of 2 leaves each unit nothing but a sign, was replaced by a "
             "convolutional one; plain and group-normalized arms were added, so that the noise of small batches is not "
             "taken for a fault of the normalization; each size has its own tuned rate besides the scaled one; no batch "
-            "of one is left over; and the threshold of 1.4, set after a first result, is 1.",
+            "of one is left over; the images move, because otherwise the noise of small batches prevents overfitting; and the "
+            "threshold of 1.4, set after a first result, is 1.",
             "1000 to 1009",
         ),
     )
