@@ -19,6 +19,7 @@ from functools import partial
 
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax import Array
 
 from experiments.harness import data, lab, plot, protocol, records, report, runs, stream, study, train
@@ -106,7 +107,8 @@ class BatchSize(study.Study):
     SOURCE = "Ioffe (2017), section 4; Wu & He (2018), figure 1 and table 2; Hoffer et al. (2017), table 1"
     PROTOCOL = (
         "A network of four convolutions with ReLU sees the same number of images, shifted, rotated and scaled at "
-        "random, in batches of different sizes, and is tested on images that are moved in the same way. Each "
+        "random, in batches of different sizes, and is tested on images that are moved in the same way. The learning "
+        "rate falls linearly to 0. Each "
         "normalization's learning rate is chosen for each size by the validation accuracy; the linearly scaled rate is "
         "the best one for batches of 32, in proportion to the images of a step. The running statistics remember the "
         "same number of images for every size. Synchronized statistics extend over 4 devices, each with a batch of "
@@ -125,8 +127,8 @@ class BatchSize(study.Study):
             "A fully connected network, in which a batch of 2 leaves each unit nothing but a sign, was replaced by a "
             "convolutional one; plain and group-normalized arms were added, so that the noise of small batches is not "
             "taken for a fault of the normalization; each size has its own tuned rate besides the scaled one; no batch "
-            "of one is left over; the images move, because otherwise the noise of small batches prevents overfitting; and the "
-            "threshold of 1.4, set after a first result, is 1.",
+            "of one is left over; the images move, because otherwise the noise of small batches prevents overfitting; the "
+            "rate falls to 0; and the threshold of 1.4, set after a first result, is 1.",
             "1000 to 1009",
         ),
     )
@@ -222,6 +224,7 @@ class BatchSize(study.Study):
         laboratory.fit(
             [named(each, rate) for each, _, rate in pairs],
             network,
+            optimizer=lambda rate, **_: optax.sgd(optax.linear_schedule(rate, 0.0, total)),
             settings=[{"rate": rate, "arm": [*arms].index(arm)} for _, arm, rate in pairs],
             seeds=laboratory.tuning_seeds if tuning else None,
             splits={"train": self.train_images},
