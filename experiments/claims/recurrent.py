@@ -34,7 +34,10 @@ ARMS = {
 }
 LSTM, BN_LSTM, NO_CELL = ARMS
 COLOURS = dict(zip(ARMS, (plot.VERMILION, plot.BLUE, plot.GREEN), strict=True))
-GRID = lab.half_decades(1e-4, 1e-2)
+LOSS = 0.25
+"""The target of the training loss, in parts of log(classes). A network of few units does not come down to the 0.1 of
+the other claims while it trains."""
+GRID = lab.half_decades(1e-3, 1e-1)
 CLIP = 1.0
 """The largest norm of the gradient (the paper's appendix)."""
 
@@ -52,8 +55,8 @@ class Recurrent(study.Study):
     SOURCE = "Cooijmans et al. (2017), sections 3 and 5.1, table 1, figure 2"
     PROTOCOL = (
         "Images of at most 8 x 8 pixels are read pixel by pixel in one random order, the same for all runs. The LSTM, "
-        "the BN-LSTM and the BN-LSTM without normalization of the cell are trained by RMSProp with the paper's "
-        "momentum of 0.9, each at its own best rate, chosen by the mean validation accuracy over a shorter training. "
+        "the BN-LSTM and the BN-LSTM without normalization of the cell are trained by Adam with a learning "
+        "rate that falls to 0, each at its own best rate, chosen by the validation accuracy after a shorter training. "
         "Forget gates start open in all of them. The trained BN-LSTM is evaluated with statistics for each timestep "
         "and with statistics of all timesteps together, which include the spread of the timesteps' means."
     )
@@ -64,7 +67,7 @@ class Recurrent(study.Study):
     PARTS = (
         protocol.Part(
             "speed",
-            f"steps to {curves.TARGETS['loss']}, LSTM / BN-LSTM, each at its own best rate",
+            f"steps to a training loss of {LOSS:g} log(classes), LSTM / BN-LSTM, each at its own best rate",
             1.0,
             "faster means fewer steps",
             paper="figure 2: the BN-LSTM is faster, without a number",
@@ -102,7 +105,7 @@ class Recurrent(study.Study):
             "1000 to 1009",
         ),
     )
-    SMOKE = {"features": 8, "steps": 40, "tuning_steps": 20, "seeds": 2, "side": 4, "eval_every": 10, "momentum": 0.9}
+    SMOKE = {"features": 8, "steps": 40, "tuning_steps": 20, "seeds": 2, "side": 4, "eval_every": 10}
     FULL = {"features": 64, "batch_size": 64, "seeds": 20}
 
     side: int = 8
@@ -116,7 +119,7 @@ class Recurrent(study.Study):
     tuning_steps: int = 1000
     """updates per run by which a learning rate is chosen"""
     momentum: float = 0.99
-    """weight of the old value in the running statistics"""
+    """weight of the old value in the running statistics: a long memory, because some pixels are rarely more than 0"""
     eval_every: int = 100
     """steps between evaluations"""
 
@@ -152,7 +155,7 @@ class Recurrent(study.Study):
             [named(arm, rate) for arm, rate in pairs],
             network,
             settings=[{"rate": rate, **ARMS[arm]} for arm, rate in pairs],
-            optimizer=_optimizer,
+            optimizer=partial(optimizer, steps=steps),
             seeds=seeds,
             steps=steps,
             batch_size=self.batch_size,
@@ -162,8 +165,8 @@ class Recurrent(study.Study):
 
     def judge(self, metrics: runs.Metrics) -> study.Finding:
         series = _series(metrics)
-        edge = {arm: lab.chosen(metrics, arm).edge for arm in ARMS}
-        target = curves.LOSS * np.log(metrics.classes)
+        edge = {arm: lab.chosen(metrics, arm, "end").edge for arm in ARMS}
+        target = LOSS * np.log(metrics.classes)
         steps = {arm: curves.reached(each.steps, each["loss"], target, "below") for arm, each in series.items()}
         accuracy = {arm: each["test_accuracy"] for arm, each in series.items()}
         own = series[BN_LSTM]
@@ -183,7 +186,13 @@ class Recurrent(study.Study):
             records.spread(own[f"test_shared_{each}"], f) for each, f in (("accuracy", ".4f"), ("loss", ".3f"))
         ]
         rows = [
-            ["network", "learning rate", curves.TARGETS["loss"], "test accuracy at the end", "test loss at the end"]
+            [
+                "network",
+                "learning rate",
+                f"a training loss of {LOSS:g} log(classes)",
+                "test accuracy at the end",
+                "test loss at the end",
+            ]
         ]
         for arm in ARMS:
             rows.append([arm, f"{_rate(metrics, arm):g}", reached[arm], words[arm], losses[arm]])
@@ -204,7 +213,7 @@ class Recurrent(study.Study):
         series = _series(metrics)
         with plot.figure(path, title, panels=2) as (left, right):
             plot.curves(left, {arm: (each.steps[1:], each["loss"][:, 1:]) for arm, each in series.items()}, COLOURS)
-            left.axhline(curves.LOSS * np.log(metrics.classes), color="0.4", linewidth=1, linestyle="--")
+            left.axhline(LOSS * np.log(metrics.classes), color="0.4", linewidth=1, linestyle="--")
             left.set(ylabel="training loss", yscale="log")
             shown = {arm: (each.steps, each["validation_accuracy"]) for arm, each in series.items()}
             plot.curves(right, shown, COLOURS)
@@ -212,13 +221,16 @@ class Recurrent(study.Study):
             plot.legend(right, self.seeds)
 
 
-def _optimizer(rate: Any, **_: Any) -> optax.GradientTransformation:
-    """The paper's: RMSProp with momentum, and gradients of a limited norm."""
-    return optax.chain(optax.clip_by_global_norm(CLIP), optax.rmsprop(rate, decay=0.9, momentum=0.9))
+def optimizer(rate: Any, steps: int, **_: Any) -> optax.GradientTransformation:
+    """Adam with gradients of a limited norm, as the paper's, and a learning rate that falls linearly to 0.
+
+    The running statistics of the end are then those of the final weights, which the paper computes from training data.
+    """
+    return optax.chain(optax.clip_by_global_norm(CLIP), optax.adam(optax.linear_schedule(rate, 0.0, steps)))
 
 
 def _rate(metrics, arm):
-    return lab.chosen(metrics, arm).rate
+    return lab.chosen(metrics, arm, "end").rate
 
 
 def _series(metrics):

@@ -4,7 +4,7 @@ They differ in the examples that a mean and a variance are taken over. None of t
 size has to divide the number of training images.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -94,16 +94,16 @@ def chosen(arms: Mapping[str, Normalize]) -> Normalize:
     """
 
     def apply(params, state, x, train, **options):
-        found, new = None, {"arm": state["arm"]}
-        for place, (name, normalize) in enumerate(arms.items()):
+        found, new = [], {"arm": state["arm"]}
+        for name, normalize in arms.items():
             y, new[name] = normalize(params, state[name], x, train, **options)
-            found = y if found is None else jnp.where(state["arm"] == place, y, found)
-        return found, new
+            found.append(y)
+        return lax.select_n(state["arm"], *found), new
 
     return apply
 
 
-def with_arms(init: Callable[..., tuple[Any, Any]], arms: Mapping[str, Normalize]) -> Callable[..., tuple[Any, Any]]:
+def with_arms(init: Callable[..., tuple[Any, Any]], arms: Sequence[str]) -> Callable[..., tuple[Any, Any]]:
     """`init` with the state of `chosen`; the setting `arm` is the place of an arm."""
 
     def started(key, arm=0):
