@@ -89,8 +89,8 @@ class Convergence(study.Study):
         for network in NETWORKS:
             steps = self.steps if network == "sigmoid" else min(self.steps, self.convolutional_steps)
             common: dict[str, Any] = {"steps": steps, "batch_size": self.batch_size}
-            tuned = common | {"eval_every": max(1, steps // 40)}
-            shown = common | {"eval_every": curves.log_spaced(steps, self.points)}
+            tuned: dict[str, Any] = common | {"eval_every": max(1, steps // 40)}
+            shown: dict[str, Any] = common | {"eval_every": curves.log_spaced(steps, self.points)}
             each = {arm: self._network(lab.dataset, network, arm) for arm in ARMS}
             rate = {arm: lab.tune(f"{network}, {arm}", each[arm], GRIDS[network], **tuned).rate for arm in ARMS}
             for arm in ARMS:

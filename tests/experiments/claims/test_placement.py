@@ -34,7 +34,9 @@ def test_crossed_is_linear_between_evaluations():
 
 def test_judge_divides_after_by_before(tmp_path):
     arrive = {"plain": 80, "before": 20, "after": 50, "both": 30}
-    finding = placement.Placement(seeds=3).judge(made(tmp_path, arrive, dict.fromkeys(placement.ARMS, 0.9) | {"after": 0.8}))
+    finding = placement.Placement(seeds=3).judge(
+        made(tmp_path, arrive, dict.fromkeys(placement.ARMS, 0.9) | {"after": 0.8})
+    )
     for network in placement.NETWORKS:
         for rate in placement.RATES:
             # The logarithm of the loss falls from 2 to 0.01 between two evaluations, and crosses the target in between.
@@ -52,7 +54,11 @@ def test_judge_divides_after_by_before(tmp_path):
 
 def test_judge_counts_what_never_arrives_as_the_last_step_and_a_run_without_errors_as_half_an_error(tmp_path):
     arrive = {"plain": 80, "before": np.nan, "after": 50, "both": 30}
-    effects = placement.Placement(seeds=3).judge(made(tmp_path, arrive, dict.fromkeys(placement.ARMS, 0.986) | {"after": 1.0})).effects
+    effects = (
+        placement.Placement(seeds=3)
+        .judge(made(tmp_path, arrive, dict.fromkeys(placement.ARMS, 0.986) | {"after": 1.0}))
+        .effects
+    )
     part = np.log(0.1 * np.log(CLASSES) / 2) / np.log(0.01 / 2)
     np.testing.assert_allclose(effects["convolutional, own best rate, loss"], [(40 + 10 * part) / 100] * 3)
     np.testing.assert_allclose(effects["convolutional, test error"], [0.1] * 3)
