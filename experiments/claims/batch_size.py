@@ -127,8 +127,8 @@ class BatchSize(study.Study):
             "A fully connected network, in which a batch of 2 leaves each unit nothing but a sign, was replaced by a "
             "convolutional one; plain and group-normalized arms were added, so that the noise of small batches is not "
             "taken for a fault of the normalization; each size has its own tuned rate besides the scaled one; no batch "
-            "of one is left over; the images move, because otherwise the noise of small batches prevents overfitting; the "
-            "rate falls to 0; and the threshold of 1.4, set after a first result, is 1.",
+            "of one is left over; the images move, because otherwise the noise of small batches prevents overfitting; "
+            "the rate falls to 0; and the threshold of 1.4, set after a first result, is 1.",
             "1000 to 1009",
         ),
     )
