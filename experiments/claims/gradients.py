@@ -33,7 +33,7 @@ SHOWN = 6
 """The number of layers whose norms are recorded: the first, the last, and others evenly between them."""
 YANG = 0.5 * float(np.log10(np.pi / (np.pi - 1)))
 """By how many decades a layer gradients explode at initialization, in the limit of width (Yang et al., 2019)."""
-GRIDS = {True: lab.half_decades(0.001, 3), False: lab.half_decades(0.0001, 0.1)}
+GRIDS = {True: lab.half_decades(0.0001, 3), False: lab.half_decades(0.0001, 0.1)}
 """The learning rates, with and without normalization. Deep plain networks need smaller ones."""
 
 

@@ -169,7 +169,7 @@ class Smoothness(study.Study):
     """the networks that are measured; parts on others are undecided"""
     steps: int = 4000
     """updates per run of the sigmoid network"""
-    convolutional_steps: int = 400
+    convolutional_steps: int = 600
     """updates per run of the convolutional network"""
     batch_size: int = 60
     """images per step, and of each batch whose loss is followed along its gradient"""
