@@ -35,7 +35,7 @@ def on_pre_build(config: Any) -> None:
 
 def on_files(files: Any, config: Any) -> Any:
     """Add the files from outside of docs/."""
-    for path in [RESULTS / "report.html", *sorted(RESULTS.glob("*/*.png"))]:
+    for path in [RESULTS / "report.html", *sorted(RESULTS.glob("**/*.png"))]:
         name = f"results/{path.relative_to(RESULTS).as_posix()}"
         files.append(File.generated(config, name, abs_src_path=str(path)))
     for name, source in PAGES.items():
