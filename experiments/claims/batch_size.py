@@ -127,10 +127,10 @@ class BatchSize(study.Study):
             "A fully connected network, in which a batch of 2 leaves each unit nothing but a sign, was replaced by a "
             "convolutional one; plain and group-normalized arms were added, so that the noise of small batches is not "
             "taken for a fault of the normalization; each size has its own tuned rate besides the scaled one; no batch "
-            "of one is left over; and the threshold of 1.4, set after a first result, is 1. After pilots of 3 seeds the "
-            "rate falls to 0, and the images move. Still images gave equal errors at 2 and at 32 images, on the digits "
-            "and on MNIST (0.017 and 0.016, 0.06 and 0.066): the noise of small batches makes up there for what it "
-            "costs, by preventing overfitting, which the networks of the papers did not do.",
+            "of one is left over; and the threshold of 1.4, set after a first result, is 1. After pilots of 3 seeds "
+            "the rate falls to 0, and the images move. Still images gave equal errors at 2 and at 32 images, on the "
+            "digits and on MNIST (0.017 and 0.016, 0.06 and 0.066): the noise of small batches makes up there for what "
+            "it costs, by preventing overfitting, which the networks of the papers did not do.",
             "1000 to 1009",
         ),
     )

@@ -60,11 +60,12 @@ class Convergence(study.Study):
             "One rate, tuned for the plain network, decided for both, and the target was the maximum of a noisy test "
             "accuracy, where small data let every network overfit: the verdict turned on other digits. Every arm now "
             "has a rate of its own, targets are fixed, on the training loss and on the validation accuracy, and a "
-            "plain convolutional network is measured too. A part on the accuracy at the end is dropped: it is not speed.",
+            "plain convolutional network is measured too. A part on the accuracy at the end is dropped: it is not "
+            "speed.",
             "1000 to 1009",
         ),
     )
-    SMOKE = {"steps": 60, "seeds": 2, "points": 8}
+    SMOKE = {"steps": 20, "seeds": 2, "points": 4}
     FULL = {"steps": 20_000, "convolutional_steps": 5000, "seeds": 20, "side": 32}
 
     steps: int = 3000

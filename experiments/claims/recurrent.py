@@ -35,8 +35,8 @@ ARMS = {
 LSTM, BN_LSTM, NO_CELL = ARMS
 COLOURS = dict(zip(ARMS, (plot.VERMILION, plot.BLUE, plot.GREEN), strict=True))
 LOSS = 0.25
-"""The target of the training loss, in parts of log(classes). A BN-LSTM of few units does not come down to the 0.1 of the
-other claims in batches of this size, whose noise stays in its training loss."""
+"""The target of the training loss, in parts of log(classes). A BN-LSTM of few units does not come down to the 0.1 of
+the other claims in batches of this size, whose noise stays in its training loss."""
 GRID = lab.half_decades(1e-3, 1e-1)
 CLIP = 1.0
 """The largest norm of the gradient (the paper's appendix)."""
@@ -102,9 +102,9 @@ class Recurrent(study.Study):
             "and ceiling; they are now permuted, as in the paper, and each arm trains long at its own rate. The shared "
             "variance had left out the spread of the timesteps' means. A part on the gradient at the start, which was "
             "added after its result had been seen, is gone; the parts on speed and on the cell are new. After pilots "
-            "of 2 and 3 seeds, in which the LSTM diverged at the edge of its grid, and the BN-LSTM did not reach a tenth "
-            "of the loss of guessing, RMSProp became Adam with a falling rate, the grid was moved up, the rate is "
-            "chosen by the accuracy at the end, and the target of the speed is a quarter of the loss of guessing.",
+            "of 2 and 3 seeds, in which the LSTM diverged at the edge of its grid, and the BN-LSTM did not reach a "
+            "tenth of the loss of guessing, RMSProp became Adam with a falling rate, the grid was moved up, the rate "
+            "is chosen by the accuracy at the end, and the target of the speed is a quarter of the loss of guessing.",
             "1000 to 1009",
         ),
     )
