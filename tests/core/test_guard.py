@@ -159,6 +159,27 @@ def test_groups_are_exact_without_a_guard(size, everywhere, rng):
     assert error.max() <= 2 * FACTOR * EPS * 1e3
 
 
+def test_one_gpu_has_no_conditional_and_several_have_the_guard(everywhere):
+    # The host of a GPU waits for the predicate of a conditional. Lowering for a GPU needs none.
+    traced = {
+        where: step.trace(jax.device_put(np.zeros((ROWS, FEATURES), "f"), where), FRESH) for where in (None, everywhere)
+    }
+    one, several = (t.lower(lowering_platforms=("cuda",)).as_text() for t in traced.values())
+    assert "stablehlo.case" not in one
+    assert several.count("stablehlo.case") == 1
+
+
+@pytest.mark.parametrize("mean", [0.0, 1e4])
+def test_moments_around_a_part_are_exact_where_the_part_is_as_far_off_as_can_be(mean, rng):
+    # A sixteenth at sqrt(15) standard deviations, and the rest at as many as make up for it.
+    x = np.where(np.arange(ROWS)[:, None] < ROWS // 16, 15**0.5, -(15**-0.5)) + mean + np.zeros(FEATURES)
+    x = (x + 1e-3 * rng.standard_normal(x.shape)).astype(np.float32)
+    _, found, var = jax.jit(array_moments._on_one_gpu, static_argnames="axes")(
+        x, np.zeros((1, FEATURES), "f"), axes=(0,)
+    )
+    assert_exact(x, found, var)
+
+
 def test_models_under_vmap_share_one_conditional(everywhere, rng):
     # As a select both branches would run, three reads for one.
     x = jnp.asarray(np.stack([batch(0.0, 1.0, rng), batch(1e4, 1.0, rng)]))
