@@ -1,7 +1,7 @@
 """The traffic of a compiled program, read from its text: bytes between main memory and the chip, and collectives.
 
-Each instruction of the entry computation reads its operands and writes its result once. Instructions that only name or
-view an array are not counted, and neither are arrays in on-chip memory (memory space S(1) of a TPU). A conditional
+Each instruction of the entry computation reads its operands and writes its result once; of an operand that a fusion
+takes slices of, and nothing else, it reads these. Instructions that only name or view an array are not counted, and neither are arrays in on-chip memory (memory space S(1) of a TPU). A conditional
 counts as its cheapest branch, which is the usual one; the body of a loop counts once.
 """
 
@@ -68,7 +68,7 @@ class Program:
 
     def _instructions(self, computation: str) -> Iterator[tuple[str, str, str, str]]:
         """Name, type, operation and the rest of the line of each instruction."""
-        for line in self._lines[computation]:
+        for line in self._lines.get(computation, ()):
             if instruction := _INSTRUCTION.match(line):
                 yield instruction.groups()  # pyright: ignore[reportReturnType]  the four groups all match
 
@@ -94,9 +94,32 @@ class Program:
                 (size, to_chip), (_, from_chip) = (first, second) if operation == "copy-start" else (second, first)
                 total += size * ((not to_chip) + (not from_chip))
             else:
-                operands = set(re.findall(r"%([\w.\-]+)", rest.split(")")[0]))
-                total += sizes[name] + sum(sizes.get(operand, 0) for operand in operands)
+                operands = re.findall(r"%([\w.\-]+)", rest.split(")")[0])
+                called = re.search(r"calls=%?([\w.\-]+)", rest) if operation == "fusion" else None
+                sliced = self._slices(called.group(1)) if called else {}
+                read: dict[str, int] = {}
+                for place, operand in enumerate(operands):
+                    size = sizes.get(operand, 0)
+                    read[operand] = max(read.get(operand, 0), min(size, sliced.get(place, size)))
+                total += sizes[name] + sum(read.values())
         return total
+
+    def _slices(self, computation: str) -> dict[int, int]:
+        """By place of a parameter that a computation takes slices of, and uses for nothing else, their bytes."""
+        places: dict[str, int] = {}
+        slices: dict[int, int] = {}
+        other: set[int] = set()
+        for name, kind, operation, rest in self._instructions(computation):
+            arguments = rest.split(")")[0]
+            if operation == "parameter":
+                places[name] = int(arguments)
+            for operand in set(re.findall(r"%([\w.\-]+)", arguments)) & places.keys():
+                place = places[operand]
+                if operation == "slice":
+                    slices[place] = slices.get(place, 0) + sum(size for size, _ in _arrays(kind))
+                else:
+                    other.add(place)
+        return {place: size for place, size in slices.items() if place not in other}
 
 
 def _arrays(kind: str) -> list[tuple[int, bool]]:

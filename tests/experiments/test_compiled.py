@@ -195,6 +195,33 @@ def test_bytes_and_collectives_are_those_of_the_text():
     assert [(c.kind, c.bytes) for c in program.collectives] == [("all-reduce", 32)]
 
 
+SLICED = """HloModule m
+
+%f (p.0: f32[8,4], p.1: f32[8,4], p.2: f32[4]) -> f32[4] {
+  %p.0 = f32[8,4]{1,0} parameter(0)
+  %p.1 = f32[8,4]{1,0} parameter(1)
+  %p.2 = f32[4]{0} parameter(2)
+  %one = f32[1,4]{1,0} slice(%p.0), slice={[0:1], [0:4]}
+  %two = f32[2,4]{1,0} slice(%p.0), slice={[0:2], [0:4]}
+  %three = f32[2,4]{1,0} slice(%p.1), slice={[0:2], [0:4]}
+  %whole = f32[4]{0} reduce(%p.1), dimensions={0}
+  ROOT %out = f32[4]{0} add(%p.2, %whole)
+}
+
+ENTRY %main (x: f32[8,4], y: f32[8,4], z: f32[4]) -> f32[4] {
+  %x = f32[8,4]{1,0} parameter(0)
+  %y = f32[8,4]{1,0} parameter(1)
+  %z = f32[4]{0} parameter(2)
+  ROOT %out = f32[4]{0} fusion(%x, %y, %z), kind=kInput, calls=%f
+}
+"""
+
+
+def test_of_an_operand_that_a_fusion_slices_the_slices_are_read():
+    # One and two rows of x, of 16 bytes each; all of y, which is used in another way too; z, and the result.
+    assert Program(SLICED).bytes == 16 + 32 + 128 + 16 + 16
+
+
 def test_compiled_rejects_an_unknown_target_by_name(capsys):
     assert main.main(["compiled", "--targets", "v5e", "tpu9"]) == 2
     assert "tpu9" in (said := capsys.readouterr().err)
