@@ -1,8 +1,9 @@
 """The traffic of a compiled program, read from its text: bytes between main memory and the chip, and collectives.
 
 Each instruction of the entry computation reads its operands and writes its result once; of an operand that a fusion
-takes slices of, and nothing else, it reads these. Instructions that only name or view an array are not counted, and neither are arrays in on-chip memory (memory space S(1) of a TPU). A conditional
-counts as its cheapest branch, which is the usual one; the body of a loop counts once.
+takes slices of, and nothing else, it reads these. Instructions that only name or view an array are not counted, and
+neither are arrays in on-chip memory (memory space S(1) of a TPU). A conditional counts as its cheapest branch, which is
+the usual one; the body of a loop counts once.
 """
 
 import re
