@@ -84,7 +84,7 @@ def test_the_committed_verdicts_are_on_the_page_of_claims():
 
 
 def test_the_readme_has_the_table_of_the_committed_verdicts():
-    """`python -m experiments table` writes it."""
+    """`python -m experiments report --out experiments/results --readme README.md` writes it."""
     table = readme.table(tables.RESULTS / "verdicts.json")
     assert readme.replaced(README, table) == README
 
