@@ -257,7 +257,7 @@ class LearningRate(study.Study):
                                 np.nanmin(top) / 1.05, np.nanmax(top) * 1.05, color=plot.COLOURS[arm], alpha=0.3
                             )
                 plot.curves(axes, series, markers=True, xlabel="learning rate")
-                axes.axhline(curves.LOSS * np.log(metrics.classes), color="0.4", linewidth=1, linestyle="--")
+                axes.axhline(TRAINED * np.log(metrics.classes), color="0.4", linewidth=1, linestyle="--")
                 axes.set(xscale="log", yscale="log")
                 axes.set_title(network, fontsize=10)
             panels[0].set_ylabel("training loss at the end")

@@ -195,6 +195,8 @@ class Placement(study.Study):
                 plot.curves(axes, {arm: (s.steps[1:], s["loss"][:, 1:]) for arm, s in series.items()}, COLOURS)
                 axes.axhline(curves.LOSS * np.log(metrics.classes), color="0.4", linewidth=1, linestyle="--")
                 axes.set(xscale="log", yscale="log")
+                first, last = next(iter(series.values())).steps[[1, -1]]
+                plot.ticks(axes, [tick for tick in (20, 50, 100, 200, 500, 1000, 2000) if first <= tick <= last])
                 axes.set_title(network, fontsize=10)
             panels[0].set_ylabel("training loss")
             plot.legend(panels[0], self.seeds, loc="lower left")
