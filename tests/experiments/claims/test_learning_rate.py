@@ -12,9 +12,15 @@ SEEDS = (0, 1, 2)
 
 
 def test_fine_rates_are_evenly_spaced_and_have_the_top_in_their_middle():
-    rates = learning_rate.fine(10.0, 4)
+    rates = learning_rate.fine(10.0, "convolutional")
     np.testing.assert_allclose(rates, 10.0 ** np.array([0.5, 0.75, 1, 1.25, 1.5]), rtol=5e-3)
-    assert {*learning_rate.fine(31.6, 8)[::4]} == {10.0, 31.6, 100.0}  # the names of the coarse grid
+    assert {*learning_rate.fine(31.6, "sigmoid")[::4]} == {
+        3.16,
+        10.0,
+        31.6,
+        100.0,
+        316.0,
+    }  # the names of the coarse grid
 
 
 def test_highest_rate_is_measured_only_inside_the_grid():
@@ -53,7 +59,7 @@ def made(tmp_path, top, best, steps, accuracy):
     for network, grid in learning_rate.GRIDS.items():
         for arm in learning_rate.ARMS:
             key = network, arm
-            fine = learning_rate.fine(top[key], learning_rate.FINE.get(network, 4))
+            fine = learning_rate.fine(top[key], network) if network in learning_rate.SWEPT else ()
             for rate in {*grid, *fine, best[network, "plain"], best[key]}:
                 found = {
                     "loss_step": steps[key] * (1 if rate == best[key] else 2),
@@ -64,7 +70,7 @@ def made(tmp_path, top, best, steps, accuracy):
                 score = accuracy[key] * (1 if rate == best[key] else 0.5)
                 for seed in SEEDS:
                     record.add(lab.at(f"{network}, {arm}", rate), seed, [1000], found)
-                for seed in lab.TUNING_SEEDS:
+                for seed in lab.TUNING_SEEDS if rate in grid else ():
                     tuned = found | {"validation_accuracy": [0.1, score]}
                     record.add(lab.tuning(f"{network}, {arm}", rate), seed, [0, 1000], tuned)
     return record.metrics([*SEEDS, *lab.TUNING_SEEDS], CLASSES)
