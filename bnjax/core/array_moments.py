@@ -120,7 +120,10 @@ def around_a_part(x: Array, shift: Array, *, axes: tuple[int, ...]) -> tuple[Arr
     The mean of a fraction f is at most sqrt((1 - f) / f) standard deviations from the mean of all, whatever the data,
     so that no guard is needed. That axis may not be divided among devices, and the part is read twice.
     """
-    axis = max(axes, key=lambda a: min(x.shape[a], PART))  # the first one that has a sixteenth, if there is one
+    known = [a for a in axes if isinstance(x.shape[a], int)]  # a size is a symbol in an export with symbolic shapes
+    axis = max(
+        known, key=lambda a: min(x.shape[a], PART), default=axes[0]
+    )  # the first that has a sixteenth, if any has
     part = lax.slice_in_dim(x, 0, -(-x.shape[axis] // PART), axis=axis).astype(shift.dtype)
     moments, _ = _one_read(x, jnp.mean(part, axes, keepdims=True), None, axes)
     return tuple(moments._replace(var=jnp.maximum(moments.var, 0)))
@@ -133,7 +136,8 @@ def _two_looks(x, shift, *weight, axes):
 
 def _on_one_gpu(x, shift, *weight, axes):
     """The results of `guarded`, around the mean of a part: the host of a GPU would wait for the guard's decision."""
-    return guarded(x, shift, *weight, axes=axes) if weight else around_a_part(x, shift, axes=axes)
+    known = any(isinstance(x.shape[a], int) for a in axes)
+    return around_a_part(x, shift, axes=axes) if known and not weight else guarded(x, shift, *weight, axes=axes)
 
 
 def _on_cpu(x, shift, *weight, axes):

@@ -210,7 +210,9 @@ class LearningRate(study.Study):
                 effects[f"{network}, {name}"] = ratio
                 if np.isfinite(ratio).all() and abs(np.log(ratio / threshold).mean()) < np.log(step):
                     remarks[f"{network}, {name}"] = f"within one step of the rates, a factor of {step:.2f}"
-            said.append(f"{NETWORKS[network]} trains at rates {np.nanmean(ratio):.3g} times as high")
+            said.append(
+                f"{NETWORKS[network]} trains at rates {records.spread(ratio, '.2f', 'not measured')} times as high"
+            )
         for network in SWEPT:
             plain, own = (lab.chosen(metrics, f"{network}, {arm}") for arm in ARMS)
             at_plain, at_own = (metrics[lab.at(f"{network}, {ARMS[1]}", best.rate)] for best in (plain, own))
