@@ -65,9 +65,11 @@ class Convergence(study.Study):
             "1000 to 1009",
         ),
     )
-    SMOKE = {"steps": 20, "seeds": 2, "points": 4}
+    SMOKE = {"channels": (8,), "steps": 20, "seeds": 2, "points": 4}
     FULL = {"steps": 20_000, "convolutional_steps": 5000, "seeds": 20, "side": 32}
 
+    channels: tuple[int, ...] = networks.CONVOLUTIONS
+    """channels per layer of the convolutional network"""
     steps: int = 3000
     """updates per run of the sigmoid network"""
     convolutional_steps: int = 600
@@ -82,7 +84,7 @@ class Convergence(study.Study):
     def _network(self, dataset, network, arm):
         batch_norm = arm != "plain"
         if network == "convolutional":
-            return networks.convolutional(dataset, batch_norm)
+            return networks.convolutional(dataset, batch_norm, channels=self.channels)
         std = networks.constant(self.weight_std)
         return networks.mlp(dataset, (100, 100, 100), batch_norm, std, activation=jax.nn.sigmoid)
 
