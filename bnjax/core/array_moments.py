@@ -120,10 +120,9 @@ def around_a_part(x: Array, shift: Array, *, axes: tuple[int, ...]) -> tuple[Arr
     The mean of a fraction f is at most sqrt((1 - f) / f) standard deviations from the mean of all, whatever the data,
     so that no guard is needed. That axis may not be divided among devices, and the part is read twice.
     """
-    known = [a for a in axes if isinstance(x.shape[a], int)]  # a size is a symbol in an export with symbolic shapes
-    axis = max(
-        known, key=lambda a: min(x.shape[a], PART), default=axes[0]
-    )  # the first that has a sixteenth, if any has
+    # In an export a size may be a symbol. Otherwise the first axis that has a sixteenth is taken, if any has.
+    known = [a for a in axes if isinstance(x.shape[a], int)]
+    axis = max(known, key=lambda a: min(x.shape[a], PART), default=axes[0])
     part = lax.slice_in_dim(x, 0, -(-x.shape[axis] // PART), axis=axis).astype(shift.dtype)
     moments, _ = _one_read(x, jnp.mean(part, axes, keepdims=True), None, axes)
     return tuple(moments._replace(var=jnp.maximum(moments.var, 0)))
@@ -136,8 +135,9 @@ def _two_looks(x, shift, *weight, axes):
 
 def _on_one_gpu(x, shift, *weight, axes):
     """The results of `guarded`, around the mean of a part: the host of a GPU would wait for the guard's decision."""
-    known = any(isinstance(x.shape[a], int) for a in axes)
-    return around_a_part(x, shift, axes=axes) if known and not weight else guarded(x, shift, *weight, axes=axes)
+    if weight or not any(isinstance(x.shape[a], int) for a in axes):
+        return guarded(x, shift, *weight, axes=axes)
+    return around_a_part(x, shift, axes=axes)
 
 
 def _on_cpu(x, shift, *weight, axes):

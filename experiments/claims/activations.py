@@ -19,14 +19,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.claims.common import ACTIVATIONS, GRIDS, NETWORKS, build
 from experiments.harness import curves, distributions, lab, plot, protocol, records, report, runs, study, train
-from experiments.models import networks
 
 ARMS = ("plain", "batch normalization")
 RATES = ("same rate", "own best rate")
-NETWORKS = {"sigmoid": "the sigmoid network", "convolutional": "the convolutional network"}
-ACTIVATIONS = {"sigmoid": jax.nn.sigmoid, "convolutional": jax.nn.relu}
-GRIDS = {"sigmoid": lab.half_decades(0.03, 100), "convolutional": lab.half_decades(0.003, 3)}
 MEASURES = {
     "drift": "drift of the inputs of the last hidden layer, in their standard deviations",
     "change": "relative change of a layer's gradient by the update of the layers before it",
@@ -149,13 +146,6 @@ class Activations(study.Study):
     convolutional_points: int = 30
     """the same of the convolutional network"""
 
-    def _network(self, dataset, network, arm):
-        batch_norm = arm != "plain"
-        if network == "convolutional":
-            return networks.convolutional(dataset, batch_norm)
-        std = networks.constant(self.weight_std)
-        return networks.mlp(dataset, (100, 100, 100), batch_norm, std, activation=jax.nn.sigmoid)
-
     def _probe(self, apply, network):
         def probe(params, state, view):
             batch = view.images[: self.batch_size], view.labels[: self.batch_size]
@@ -176,7 +166,7 @@ class Activations(study.Study):
             if network == "convolutional":
                 steps, points = self.convolutional_steps, self.convolutional_points
             common: dict[str, Any] = {"steps": steps, "batch_size": self.batch_size}
-            each = {arm: self._network(lab.dataset, network, arm) for arm in ARMS}
+            each = {arm: build(lab.dataset, network, arm != "plain", self.weight_std) for arm in ARMS}
             grid, every = GRIDS[network], max(1, steps // 25)
             rate = {
                 arm: lab.tune(f"{network}, {arm}", each[arm], grid, eval_every=every, **common).rate for arm in ARMS

@@ -9,16 +9,14 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
-import jax
 import numpy as np
 
+from experiments.claims.common import GRIDS, NETWORKS, build
 from experiments.harness import curves, lab, plot, protocol, records, report, runs, study
 from experiments.models import networks
 
 ARMS = ("plain", "batch normalization")
 RATES = ("same rate", "own best rate")
-NETWORKS = {"sigmoid": "the sigmoid network", "convolutional": "the convolutional network"}
-GRIDS = {"sigmoid": lab.half_decades(0.03, 100), "convolutional": lab.half_decades(0.003, 3)}
 
 
 def _parts():
@@ -81,20 +79,16 @@ class Convergence(study.Study):
     points: int = 80
     """evaluations per run, about, in equal ratios of steps"""
 
-    def _network(self, dataset, network, arm):
-        batch_norm = arm != "plain"
-        if network == "convolutional":
-            return networks.convolutional(dataset, batch_norm, channels=self.channels)
-        std = networks.constant(self.weight_std)
-        return networks.mlp(dataset, (100, 100, 100), batch_norm, std, activation=jax.nn.sigmoid)
-
     def measure(self, lab: lab.Lab) -> None:
         for network in NETWORKS:
             steps = self.steps if network == "sigmoid" else min(self.steps, self.convolutional_steps)
             common: dict[str, Any] = {"steps": steps, "batch_size": self.batch_size}
             tuned: dict[str, Any] = common | {"eval_every": max(1, steps // 40)}
             shown: dict[str, Any] = common | {"eval_every": curves.log_spaced(steps, self.points)}
-            each = {arm: self._network(lab.dataset, network, arm) for arm in ARMS}
+            each = {
+                arm: build(lab.dataset, network, arm != "plain", self.weight_std, channels=self.channels)
+                for arm in ARMS
+            }
             rate = {arm: lab.tune(f"{network}, {arm}", each[arm], GRIDS[network], **tuned).rate for arm in ARMS}
             for arm in ARMS:
                 lab.train(f"{network}, {arm}", each[arm], (rate["plain"], rate[arm]), **shown)

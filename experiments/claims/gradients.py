@@ -204,7 +204,7 @@ def gradient_norms(network: networks.Network, width: int, depth: int) -> train.P
         zeros = [jnp.zeros((len(view.images), width))] * depth
         gradient, logits = jax.grad(loss, has_aux=True)(zeros)
         norms = jnp.stack([jnp.linalg.norm(each) for each in gradient])
-        accuracy = jnp.where(jnp.isfinite(logits).all(), (logits.argmax(-1) == view.labels).mean(), jnp.nan)
+        accuracy = train.scored(logits, view.labels)[0].mean()
         return {"slope": slope(norms), "gradient_norm": norms[recorded(depth)], "accuracy": accuracy}
 
     return probe

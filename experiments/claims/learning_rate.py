@@ -14,18 +14,15 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
-import jax
 import numpy as np
 
+from experiments.claims import common
+from experiments.claims.common import build
 from experiments.harness import curves, lab, plot, protocol, records, report, runs, study
 from experiments.models import networks
 
 ARMS = ("plain", "batch normalization")
-NETWORKS = {
-    "sigmoid": "the sigmoid network",
-    "convolutional": "the convolutional network",
-    "deep sigmoid": "the deep sigmoid network",
-}
+NETWORKS = common.NETWORKS | {"deep sigmoid": "the deep sigmoid network"}
 SWEPT = ("sigmoid", "convolutional")
 """The networks whose highest rate is measured. The deep sigmoid network without normalization trains at no rate."""
 GRIDS = {
@@ -154,11 +151,8 @@ class LearningRate(study.Study):
     """steps between evaluations; the convolutional network is evaluated half as often"""
 
     def _network(self, dataset, network, arm):
-        if network == "convolutional":
-            return networks.convolutional(dataset, arm != "plain", channels=self.channels)
-        hidden = (100,) * (5 if network.startswith("deep") else 3)
-        std = networks.constant(self.weight_std)
-        return networks.mlp(dataset, hidden, arm != "plain", std, activation=jax.nn.sigmoid)
+        kind, depth = network.removeprefix("deep "), 5 if network.startswith("deep") else 3
+        return build(dataset, kind, arm != "plain", self.weight_std, depth, self.channels)
 
     def _fine(self, metrics, network, arm):
         """The rates of the fine grid, around the median of the highest rates that train the tuning seeds."""

@@ -50,28 +50,17 @@ def _parts():
         )
 
 
-def crossed(steps: np.ndarray, values: np.ndarray, target: float) -> np.ndarray:
-    """By run, the step at which a rising curve, linear between evaluations, first reaches the target; nan if never.
-
-    The targets are reached within a few evaluations. The steps of the evaluations alone would be equal in most seeds,
-    whose spread would then be zero where the difference between the arms is not.
-    """
-    last = curves.reached(steps, values, target)
-    found = np.full(len(values), np.nan)
-    for run in np.flatnonzero(np.isfinite(last)):
-        i = int(np.searchsorted(steps, last[run]))
-        before = values[run, i - 1] if i else np.nan
-        part = (target - before) / (values[run, i] - before) if np.isfinite(before) else 1.0
-        found[run] = steps[i] - (1 - part) * (steps[i] - steps[max(i - 1, 0)])
-    return found
-
-
 def steps_to(series: runs.Series, classes: int) -> dict[str, np.ndarray]:
-    """By measure, the steps to its target. A loss is interpolated as its logarithm."""
+    """By measure, the steps to its target, straight between evaluations; nan if it is never reached.
+
+    The steps of the evaluations alone would be equal in many seeds, whose spread would then be zero where the
+    difference between the arms is not. A loss is interpolated as its logarithm.
+    """
     accuracy = curves.smoothed(series["validation_accuracy"])
+    steps = np.broadcast_to(series.steps.astype(float), accuracy.shape)
     return {
-        "loss": crossed(series.steps, -np.log(series["loss"]), -np.log(curves.LOSS * np.log(classes))),
-        "accuracy": crossed(series.steps, accuracy, curves.ACCURACY),
+        "loss": curves.at_target(np.log(series["loss"]), steps, np.log(curves.LOSS * np.log(classes))),
+        "accuracy": curves.at_target(-accuracy, steps, -curves.ACCURACY),
     }
 
 

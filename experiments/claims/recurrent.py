@@ -23,7 +23,7 @@ from jax import Array
 
 import bnjax
 from bnjax.variants import lstm
-from experiments.harness import curves, lab, plot, protocol, records, report, runs, study
+from experiments.harness import curves, lab, plot, protocol, records, report, runs, study, train
 from experiments.models import networks
 
 # By arm, whether the input and recurrent terms are normalized, and whether the cell is.
@@ -140,11 +140,8 @@ class Recurrent(study.Study):
         def probe(params, state, view):
             together = state | {"bn": shared(state["bn"])}
             logits, _ = network.apply(params, together, view.test_images, False)
-            each = optax.softmax_cross_entropy_with_integer_labels(logits, view.test_labels)
-            return {
-                "test_shared_loss": each.mean(),
-                "test_shared_accuracy": (logits.argmax(-1) == view.test_labels).mean(),
-            }
+            right, loss = train.scored(logits, view.test_labels)
+            return {"test_shared_loss": loss.mean(), "test_shared_accuracy": right.mean()}
 
         self._fit(lab, network, dict.fromkeys(ARMS, GRID), lab.tuning_seeds, None)
         metrics = lab.record.metrics(lab.tuning_seeds, lab.dataset.classes)

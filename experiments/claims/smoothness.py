@@ -27,14 +27,12 @@ import numpy as np
 import optax
 
 import bnjax
+from experiments.claims.common import ACTIVATIONS, GRIDS, NETWORKS, build
 from experiments.harness import curves, distributions, lab, plot, protocol, records, report, runs, study, train
 from experiments.models import networks
 
 ARMS = ("plain", "batch normalization", "noise after it")
 COLOURS = dict(zip(ARMS, (plot.VERMILION, plot.BLUE, plot.GREEN), strict=True))
-NETWORKS = {"sigmoid": "the sigmoid network", "convolutional": "the convolutional network"}
-ACTIVATIONS = {"sigmoid": jax.nn.sigmoid, "convolutional": jax.nn.relu}
-GRIDS = {"sigmoid": lab.half_decades(0.03, 100), "convolutional": lab.half_decades(0.003, 3)}
 LENGTHS = (0.05, 0.1, 0.2, 0.4)  # the decreases of the loss that steps promise, as parts of the loss
 SMOOTH = {
     "missed": "difference of the loss after a step from what the gradient promises",
@@ -185,12 +183,7 @@ class Smoothness(study.Study):
     """the same of the convolutional network"""
 
     def _network(self, dataset, network, arm):
-        batch_norm = arm != "plain"
-        if network == "convolutional":
-            init, apply = networks.convolutional(dataset, batch_norm)
-        else:
-            std = networks.constant(self.weight_std)
-            init, apply = networks.mlp(dataset, (100, 100, 100), batch_norm, std, activation=jax.nn.sigmoid)
+        init, apply = build(dataset, network, arm != "plain", self.weight_std)
         if arm == ARMS[2]:
             init, apply = partial(noisy_init, init=init), partial(apply, normalize=noisy_bn_apply)
         return networks.Network(init, apply)

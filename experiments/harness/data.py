@@ -48,27 +48,6 @@ class Dataset(NamedTuple):
         """A checksum of all images and labels."""
         return hashlib.sha256(b"".join(array.tobytes() for array in self[1:5])).hexdigest()
 
-    def subset(self, number: int) -> "Dataset":
-        """The data set with `number` training images, the first of each class, balanced over classes if possible.
-
-        The test set stays the same.
-
-        Raises:
-          InputError: for fewer images than classes, or more than the training set has.
-        """
-        size = len(self.train_labels)
-        if not self.classes <= number <= size:
-            raise InputError(
-                f"subset({number}): expected {self.classes} to {size}: one image of each class at the least, "
-                f"and at most all training images of {self.name}."
-            )
-        chosen = np.sort(np.lexsort((self.train_labels, _ranks(self.train_labels)))[:number])
-        return self._replace(
-            name=f"{number} of {self.name}",
-            train_images=self.train_images[chosen],
-            train_labels=self.train_labels[chosen],
-        )
-
 
 def load(dataset: Name = "digits", data_dir: Path | None = None) -> Dataset:
     """The digits of scikit-learn, a data set that is downloaded on its first use, or the one in `data_dir`.

@@ -4,6 +4,7 @@ A run writes its configuration and its metrics. Verdict, table and figure are ma
 again. `protocol` decides the parts.
 """
 
+import abc
 import json
 import os
 import re
@@ -37,7 +38,7 @@ class Finding(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Study:
+class Study(abc.ABC):
     """A claim. Its fields are the flags of the command line."""
 
     NAME: ClassVar[str]
@@ -104,17 +105,17 @@ class Study:
         """The folder of this experiment's files."""
         return self.out / self.NAME / (_slug(dataset.name) + "-stream" * self.stream)
 
+    @abc.abstractmethod
     def measure(self, lab: lab.Lab) -> None:
         """Train the networks, or whatever the claim measures, unless the laboratory's record has it already."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def judge(self, metrics: runs.Metrics) -> Finding:
         """The finding from the metrics."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def draw(self, path: Path, metrics: runs.Metrics, title: str) -> None:
         """Draw the figure."""
-        raise NotImplementedError
 
     def design(self) -> dict[str, Any]:
         """What the results depend on besides seeds and data. Runs of another design are not mixed with these."""

@@ -308,11 +308,14 @@ def updater(
     return jax.jit(update, donate_argnums=0, out_shardings=NamedSharding(mesh, learners))
 
 
-def accuracy(apply: Apply, params: Any, state: Any, images: Array, labels: Array) -> Array:
-    """The accuracy on the images; nan if the network has diverged."""
-    logits, _ = apply(params, state, images, False)
+def scored(logits: Array, labels: Array) -> tuple[Array, Array]:
+    """For each image, whether the prediction is right, as 1 or 0, and the cross-entropy. Both are nan for all images if
+    the network has diverged, that is, if any logit is not finite."""
     # The argmax of nan is 0, so a diverged network would otherwise score the share of class 0.
-    return jnp.where(jnp.isfinite(logits).all(), (logits.argmax(-1) == labels).mean(), jnp.nan)
+    finite = jnp.isfinite(logits).all()
+    right = (logits.argmax(-1) == labels).astype(jnp.float32)
+    loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    return jnp.where(finite, right, jnp.nan), jnp.where(finite, loss, jnp.nan)
 
 
 def cross_entropy(
@@ -328,13 +331,8 @@ def probe_training(apply: Apply) -> Probe:
 
     def probe(params, state, view):
         logits, _ = apply(params, state, view.images, False)
-        finite = jnp.isfinite(logits).all()
-        loss = optax.softmax_cross_entropy_with_integer_labels(logits, view.labels).mean()
-        correct = (logits.argmax(-1) == view.labels).mean()
-        return {
-            "train_accuracy": jnp.where(finite, correct, jnp.nan),
-            "train_loss": jnp.where(finite, loss, jnp.nan),
-        }
+        right, loss = scored(logits, view.labels)
+        return {"train_accuracy": right.mean(), "train_loss": loss.mean()}
 
     return probe
 
@@ -366,13 +364,9 @@ def _evaluator(
         view = View(images[shown], here[shown], setting, images[tests], here[tests])
         known = probe(params, state, view) if probe else {}
         logits, _ = apply(params, state, images[chosen[place]], False)
-        finite = jnp.isfinite(logits).all()
-        # The argmax of nan is 0, so a diverged network would otherwise score the share of class 0.
-        correct = jnp.where(finite, (logits.argmax(-1) == here[chosen[place]]).astype(jnp.float32), jnp.nan)
-        loss = optax.softmax_cross_entropy_with_integer_labels(logits, here[chosen[place]])
-        loss = jnp.where(finite, loss, jnp.nan)
+        right, loss = scored(logits, here[chosen[place]])
         for name, weight in weights.items():
-            known |= {f"{name}_accuracy": weight @ correct, f"{name}_loss": weight @ loss}
+            known |= {f"{name}_accuracy": weight @ right, f"{name}_loss": weight @ loss}
         return known
 
     def every(params, state, place, setting, *constants):

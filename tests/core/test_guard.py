@@ -3,6 +3,8 @@
 One CPU device has a lowering of its own. Arrays that lie on several devices take the one of TPUs and GPUs.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -167,6 +169,13 @@ def test_one_gpu_has_no_conditional_and_several_have_the_guard(everywhere):
     one, several = (t.lower(lowering_platforms=("cuda",)).as_text() for t in traced.values())
     assert "stablehlo.case" not in one
     assert several.count("stablehlo.case") == 1
+
+
+def test_each_gpu_of_a_shard_map_has_no_conditional(everywhere):
+    apply = functools.partial(bnjax.bn_apply, PARAMS, FRESH, train=True, axis_name="data")
+    mapped = jax.shard_map(apply, mesh=everywhere.mesh, in_specs=P("data"), out_specs=(P("data"), P()))
+    lowered = jax.jit(mapped).trace(np.zeros((ROWS, FEATURES), "f")).lower(lowering_platforms=("cuda",))
+    assert "stablehlo.case" not in lowered.as_text()
 
 
 @pytest.mark.parametrize("mean", [0.0, 1e4])

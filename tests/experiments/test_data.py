@@ -10,31 +10,6 @@ from sklearn.datasets import load_digits
 from experiments.harness import data
 
 
-@pytest.mark.parametrize("number", [3, 7, 10])
-def test_subset_has_as_many_of_each_class_as_can_be(number):
-    labels = np.int32([0, 0, 1, 0, 0, 2, 2, 0, 2, 2])
-    images = np.arange(10, dtype=np.float32).reshape(10, 1, 1)
-    dataset = data.Dataset("ten", images, labels, images[:4], labels[:4])
-    small = dataset.subset(number)
-    chosen = {3: [0, 2, 5], 7: [0, 1, 2, 3, 5, 6, 8], 10: range(10)}[number]
-    np.testing.assert_array_equal(small.train_images.ravel(), chosen)
-    np.testing.assert_array_equal(small.train_labels, labels[chosen])
-    np.testing.assert_array_equal(small.test_images, dataset.test_images)
-    assert small.name == f"{number} of ten"
-
-
-def test_subset_of_the_digits_is_even():
-    small = data.load().subset(200)
-    np.testing.assert_array_equal(np.bincount(small.train_labels), np.full(10, 20))
-    assert (small.name, len(small.test_labels)) == ("200 of scikit-learn digits", 360)
-
-
-@pytest.mark.parametrize("number", [9, 1438])
-def test_subset_rejects(number):
-    with pytest.raises(data.InputError, match=rf"subset\({number}\): expected 10 to 1437"):
-        data.load().subset(number)
-
-
 def test_digits_are_split_once_and_for_all():
     dataset = data.load()
     images, labels = load_digits(return_X_y=True)

@@ -138,8 +138,13 @@ def test_resnet_is_initialized_for_relu(monkeypatch):
 
 @pytest.fixture(scope="module")
 def few():
-    digits = data.load().subset(50)
-    return digits._replace(test_images=digits.test_images[:20], test_labels=digits.test_labels[:20])
+    digits = data.load()
+    return digits._replace(
+        train_images=digits.train_images[:50],
+        train_labels=digits.train_labels[:50],
+        test_images=digits.test_images[:20],
+        test_labels=digits.test_labels[:20],
+    )
 
 
 @pytest.mark.parametrize("name", ["mlp-linen", "mlp-nnx", pytest.param("resnet", marks=pytest.mark.slow)])
