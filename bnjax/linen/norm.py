@@ -36,8 +36,8 @@ class BatchNorm(nn.BatchNorm):
       statistics. A feature without a valid value is normalized by the running statistics; Flax returns NaN.
     * Devices are merged by weight, so that unequal and empty shards are exact. Flax takes the mean of means.
     * A mask that is not boolean holds weights >= 0. Flax treats every number but 0 as True.
-    * The mean of complex `x` is stored as complex. Running statistics normalize in the dtype in which they are stored;
-      Flax first casts them to `dtype` or `param_dtype`, which may be too narrow.
+    * Running statistics normalize in the dtype in which they are stored. With `force_float32_reductions=False` Flax
+      first casts them to `param_dtype`, which may be narrower.
     * Bad arguments are errors while tracing: a momentum outside [0, 1], an epsilon that is not positive in float32, an
       axis out of range.
 

@@ -43,7 +43,7 @@ class BatchNorm(nnx.BatchNorm):
     * A feature with fewer than two valid values, or whose batch statistics are not finite, keeps its running
       statistics. A feature without a valid value is normalized by the running statistics; Flax returns NaN.
     * Devices are merged by weight, so that unequal and empty shards are exact. Flax takes the mean of means.
-    * A mask that is not boolean holds weights >= 0.
+    * A mask that is not boolean holds weights >= 0. To Flax it is an error.
     * With a half-precision `dtype` the running statistics normalize in the dtype in which they are stored. Flax rounds
       them to `dtype`.
     * The mean of complex `x` is stored as complex, so that the first call changes its dtype. Flax keeps its real part.
