@@ -126,7 +126,11 @@ class PlatformFunction:
         return self(*primals, axes=axes), [functools.reduce(jnp.add, t) for t in zip(*terms, strict=True)]
 
     def _batch(self, arrays, dims, *, axes):
-        """One call on arrays with a leading axis more; where an array lacks that axis, and none is full, plain vmap."""
+        """One call on arrays with one more leading axis, of size 1 where an array is not batched.
+
+        Size 1 needs arrays that broadcast against the first one (`first_is_full`). Without that, and if not all arrays
+        are batched, `jax.vmap` maps the plain function.
+        """
         if None in dims and not self.first_is_full:
             out = jax.vmap(partial(self.plain, axes=axes), in_axes=tuple(dims))(*arrays)
             return out, (0,) * len(out)
