@@ -32,7 +32,7 @@ def weigh(weight: Array | None, values: Array) -> Array:
 
 
 def sum_as(shape: tuple[int, ...], values: Array, axes: tuple[int, ...], like: Array) -> Array:
-    """The sum over `axes` of `values` broadcast to `shape`, without that broadcast; sharded as `like`."""
+    """The sum over `axes` of `values` as if they were broadcast to `shape`; sharded as `like`."""
     repeats = math.prod(shape[a] for a in axes if values.shape[a] != shape[a])
     return jnp.sum(values, axes) * repeats + lax.full_like(like, 0)
 
