@@ -148,7 +148,7 @@ def train_step(
 
     Returns:
       `step(state, batch)`, which returns the new state and `{"loss": ..., **metrics}`. With sharded arrays the result
-      is that of the global batch.
+      is the global batch's.
 
     Raises:
       TypeError, ValueError: if `accumulate` is not positive. While tracing: for a state that is not a `TrainState` and

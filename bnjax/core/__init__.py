@@ -13,7 +13,7 @@
     normalize       the formula, with its derivative
     options         the options that all calls share, checked and hashable
     schedules       numbers that may be functions of the number of updates
-    running         the update of the running statistics by those of a batch
+    running         the update of the running statistics by a batch's moments
     apply           `bn_apply`: validate, choose statistics, normalize, update
     trees           the layers in the trees of a model's variables
     deprecation     old names

@@ -30,7 +30,7 @@ def kinds_of_axes(names: tuple[Hashable, ...], groups: Groups) -> tuple[tuple[Ha
 
 
 def gather(tree: Any, names: tuple[Hashable, ...], groups: Groups) -> Any:
-    """The arrays of every index of the mapped axes, stacked; with groups those of the own group, padded by zeros.
+    """The arrays of every index of the mapped axes, stacked; with groups, the own group's arrays, padded with zeros.
 
     Over axes of a mesh all arrays travel in one collective, as rows of real numbers.
     """
@@ -65,7 +65,7 @@ def _gather_one_by_one(leaf, names):
 
 
 def _own_group(gathered, names, groups):
-    """Of the rows of all indices, those of the group that this index belongs to, padded by zeros."""
+    """The rows of the group that this index belongs to, out of the rows of all indices, padded with zeros."""
     if groups is None:
         return gathered
     members = np.full((len(gathered), max(map(len, groups))), -1)

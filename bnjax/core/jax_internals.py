@@ -58,7 +58,7 @@ class PlatformFunction:
     `function(*arrays, axes=axes)` gives what `plain(*arrays, axes=axes)` gives, a tuple of arrays.
 
     Args:
-      name: that of the primitive in compiled programs.
+      name: the primitive's name in compiled programs.
       plain: the computation on every other platform, and the one that derivatives are taken of.
       cpu: the computation where one CPU device holds the arrays.
       cuda: the computation on CUDA GPUs. It is elementwise, so that it serves sharded arrays too.
@@ -177,7 +177,7 @@ def mesh_axes() -> frozenset[Hashable]:
 
 
 def _let_names_pass_through_jet():
-    """A name for `jax.checkpoint` changes nothing, so that the Taylor series of its result is that of its argument."""
+    """A name for `jax.checkpoint` is the identity, so that its result has the Taylor series of its argument."""
     name_p = getattr(_module("jax.extend.core.primitives"), "name_p", None)
     if None not in (jet, name_p):
         jet.jet_rules.setdefault(name_p, lambda primals, terms, **params: (*primals, *terms))

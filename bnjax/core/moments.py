@@ -2,7 +2,7 @@
 
     weight = sum_i w_i        mean = sum_i w_i x_i / weight        var = sum_i w_i |x_i - mean|^2 / weight
 
-Moments of parts merge to those of the whole (Chan, Golub & LeVeque, 1983)
+Moments of parts merge to the moments of the whole (Chan, Golub & LeVeque, 1983)
 
     var = sum_i w_i (var_i + |mean_i - mean|^2) / weight
 

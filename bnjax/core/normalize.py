@@ -2,8 +2,8 @@
 
     y = scale * (x - mean) / sqrt(var + epsilon) + bias
 
-It takes any mean and variance. With those of the batch, its derivative and that of the moments compose to the gradient
-of Ioffe & Szegedy (2015, section 3).
+It takes any mean and variance. With the batch's, its derivative and the derivative of the moments compose to the
+gradient of Ioffe & Szegedy (2015, section 3).
 """
 
 from functools import partial
@@ -35,7 +35,7 @@ def autodiff_normalize(
 
 
 # scale * (x - mean) / sqrt(var + epsilon) + bias, with all arguments of x's rank; scale, bias and mask may be None. The
-# result has x's dtype. A masked element whose y is not finite in `dtype`, that of the layer's output, is a constant to
+# result has x's dtype. A masked element whose y is not finite in `dtype`, the output's dtype, is a constant to
 # derivatives: a loss that leaves it out may return 0 * inf as its cotangent, a NaN for the whole feature.
 normalize: "jax.custom_jvp[Array]" = jax.custom_jvp(autodiff_normalize, nondiff_argnums=(6, 7))
 

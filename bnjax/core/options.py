@@ -10,7 +10,7 @@ from bnjax.core.collectives import Groups
 class Options(NamedTuple):
     """What is static in a call of `bn_apply`, of a variant, or of a layer.
 
-    `call` is the name that errors mention. `collect` asks for the moments of the batch. `dtype` is that of the output,
+    `call` is the name that errors mention. `collect` asks for the moments of the batch. `dtype` is the output's,
     by default x's: a layer whose output is wider than its input need not widen the input first. The other fields are
     arguments of `bnjax.bn_apply`.
     """

@@ -9,7 +9,7 @@ the layer that made `x` stores anyway, and not `x - mean`, which would be a seco
 
 Batch normalization is bound by memory traffic. XLA on CPU has fast reductions with one result. For two reductions that
 share an operand it first writes that operand, an array of x's size. `two_sums` avoids that write. It cuts the arrays
-into slabs that lie side by side in memory, and adds the slabs up as complex numbers whose parts are the two sums. To
+into slabs that are adjacent in memory, and adds the slabs up as complex numbers whose parts are the two sums. To
 XLA that is elementwise work: it reads the arrays once and writes one slab. Slabs of a sharded array would be
 communication, so this is for arrays that one device holds.
 """
@@ -24,7 +24,7 @@ from jax import Array, lax
 from bnjax.core.jax_internals import PlatformFunction, transpose_each_other
 
 # The number of slabs that one elementwise loop adds up. LLVM vectorizes the loop only if it unrolls the sum, which it
-# does up to about 300 instructions, those of whatever XLA fuses into the loop included. With 8 slabs even the
+# does up to about 300 instructions, including those that XLA fuses into the loop. With 8 slabs even the
 # derivative of hard_swish, which is fused into the backward pass, leaves the loop unrolled; with 12 it did not.
 BACKWARD_SLABS = 8
 FORWARD_SLABS = 16
@@ -60,7 +60,7 @@ def cut(slabs: int, axes: tuple[int, ...], *arrays: Array) -> Slabs | None:
             break
     else:
         return None
-    # A number of slabs that divides the length leaves nothing over.
+    # A number of slabs that divides the length leaves no remainder.
     slabs = next((n for n in range(slabs, slabs // 2, -1) if length % n == 0), slabs)
     each, over = divmod(length, slabs)
 
@@ -125,7 +125,7 @@ def _plain_spread(c, k, x, mean, *, axes):
 def _cuda_spread(c, k, x, mean, *, axes):
     # One operation less for each element. XLA's cost model for GPUs then computes an activation's derivative again in
     # both passes of the backward; otherwise it writes that derivative once and reads it twice. The rounding of k x and
-    # of k mean is no larger than that of rounding x, and where all x are equal k is 0.
+    # of k mean is no larger than the rounding of x, and where all x are equal k is 0.
     return ((c - k * mean) + k * x,)
 
 

@@ -34,8 +34,8 @@ def update(
 ) -> tuple[BNState | None, Collected | None]:
     """The state after an update by a batch, and the collected moments if `options` ask for them.
 
-    Moments of `earlier` parts of one larger batch are merged with those of this part: the state absorbs the moments of
-    all parts, and they are what is collected.
+    Moments of `earlier` parts of one larger batch are merged with the moments of this part. The state absorbs the
+    merged moments, which are also the ones collected.
     """
     if earlier is not None:
         batch = merge_together(earlier, batch)
@@ -53,7 +53,7 @@ def absorb(
 ) -> BNState:
     """`state` after one update, in its own dtypes. A feature without enough information stays as it is.
 
-    Enough are two valid values whose statistics are finite.
+    Two valid values whose statistics are finite are enough.
 
     Args:
       state: the running statistics.

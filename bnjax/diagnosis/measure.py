@@ -267,7 +267,7 @@ def _batch_checks(report: LayerReport, settled: np.ndarray, epsilon: float) -> l
     # in its units is huge. In units of the larger variance the mean is still within a few 1 / sqrt(n).
     distance = shift / np.sqrt(np.maximum(ratio, 1))
     shifted = compared & (distance > shift_limit)
-    # For the same reason variances are compared only where that of the batch is epsilon or more.
+    # For the same reason variances are compared only where the batch's is epsilon or more.
     alive = compared & (report.var + epsilon >= 2 * epsilon * ratio)
     log_ratio, log_limit = abs(np.log(ratio)), np.log(ratio_limit)
     differs = alive & (log_ratio > log_limit)
