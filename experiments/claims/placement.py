@@ -50,20 +50,6 @@ def _parts():
         )
 
 
-def steps_to(series: runs.Series, classes: int) -> dict[str, np.ndarray]:
-    """By measure, the steps to its target, straight between evaluations; nan if it is never reached.
-
-    The steps of the evaluations alone would be equal in many seeds, whose spread would then be zero where the
-    difference between the arms is not. A loss is interpolated as its logarithm.
-    """
-    accuracy = curves.smoothed(series["validation_accuracy"])
-    steps = np.broadcast_to(series.steps.astype(float), accuracy.shape)
-    return {
-        "loss": curves.at_target(np.log(series["loss"]), steps, np.log(curves.LOSS * np.log(classes))),
-        "accuracy": curves.at_target(-accuracy, steps, -curves.ACCURACY),
-    }
-
-
 @dataclass(frozen=True)
 class Placement(study.Study):
     """The configuration of the experiment. Its fields are the flags of the command line."""
@@ -150,7 +136,7 @@ class Placement(study.Study):
             steps = {}
             for rate, arm in product(RATES, ARMS):
                 series, used = self._series(metrics, network, rate, arm)
-                steps[rate, arm] = steps_to(series, metrics.classes)
+                steps[rate, arm] = curves.steps_to(series, metrics.classes)
                 shown = [records.spread(steps[rate, arm][measure], ".0f", "never") for measure in curves.TARGETS]
                 errors = records.spread(error[arm], ".3f") if rate == RATES[1] and arm in error else ""
                 rows.append([f"{network}, {rate}", arm, f"{used:g}", *shown, errors])

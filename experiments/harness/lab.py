@@ -42,15 +42,17 @@ def tuning(arm: str, rate: float) -> str:
 
 
 def chosen(metrics: runs.Metrics, arm: str, by: str = "curve") -> Chosen:
-    """The rate of an arm with the highest validation accuracy, or the lowest loss, on average over the tuning seeds.
+    """The rate of an arm with the highest validation accuracy, or another best score, on average over the tuning seeds.
 
     Args:
       metrics: all metrics of the claim.
       arm: name of the arm.
       by: "curve" for the mean of the smoothed accuracy over the whole of training, which favours fast training, "end"
-        for its last value, "loss" for the last value of the smoothed loss, or "gap" for the lowest `curves.gap`, which
-        every tuning seed has to reach in three quarters of the steps, so that others reach it in all of them. A
-        diverged network has the accuracy 0 and an infinite loss. Of equally good rates the lowest is chosen.
+        for its last value, "loss" for the last value of the smoothed loss, "training" for that of the training loss,
+        "steps" for the fewest steps to the target of the training loss, of which every tuning seed has a
+        `curves.outcome`, or "gap" for the lowest `curves.gap`. Every tuning seed has to reach a target, that of a gap
+        in three quarters of the steps, so that others reach it in all of them. A diverged network has the accuracy 0
+        and an infinite loss. Of equally good rates the lowest is chosen.
     """
     scores = {}
     for name, series in metrics.items():
@@ -59,8 +61,11 @@ def chosen(metrics: runs.Metrics, arm: str, by: str = "curve") -> Chosen:
             if by == "gap":
                 gap = curves.gap(series, metrics.classes, 0.75)[:, None]
                 score = -np.nan_to_num(gap, nan=np.inf)
-            elif by == "loss":
-                score = -np.nan_to_num(curves.smoothed(series["validation_loss"]), nan=np.inf)
+            elif by == "steps":
+                score = -np.nan_to_num(series["loss_step"][:, None], nan=np.inf)
+            elif by in ("loss", "training"):
+                values = series["validation_loss" if by == "loss" else "loss"]
+                score = -np.nan_to_num(curves.smoothed(values), nan=np.inf)
             else:
                 score = np.nan_to_num(curves.smoothed(series["validation_accuracy"]), nan=0.0)
             scores[float(rate)] = float((score[:, 1:] if by == "curve" else score[:, -1:]).mean())
@@ -136,6 +141,6 @@ class Lab:
     def tune(self, arm: str, network: Network, rates: Sequence[float], by: str = "curve", **options: Any) -> Chosen:
         """Choose the rate of an arm from a grid, by training with the tuning seeds, which need a probe for a gap."""
         names = [tuning(arm, rate) for rate in rates]
-        options = options if by == "gap" else {**options, "probe": None}
+        options = {"tests": False, **(options if by == "gap" else {**options, "probe": None})}
         self.fit(names, network, settings=[{"rate": rate} for rate in rates], seeds=self.tuning_seeds, **options)
         return chosen(self.record.metrics(self.tuning_seeds, self.dataset.classes), arm, by)

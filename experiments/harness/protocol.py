@@ -3,13 +3,15 @@
 A claim is a list of parts. A part is an effect, a threshold with its source, and the side of the threshold on which the
 claim is true. The effect of every seed is measured, and its mean has a confidence interval by Student's t over seeds.
 A part holds if its interval lies beyond the threshold on the claim's side, is refuted if it lies beyond it on the other
-side, and is undecided if the interval contains the threshold, or if the effect could not be measured in some seed.
+side, and is undecided if the interval contains the threshold, if the effect could not be measured in some seed, or if
+there are fewer than `LEAST_SEEDS` seeds.
 A ratio is averaged as its logarithm, so that r and 1 / r are treated alike.
 
 With several parts, one would be decided by chance alone more often than the stated error allows. Therefore the parts of
 a claim are decided in Holm's order (Holm, 1979): the part with the smallest p-value of m needs p <= ERROR / m, the next
 one p <= ERROR / (m - 1), and so on until one fails, after which none is decided. Each interval is given at the level of
-its own step, so that it excludes the threshold exactly if the part is decided.
+its own step, so that it excludes the threshold exactly if the part is decided, unless a remark says why the part
+cannot be decided.
 """
 
 import math
@@ -21,12 +23,15 @@ import scipy.stats
 
 ERROR = 0.05
 """The probability, at most, that chance alone decides any of a claim's parts."""
+LEAST_SEEDS = 10
+"""With fewer seeds, nothing is decided."""
 
 HOLDS = "holds"
 IN_PART = "holds in part"
 REFUTED = "refuted"
+REFUTED_IN_PART = "refuted in part"
 UNDECIDED = "undecided"
-VERDICTS = (HOLDS, IN_PART, REFUTED, UNDECIDED)
+VERDICTS = (HOLDS, IN_PART, REFUTED, REFUTED_IN_PART, UNDECIDED)
 
 
 class Part(NamedTuple):
@@ -102,12 +107,15 @@ def decide(parts: Sequence[Part], effects: Mapping[str, np.ndarray], remarks: Ma
 
 
 def verdict(parts: Sequence[Decided]) -> str:
-    """The verdict on a claim: it holds if all parts hold, holds in part if some do, is refuted if none holds and one is
-    refuted, and is otherwise undecided."""
-    found = [part.verdict for part in parts]
-    if HOLDS in found:
-        return HOLDS if {*found} == {HOLDS} else IN_PART
-    return REFUTED if REFUTED in found else UNDECIDED
+    """The verdict on a claim.
+
+    It holds, or is refuted, or is undecided, if all parts are. It holds in part if some of them hold. If none holds, but
+    some are refuted and the others are undecided, it is refuted in part.
+    """
+    found = {part.verdict for part in parts}
+    if len(found) == 1:
+        return found.pop()
+    return IN_PART if HOLDS in found else REFUTED_IN_PART
 
 
 class _Measured(NamedTuple):
@@ -121,7 +129,7 @@ class _Measured(NamedTuple):
     p: float
     """the two-sided p-value of Student's test that the mean is the threshold"""
     remark: str
-    """why there is no test; empty if there is one"""
+    """why the test decides nothing; empty if it may"""
 
     @classmethod
     def of(cls, part: Part, values: np.ndarray) -> "_Measured":
@@ -131,6 +139,7 @@ class _Measured(NamedTuple):
         if finite.size < values.size or finite.size < 2:
             missing = f"could not be measured in {values.size - finite.size} of {values.size} seeds"
             return cls(part, np.nan, np.nan, finite.size, 1.0, missing if values.size > 1 else "one seed has no spread")
+        few = f"{values.size} seeds; a verdict needs {LEAST_SEEDS}" if values.size < LEAST_SEEDS else ""
         scaled = np.log(finite) if part.kind == "ratio" else finite
         threshold = math.log(part.threshold) if part.kind == "ratio" else part.threshold
         mean, error = float(scaled.mean()), float(scaled.std(ddof=1) / math.sqrt(scaled.size))
@@ -139,12 +148,12 @@ class _Measured(NamedTuple):
             p = float(distance <= 1e-12)
         else:
             p = float(2 * scipy.stats.t.sf(distance / error, scaled.size - 1))
-        return cls(part, mean, error, finite.size, p, "")
+        return cls(part, mean, error, finite.size, p, few)
 
     def decided(self, error: float, reason: str) -> Decided:
         """The part with its interval at the level 1 - error."""
         part, ends, found = self.part, (None, None, None), UNDECIDED
-        if not self.remark:
+        if np.isfinite(self.mean):
             back = math.exp if part.kind == "ratio" else float
             half = float(scipy.stats.t.ppf(1 - error / 2, self.n - 1)) * self.error
             low, high = back(self.mean - half), back(self.mean + half)

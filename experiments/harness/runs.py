@@ -80,8 +80,8 @@ class Record:
         names = [(network, seed) for network in networks for seed in seeds]
         for i, (network, seed) in enumerate(names):
             values: dict[str, Any] = {"loss": [evaluation.loss[i] for evaluation in evaluations]}
-            for name in evaluations[0].values:
-                curve = [evaluation.values[name][i] for evaluation in evaluations]
+            for name in evaluations[-1].values:
+                curve = [evaluation.values[name][i] for evaluation in evaluations if name in evaluation.values]
                 # The test images have no part in any choice, so their metrics are kept for the end alone.
                 values[name] = curve[-1] if name.startswith("test_") else curve
             self.add(network, seed, *summary([evaluation.step for evaluation in evaluations], values))

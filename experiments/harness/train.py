@@ -5,6 +5,7 @@ on all of its devices, and each device has a shard of every batch.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -67,9 +68,9 @@ class Evaluation(NamedTuple):
     """The metrics of all runs after a step. Runs are ordered by setting, then by seed.
 
     `progress` is the fraction of all steps that is done. `loss`, of shape (runs,), is the mean training loss since the
-    last evaluation, and nan at step 0. `values`, by name and of shape (runs, ...), contains `test_accuracy`,
-    `test_loss`, `validation_accuracy` and `validation_loss`, which are nan for a diverged network (with a logit that is
-    not finite), and the metrics of the probe. There are no validation metrics without validation images.
+    last evaluation, and nan at step 0. `values`, by name and of shape (runs, ...), contains `validation_accuracy` and
+    `validation_loss`, or `test_accuracy` and `test_loss`, or both (see `fit`), which are nan for a diverged network
+    (with a logit that is not finite), and the metrics of the probe.
     """
 
     step: int
@@ -92,6 +93,7 @@ def fit(
     probe: Probe | None = None,
     with_images: bool = False,
     moving: bool = False,
+    tests: bool = True,
     runtime: Runtime | None = None,
     checkpoints: Path | None = None,
 ) -> Iterator[Evaluation]:
@@ -105,19 +107,20 @@ def fit(
       seeds: the seeds, or their number n for 0, ..., n - 1. There is a run for each seed in each setting.
       steps: number of updates per run.
       batch_size: images per update, over all devices; the last batch of an epoch has the remaining images.
-      eval_every: number of updates between evaluations on the whole test set, or the steps of these evaluations.
+      eval_every: number of updates between evaluations, or the steps of these evaluations.
       settings: dictionaries of numbers with the same names; all settings are trained in one `vmap`.
       probe: function for additional metrics.
       with_images: whether `init` gets the training images of its seed too, as rows of pixels, by the keyword `images`.
       moving: whether training images are shifted, rotated and scaled at random in every step (see `stream`).
+      tests: whether test metrics, also those of the probe, are measured after the last step. Without validation images
+        they are measured in all evaluations.
       runtime: devices that share every batch, and the interval of checkpoints. By default the runs are divided over
         the local devices.
       checkpoints: folder to save to. If it contains a checkpoint, training continues from it.
 
     Returns:
-      An iterator over evaluations, before the first step, then every `eval_every` steps, or at those, and after
-      the last. If training
-      continues from a checkpoint, the evaluations before it are included.
+      An iterator over evaluations, before the first step, then every `eval_every` steps, or at those, and after the
+      last. If training continues from a checkpoint, the evaluations before it are included.
 
     Raises:
       InputError: if a batch is larger than the training set.
@@ -144,7 +147,7 @@ def fit(
     if along:  # every device has the same number of runs: the first one is repeated, and its copies are left out
         starts += [starts[0]] * (_multiple(runs, mesh.size) - runs)
     learner = jax.tree.map(lambda *leaves: _stacked(leaves, mesh, along), *starts)
-    evaluate = _evaluator(apply, probe, splits, mesh, along, runs)
+    evaluate = _evaluator(apply, probe, splits, mesh, along, runs, tests)
     store = None if checkpoints is None or not runtime else Checkpoints(checkpoints, runtime.checkpoint_keep)
     found = store.restore(learner) if store else None
     if found:
@@ -152,7 +155,7 @@ def fit(
         evaluations = [_unpacked(*packed) for packed in record]
     else:
         done, unknown = 0, np.full(runs, np.nan, np.float32)
-        evaluations = [Evaluation(0, 0.0, unknown, evaluate(learner))]
+        evaluations = [Evaluation(0, 0.0, unknown, evaluate(learner, steps == 0))]
 
     def train() -> Iterator[Evaluation]:
         nonlocal learner, done
@@ -172,7 +175,7 @@ def fit(
             evaluated = done in stops
             if evaluated:
                 loss = np.asarray(learner.loss)[:runs] / np.float32(done - evaluations[-1].step)
-                evaluations.append(Evaluation(done, done / steps, loss, evaluate(learner)))
+                evaluations.append(Evaluation(done, done / steps, loss, evaluate(learner, done == steps)))
                 learner = learner._replace(loss=put(np.zeros(len(starts), np.float32), mesh, along))
             if store and runtime and (done == steps or done % runtime.checkpoint_every == 0):
                 store.save(done, learner, [_packed(evaluation) for evaluation in evaluations])
@@ -338,50 +341,52 @@ def probe_training(apply: Apply) -> Probe:
 
 
 def _evaluator(
-    apply: Apply, probe: Probe | None, splits: data.Splits, mesh: Mesh, along: str | None, runs: int
-) -> Callable[[Learner], dict[str, np.ndarray]]:
-    """A function for the validation and test metrics and the probe's of all runs. Unless runs are divided, the images
-    are sharded over the devices."""
-    sizes = splits.validation.shape[1], splits.test.shape[1]
-    chosen = np.concatenate([splits.validation, splits.test], 1)
-    padding = 0 if along else _multiple(sum(sizes), mesh.size) - sum(sizes)
-    chosen = np.concatenate([chosen, chosen[:, :padding]], 1)
-    column = np.arange(sum(sizes) + padding)
-    weights = {"validation": column < sizes[0], "test": (column >= sizes[0]) & (column < sum(sizes))}
-    weights = {name: (valid / max(valid.sum(), 1)).astype(np.float32) for name, valid in weights.items() if valid.any()}
-    axis = None if along else AXIS
-    constants = (
-        put(data.flat(splits.images), mesh),
-        put(splits.labels, mesh),
-        put(chosen, mesh, None, axis),
-        {name: put(weight, mesh, axis) for name, weight in weights.items()},
-        put(splits.train[:, :VIEWED], mesh),
-    )
+    apply: Apply, probe: Probe | None, splits: data.Splits, mesh: Mesh, along: str | None, runs: int, tests: bool
+) -> Callable[[Learner, bool], dict[str, np.ndarray]]:
+    """A function of the learner, and of whether this is the last evaluation, for the metrics of all runs. Unless runs
+    are divided, the images are sharded over the devices."""
+    axis, always = None if along else AXIS, not splits.validation.shape[1]
+    parts = {}
+    for name, indices in {"validation": splits.validation, "test": splits.test}.items():
+        number = indices.shape[1]
+        padding = 0 if along else _multiple(number, mesh.size) - number
+        weight = (np.arange(number + padding) < number) / np.float32(max(number, 1))
+        indices = np.concatenate([indices, indices[:, :padding]], 1)
+        parts[name] = put(indices, mesh, None, axis), put(weight.astype(np.float32), mesh, axis)
+    constants = (put(data.flat(splits.images), mesh), put(splits.labels, mesh), put(splits.train[:, :VIEWED], mesh))
 
-    def values(params, state, place, setting, images, labels, chosen, weights, viewed):
+    def values(place, params, state, setting, parts, images, labels, viewed, *, name):
+        """The metrics on one part of the images, and those of the probe that belong to it."""
         here = labels[place]
-        shown, tests = viewed[place], chosen[place][sizes[0] : sum(sizes)]
-        view = View(images[shown], here[shown], setting, images[tests], here[tests])
+        shown, tested = viewed[place], parts["test"][0][place][: splits.test.shape[1]]
+        view = View(images[shown], here[shown], setting, images[tested], here[tested])
         known = probe(params, state, view) if probe else {}
-        logits, _ = apply(params, state, images[chosen[place]], False)
-        right, loss = scored(logits, here[chosen[place]])
-        for name, weight in weights.items():
-            known |= {f"{name}_accuracy": weight @ right, f"{name}_loss": weight @ loss}
-        return known
+        known = {key: value for key, value in known.items() if always or key.startswith("test_") == (name == "test")}
+        indices, weight = parts[name]
+        logits, _ = apply(params, state, images[indices[place]], False)
+        right, loss = scored(logits, here[indices[place]])
+        return known | {f"{name}_accuracy": weight @ right, f"{name}_loss": weight @ loss}
 
-    def every(params, state, place, setting, *constants):
-        run = (params, state, place, setting)
+    def every(place, params, state, setting, *constants, name):
+        run = (place, params, state, setting)
         if not along:
-            return jax.vmap(values, (0, 0, 0, 0, *[None] * 5))(*run, *constants)
-        return jax.lax.map(lambda run: values(*run, *constants), run, batch_size=AT_ONCE)
+            return jax.vmap(partial(values, name=name), (0, 0, 0, 0, *[None] * 4))(*run, *constants)
+        return jax.lax.map(lambda run: values(*run, *constants, name=name), run, batch_size=AT_ONCE)
 
-    shared = P(along) if along else P()
-    if along:
-        every = jax.shard_map(every, mesh=mesh, in_specs=(shared,) * 4 + (P(),) * 5, out_specs=shared, check_vma=False)
-    every = jax.jit(every, out_shardings=NamedSharding(mesh, shared))
+    shared, compiled = P(along) if along else P(), {}
+    for name in parts:
+        each = partial(every, name=name)
+        if along:
+            specs = (shared,) * 4 + (P(),) * 4
+            each = jax.shard_map(each, mesh=mesh, in_specs=specs, out_specs=shared, check_vma=False)
+        compiled[name] = jax.jit(each, out_shardings=NamedSharding(mesh, shared))
 
-    def evaluate(learner):
-        found = every(learner.params, learner.state, learner.place, learner.setting, *constants)
+    def evaluate(learner, last):
+        # Without validation images the test images serve for all evaluations, and the whole probe belongs to them.
+        names = ["test"] if always else ["validation", "test"] if last and tests else ["validation"]
+        found = {}
+        for name in names:
+            found |= compiled[name](learner.place, *learner[:2], learner.setting, parts, *constants)
         return jax.tree.map(lambda x: np.asarray(x)[:runs], found)
 
     return evaluate

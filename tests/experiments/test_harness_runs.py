@@ -95,7 +95,18 @@ def test_steps_to_the_targets_of_loss_and_smoothed_accuracy():
     target = 0.1 * np.log(4)
     values = {"loss": [[np.nan, 2, target, 0]], "validation_accuracy": [[0.1, 1.0, 1.0, 1.0]]}
     series = runs.Series((0,), np.array([0, 5, 10, 15]), {name: np.array(value) for name, value in values.items()})
-    assert curves.steps_to(series, 4) == {"loss": [10], "accuracy": [15]}
+    found = curves.steps_to(series, 4)
+    np.testing.assert_allclose(found["loss"], 10)
+    np.testing.assert_allclose(found["accuracy"], 10 + 5 * (0.9 - 0.7) / (1 - 0.7))  # of 0.1, 0.55, 0.7, 1
+
+
+def test_steps_to_a_target_are_straight_between_evaluations():
+    losses = 0.1 * np.log(4) * np.exp([[2, 1, -1, -2], [np.nan, -1, 0.5, 0.5], [2, 1, 1, 1], [-3, -3, -3, -3]])
+    values = {"loss": losses, "validation_accuracy": np.zeros((4, 4))}
+    series = runs.Series((0, 1, 2, 3), np.array([0, 10, 20, 30]), values)
+    np.testing.assert_allclose(curves.steps_to(series, 4)["loss"], [15, 10, np.nan, 0])
+    values["loss"] = losses * 3
+    np.testing.assert_allclose(curves.steps_to(series, 4, loss=0.3)["loss"], [15, 10, np.nan, 0])
 
 
 def test_half_decades_are_powers_of_the_root_of_10():
@@ -152,6 +163,8 @@ def test_lab_trains_what_is_missing_and_tunes_with_seeds_of_its_own(tmp_path, mo
     metrics = record.metrics([3, 5], 10)[lab.at("arm", best.rate)]
     assert metrics["train_accuracy"].shape == (2, 3)
     assert metrics["test_accuracy"].shape == (2,)
+    tried = record.metrics([900], 10)[lab.tuning("arm", 0.1)]
+    assert not any(name.startswith("test_") for name in tried.values)  # a choice has no use for test images
 
 
 def plain_loop(splits, i, seed, rate, steps, moving):

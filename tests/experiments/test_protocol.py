@@ -7,7 +7,7 @@ import pytest
 import scipy.stats
 
 from experiments.harness import protocol
-from experiments.harness.protocol import HOLDS, IN_PART, REFUTED, UNDECIDED
+from experiments.harness.protocol import HOLDS, IN_PART, LEAST_SEEDS, REFUTED, REFUTED_IN_PART, UNDECIDED
 
 
 def part(name="speed", threshold=1.0, **options):
@@ -76,7 +76,7 @@ def test_decide_excludes_the_threshold_exactly_if_it_decides():
     assert min(counts.values()) > 100
 
 
-@pytest.mark.parametrize(("parts", "seeds"), [(1, 10), (8, 10), (3, 5)])
+@pytest.mark.parametrize(("parts", "seeds"), [(1, 10), (8, 10), (3, 15)])
 def test_chance_decides_a_claim_in_5_percent_of_the_cases_at_most(parts, seeds):
     """All effects at their thresholds. The number of claims with any decided part has a binomial distribution."""
     rng, claims = np.random.default_rng(parts), 2000
@@ -124,7 +124,7 @@ def test_a_ratio_and_its_inverse_are_treated_alike():
     ],
 )
 def test_a_part_is_decided_by_the_side_of_its_interval(values, options, verdict):
-    assert decided(values, **options).verdict == verdict
+    assert decided(np.resize(values, 12), **options).verdict == verdict
 
 
 def test_seeds_that_agree_have_an_interval_of_no_width():
@@ -146,8 +146,17 @@ def test_what_cannot_be_measured_in_every_seed_is_undecided(values, n, remark):
     assert found.value is found.low is found.high is None
 
 
+@pytest.mark.parametrize("seeds", [2, LEAST_SEEDS - 1])
+def test_fewer_seeds_than_a_verdict_needs_decide_nothing(seeds):
+    found = decided(np.linspace(2.0, 2.1, seeds))
+    assert (found.verdict, found.remark) == (UNDECIDED, f"{seeds} seeds; a verdict needs {LEAST_SEEDS}")
+    assert 1 < found.low < found.value < found.high
+    assert decided(np.linspace(2.0, 2.1, LEAST_SEEDS)).verdict == HOLDS
+
+
 def test_a_remark_leaves_a_part_undecided_with_its_interval():
-    found, free = decided([3, 3.1, 2.9], remark="at the edge"), decided([3, 3.1, 2.9])
+    values = np.linspace(2.9, 3.1, 10)
+    found, free = decided(values, remark="at the edge"), decided(values)
     assert (found.verdict, found.remark) == (UNDECIDED, "at the edge")
     assert (found.value, found.low, found.high) == (free.value, free.low, free.high)
     assert free.verdict == HOLDS
@@ -155,7 +164,7 @@ def test_a_remark_leaves_a_part_undecided_with_its_interval():
 
 def test_parts_that_cannot_be_decided_come_last_in_holms_order():
     parts = [part("edge"), part("clear")]
-    values = np.array([2.0, 2.1, 1.9, 2.2])
+    values = np.linspace(1.9, 2.2, 10)
     edge, clear = protocol.decide(parts, {"edge": values, "clear": values}, {"edge": "at the edge"})
     assert (edge.verdict, clear.verdict) == (UNDECIDED, HOLDS)
     assert clear.level == 1 - 0.05 / 2  # the number of parts counts all the same
@@ -186,7 +195,8 @@ def test_decide_rejects_two_parts_of_one_name():
         ([HOLDS, HOLDS], HOLDS),
         ([HOLDS, REFUTED], IN_PART),
         ([HOLDS, UNDECIDED], IN_PART),
-        ([REFUTED, UNDECIDED], REFUTED),
+        ([REFUTED, REFUTED], REFUTED),
+        ([REFUTED, UNDECIDED], REFUTED_IN_PART),
         ([UNDECIDED, UNDECIDED], UNDECIDED),
     ],
 )

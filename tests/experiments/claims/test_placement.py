@@ -27,13 +27,6 @@ def made(tmp_path, arrive, accuracy):
     return record.metrics([*SEEDS, *lab.TUNING_SEEDS], CLASSES)
 
 
-def test_steps_to_a_target_are_straight_between_evaluations():
-    losses = 0.1 * np.log(CLASSES) * np.exp([[2, 1, -1, -2], [np.nan, -1, 0.5, 0.5], [2, 1, 1, 1], [-3, -3, -3, -3]])
-    values = {"loss": losses, "validation_accuracy": np.zeros((4, 4))}
-    found = placement.steps_to(runs.Series((0, 1, 2, 3), np.array([0, 10, 20, 30]), values), CLASSES)
-    np.testing.assert_allclose(found["loss"], [15, 10, np.nan, 0])
-
-
 def test_judge_divides_after_by_before(tmp_path):
     arrive = {"plain": 80, "before": 20, "after": 50, "both": 30}
     finding = placement.Placement(seeds=3).judge(
