@@ -38,7 +38,12 @@ class Variables:
 
 
 class Storage(Protocol):
-    """The variables of one layer of Linen or NNX, for one call."""
+    """The variables of one layer of Linen or NNX, for one call.
+
+    `remedy` says what to do where the layer's statistics do not fit the features, whose sizes replace its braces.
+    """
+
+    remedy: str
 
     def read(self, x: Array, features: list[int], train: bool) -> Variables:
         """The variables of a layer with features of these sizes, created where the framework creates them."""
@@ -51,6 +56,9 @@ class Storage(Protocol):
     def write(self, variables: Variables, state: BNState, collected: Collected | None, train: bool) -> None:
         """Store what came out of the call."""
         ...
+
+
+_BOOLEANS = ("use_scale", "use_bias", "force_float32_reductions", "unbiased_var", "frozen", "frozen_params")
 
 
 def call_layer(
@@ -78,9 +86,19 @@ def call_layer(
     """
     call = layer.__class__.__name__  # not by type(): a layer may come with other options in front of it
     x = array(x, call)
+    checks.boolean(call, "use_running_average", use_running_average)
+    for name in _BOOLEANS:
+        checks.boolean(call, name, getattr(layer, name, False))
     train = not use_running_average and not getattr(layer, "frozen", False)
     axes = feature_axes(x, layer.axis, call)
-    variables = storage.read(x, [x.shape[a] for a in axes], train)
+    features = tuple(x.shape[a] for a in axes)
+    variables = storage.read(x, list(features), train)
+    if variables.mean.shape[-len(features) :] != features:  # statistics of several indices lead with an axis of them
+        sizes = features[0] if len(features) == 1 else features
+        raise ValueError(
+            f"{call}(x=...): x has shape {x.shape} and so features {features} on axis {layer.axis}, but the layer's "
+            f"mean has shape {variables.mean.shape}. {storage.remedy.format(sizes)}"
+        )
     x, params, dtype = storage.promoted(x, variables)
     if getattr(layer, "frozen_params", False):
         params = jax.lax.stop_gradient(params)

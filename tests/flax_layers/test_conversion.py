@@ -279,7 +279,9 @@ def test_convert_rejects_other_things_than_models(far):
         with pytest.raises(TypeError, match=r"convert\(model=(BatchNorm|list)\): a Linen module. Use bnjax.linen.con"):
             bnjax.nnx.convert(linen, momentum=0.5)
     for other in (None, 3, [], {"a": jnp.ones(3)}, nnx.Rngs(0)):
-        with pytest.raises(TypeError, match=rf"convert\(model={type(other).__name__}\): expected an NNX module, or a con"):
+        with pytest.raises(
+            TypeError, match=rf"convert\(model={type(other).__name__}\): expected an NNX module, or a con"
+        ):
             bnjax.nnx.convert(other)
     layer = nn.BatchNorm(use_running_average=False)
     with pytest.raises(ValueError, match=r"the module is bound to variables. Convert it, then call bind"):
