@@ -67,18 +67,19 @@ def inexact(call: str, name: str, x: Any) -> None:
         )
 
 
-def feature_axes(call: str, x: Array, axis: Axis) -> tuple[int, ...]:
-    """The feature axes as increasing non-negative integers."""
+def feature_axes(call: str, x: Array, axis: Axis, name: str = "x") -> tuple[int, ...]:
+    """The feature axes of an argument, by default `x`, as increasing non-negative integers."""
     axes = tuple(np.atleast_1d(static_axis(call, axis)).tolist())
     if any(not -x.ndim <= a < x.ndim for a in axes):
         raise ValueError(
-            f"{call}(axis={axis!r}): x has shape {x.shape}, so each axis must be in [{-x.ndim}, {x.ndim}). "
-            "Pass the axis of x that holds the features."
+            f"{call}(axis={axis!r}): {name} has shape {x.shape}, so each axis must be in [{-x.ndim}, {x.ndim}). "
+            f"Pass the axis of {name} that holds the features."
         )
     canonical = tuple(sorted(int(a) % x.ndim for a in axes))
     if len(set(canonical)) != len(canonical):
         raise ValueError(
-            f"{call}(axis={axis!r}): an axis is repeated, since x has shape {x.shape}. Name each feature axis once."
+            f"{call}(axis={axis!r}): an axis is repeated, since {name} has shape {x.shape}. Name each feature "
+            "axis once."
         )
     return canonical
 

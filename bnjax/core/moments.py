@@ -134,6 +134,7 @@ def merge_moments(*moments: Moments) -> Moments:
       Moments of that shape, in the dtypes that theirs promote to.
 
     Raises:
+      TypeError: for an argument that is not `Moments`.
       ValueError: without arguments, or if shapes differ.
 
     Example:

@@ -89,8 +89,8 @@ def fold_into_previous(kernel: Array, bias: Array | None, affine: Affine, *, axi
       bias: of shape (features,), in its own dtype, or in the kernel's if it was None.
 
     Raises:
-      ValueError: if the kernel has another number of features on that axis.
-      TypeError: if the affine map is complex and the kernel is real.
+      ValueError: if the kernel has another number of features on that axis, or the bias another shape.
+      TypeError: if kernel or bias are no floating or complex arrays, or the affine map is complex and the kernel real.
 
     Example:
       >>> import jax.numpy as jnp
@@ -100,8 +100,10 @@ def fold_into_previous(kernel: Array, bias: Array | None, affine: Affine, *, axi
       >>> kernel.tolist(), bias.tolist()
       ([[2.0, 3.0]], [2.0, 4.0])
     """
-    features = checks.feature_axes("fold_into_previous", kernel, axis)
+    checks.inexact("fold_into_previous", "kernel", kernel)
+    features = checks.feature_axes("fold_into_previous", kernel, axis, "kernel")
     _check_fits("fold_into_previous", kernel, affine, kernel.shape[features[0]])
+    _check_bias("fold_into_previous", bias, kernel.shape[features[0]])
     scale, shift = affine
     scaled = kernel.astype(scale.dtype) * aligned(scale, kernel, features)
     moved = shift if bias is None else bias.astype(scale.dtype) * scale + shift
@@ -128,8 +130,9 @@ def fold_into_next(kernel: Array, bias: Array | None, affine: Affine, *, groups:
       bias: of shape (outputs,), in its own dtype, or in the kernel's if it was None.
 
     Raises:
-      ValueError: if the kernel has another number of inputs.
-      TypeError: if the affine map is complex and the kernel is real.
+      ValueError: if the kernel has fewer than two axes or another number of inputs, the bias has another shape, or
+        `groups` is not a positive integer that divides the number of outputs.
+      TypeError: if kernel or bias are no floating or complex arrays, or the affine map is complex and the kernel real.
 
     Example:
       >>> import jax.numpy as jnp
@@ -139,7 +142,20 @@ def fold_into_next(kernel: Array, bias: Array | None, affine: Affine, *, groups:
       >>> kernel.tolist(), bias.tolist()
       ([[2.0], [3.0]], [2.0])
     """
+    checks.inexact("fold_into_next", "kernel", kernel)
+    checks.positive_integer("fold_into_next", "groups", groups)
+    if kernel.ndim < 2:
+        raise ValueError(
+            f"fold_into_next(kernel=...): expected shape (..., inputs / groups, outputs), got {kernel.shape}. Pass the "
+            "kernel of a dense layer or of a convolution."
+        )
+    if kernel.shape[-1] % groups:
+        raise ValueError(
+            f"fold_into_next(groups={groups}): the kernel has shape {kernel.shape} and so {kernel.shape[-1]} outputs, "
+            "which are no multiple of groups. Pass the convolution's feature_group_count."
+        )
     _check_fits("fold_into_next", kernel, affine, kernel.shape[-2] * groups)
+    _check_bias("fold_into_next", bias, kernel.shape[-1])
     # The outputs of one group are contiguous, and depend on the inputs of that group alone.
     scale, shift = (jnp.repeat(v.reshape(groups, -1).T, kernel.shape[-1] // groups, axis=1) for v in affine)
     scale, shift = (jnp.expand_dims(v, tuple(range(kernel.ndim - 2))) for v in (scale, shift))
@@ -159,4 +175,15 @@ def _check_fits(call, kernel, affine, features):
     if jnp.iscomplexobj(affine.bias) and not jnp.iscomplexobj(kernel):
         raise TypeError(
             f"{call}(kernel=...): a {kernel.dtype} kernel cannot hold a complex layer. Pass kernel.astype(complex)."
+        )
+
+
+def _check_bias(call, bias, features):
+    if bias is None:
+        return
+    checks.inexact(call, "bias", bias)
+    if bias.shape != (features,):
+        raise ValueError(
+            f"{call}(bias=...): expected shape ({features},), one for each output of the kernel, got {bias.shape}. "
+            "Pass the bias of the layer whose kernel this is, or None."
         )

@@ -93,13 +93,12 @@ def diagnose(
     Example:
       >>> import jax.numpy as jnp
       >>> import bnjax
-      >>> from bnjax.diagnosis.measure import diagnose
       >>> x = jnp.arange(200.0).reshape(100, 2) / 50
       >>> params, state = bnjax.bn_init(2)
       >>> _, state = bnjax.bn_apply(params, state, x, train=True, momentum=0.0)
-      >>> print(diagnose(params, state, bnjax.batch_moments(x)))
+      >>> print(bnjax.diagnose(params, state, bnjax.batch_moments(x)))
       findings: 0; layers: 1, compared with a batch: 1 (of effectively 100); features: 2
-      >>> print(diagnose(params, state, bnjax.batch_moments(x + 5)))
+      >>> print(bnjax.diagnose(params, state, bnjax.batch_moments(x + 5)))
       findings: 1; layers: 1, compared with a batch: 1 (of effectively 100); features: 2
       severity  layer             problem       features  value
       error     the model itself  mean shifted  2 of 2    4.33 std

@@ -46,7 +46,16 @@ class LayerReport(NamedTuple):
 
 @dataclass(frozen=True, repr=False)
 class Diagnosis:
-    """Findings, worst first, and a report for each layer. It is true if there are findings, and prints as a table."""
+    """Findings, worst first, and a report for each layer. It is true if there are findings, and prints as a table.
+
+    Example:
+      >>> import bnjax
+      >>> diagnosis = bnjax.diagnose(*bnjax.bn_init(2))
+      >>> bool(diagnosis), [(finding.severity, finding.problem) for finding in diagnosis.findings]
+      (True, [('error', 'never updated')])
+      >>> diagnosis.as_dict()["layers"]["the model itself"]["mean"]
+      [0.0, 0.0]
+    """
 
     findings: list[Finding]
     layers: dict[str, LayerReport]

@@ -38,7 +38,12 @@ class Variables:
 
 
 class Storage(Protocol):
-    """The variables of one layer of Linen or NNX, for one call."""
+    """The variables of one layer of Linen or NNX, for one call.
+
+    `remedy` says what to do where the layer's statistics do not fit the features, whose sizes replace its braces.
+    """
+
+    remedy: str
 
     def read(self, x: Array, features: list[int], train: bool) -> Variables:
         """The variables of a layer with features of these sizes, created where the framework creates them."""
@@ -51,6 +56,21 @@ class Storage(Protocol):
     def write(self, variables: Variables, state: BNState, collected: Collected | None, train: bool) -> None:
         """Store what came out of the call."""
         ...
+
+
+_BOOLEANS = ("unbiased_var", "frozen", "frozen_params")
+_BOOLEANS_OF_FLAX = ("use_scale", "use_bias", "force_float32_reductions")
+
+
+def _check_switches(call: str, layer: Any, use_running_average: Any) -> None:
+    # To Flax 0, 1 and arrays are bools as well, so that of its own options only what is certainly wrong is refused.
+    switches = {"use_running_average": use_running_average}
+    switches |= {name: getattr(layer, name, False) for name in _BOOLEANS_OF_FLAX}
+    for name, value in switches.items():
+        if isinstance(value, str | jax.core.Tracer):
+            checks.boolean(call, name, value)
+    for name in _BOOLEANS:
+        checks.boolean(call, name, getattr(layer, name, False))
 
 
 def call_layer(
@@ -78,9 +98,18 @@ def call_layer(
     """
     call = layer.__class__.__name__  # not by type(): a layer may come with other options in front of it
     x = array(x, call)
+    _check_switches(call, layer, use_running_average)
     train = not use_running_average and not getattr(layer, "frozen", False)
     axes = feature_axes(x, layer.axis, call)
-    variables = storage.read(x, [x.shape[a] for a in axes], train)
+    features = tuple(x.shape[a] for a in axes)
+    variables = storage.read(x, list(features), train)
+    lead = variables.mean.ndim - len(features)  # statistics of several indices lead with an axis of them
+    if variables.mean.shape[lead:] != features:
+        sizes = features[0] if len(features) == 1 else features
+        raise ValueError(
+            f"{call}(x=...): x has shape {x.shape} and so features {features} on axis {layer.axis}, but the layer's "
+            f"mean has shape {variables.mean.shape}. {storage.remedy.format(sizes)}"
+        )
     x, params, dtype = storage.promoted(x, variables)
     if getattr(layer, "frozen_params", False):
         params = jax.lax.stop_gradient(params)

@@ -105,12 +105,7 @@ def convert(model: nn.Module, *, to: type | None = None, where: Where | None = N
       >>> y.std(0).round(2).tolist()
       [1.0, 1.0, 1.0]
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(
-            f"convert(model={type(model).__name__}): expected a Linen module. For an NNX model use bnjax.nnx.convert."
-            if not isinstance(model, type)
-            else f"convert(model={model.__name__}): expected a module, got a class. Pass {model.__name__}(...)."
-        )
+    check_model("convert", model)
     layers = {name: getattr(norm_module, name) for name in VARIANTS}
     changed = _Converting(conversion("linen", to, where, changes, layers))
     if not isinstance(model.parent, nn.Module):
@@ -120,6 +115,16 @@ def convert(model: nn.Module, *, to: type | None = None, where: Where | None = N
             )
         model = model.clone()  # A module with a parent is not cloned: its parent's method, now running, created it.
     return wrapped(model, *(c for c in contexts(model) if not isinstance(c, _Converting)), changed)
+
+
+def check_model(call: str, model: Any) -> None:
+    """Check that a model is a Linen module."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"{call}(model={type(model).__name__}): expected a Linen module. For an NNX model use bnjax.nnx.{call}."
+            if not isinstance(model, type)
+            else f"{call}(model={model.__name__}): expected a module, got a class. Pass {model.__name__}(...)."
+        )
 
 
 def contexts(module: nn.Module) -> tuple[Any, ...]:

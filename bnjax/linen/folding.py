@@ -23,7 +23,7 @@ from bnjax.deploy.neighbours import (
     log,
     named_call,
 )
-from bnjax.linen.conversion import class_of, contexts, converted, wrapped
+from bnjax.linen.conversion import check_model, class_of, contexts, converted, wrapped
 from bnjax.linen.norm import BatchNorm, GhostBatchNorm, RenormBatchNorm
 
 _LINEAR = (nn.Dense, nn.Conv, nn.ConvTranspose)
@@ -71,8 +71,8 @@ def fold_model(
         `jax.export`; it has the attributes `model` and `report`.
 
     Raises:
-      ValueError, TypeError: for a path that the model does not call, a pair of other kinds or shapes or that is not
-        adjacent, a layer in two pairs, or a trace in training.
+      ValueError, TypeError: for an object that is not a Linen module, a path that the model does not call, a pair of
+        other kinds or shapes or that is not adjacent, a layer in two pairs, or a trace in training.
 
     Example:
       >>> import flax.linen as nn, jax, jax.numpy as jnp
@@ -84,6 +84,7 @@ def fold_model(
       >>> interceptor.report.folded, sorted(variables["params"]["layers_0"]), "batch_stats" in variables
       ([('layers_0', 'layers_1')], ['bias', 'kernel'], False)
     """
+    check_model("fold_model", model)
     chosen, args = as_pairs("fold_model", args, pairs)
     if not args and not kwargs:
         raise ValueError("fold_model(...): no arguments of the model. Pass an example input, with which it is traced.")

@@ -9,7 +9,7 @@ from jax import Array
 from bnjax.core import checks
 from bnjax.core.schedules import Momentum
 from bnjax.linen.norm import IndexedBatchNorm
-from bnjax.variants.lstm import SCALE, BNLSTMCarry, bn_lstm_carry, norm_layers, orthogonal, step
+from bnjax.variants.lstm import SCALE, BNLSTMCarry, bn_lstm_carry, check_step, norm_layers, orthogonal, step
 
 
 class BNLSTMCell(nn.RNNCellBase, kw_only=True):
@@ -25,6 +25,16 @@ class BNLSTMCell(nn.RNNCellBase, kw_only=True):
       momentum, epsilon, axis_name, axis_index_groups, param_dtype: as in `BatchNorm`.
       kernel_init, recurrent_kernel_init, bias_init: initializers of the input kernel, the recurrent kernel and the
         bias, whose last axis is in the order f, i, o, g.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> import bnjax.linen
+      >>> cell = bnjax.linen.BNLSTMCell(features=8, num_steps=5, use_running_average=False)
+      >>> x = jax.random.normal(jax.random.key(0), (16, 3))  # one timestep
+      >>> carry = cell.initialize_carry(jax.random.key(0), x.shape)
+      >>> (carry, output), variables = cell.init_with_output(jax.random.key(1), carry, x)
+      >>> output.shape, int(carry.step), variables["batch_stats"]["cell_bn"]["mean"].shape
+      ((16, 8), 1, (5, 8))
     """
 
     features: int
@@ -42,6 +52,9 @@ class BNLSTMCell(nn.RNNCellBase, kw_only=True):
     @nn.compact
     def __call__(self, carry: BNLSTMCarry, inputs: Array) -> tuple[BNLSTMCarry, Array]:
         """The next carry, and the output of shape (batch, features), for inputs of shape (batch, inputs)."""
+        checks.positive_integer("BNLSTMCell", "features", self.features)
+        checks.positive_integer("BNLSTMCell", "num_steps", self.num_steps)
+        check_step("BNLSTMCell", inputs.shape[-1], self.features, carry, inputs)
         norms = {
             name: IndexedBatchNorm(
                 num_indices=self.num_steps,

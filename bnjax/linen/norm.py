@@ -102,6 +102,14 @@ class GhostBatchNorm(BatchNorm, kw_only=True):
     Args:
       ghost_size: number of examples in a group, > 0.
       **others: as in `BatchNorm`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> import bnjax.linen
+      >>> layer = bnjax.linen.GhostBatchNorm(ghost_size=2, use_running_average=False)
+      >>> y, _ = layer.init_with_output(jax.random.key(0), jnp.array([[1.0], [3.0], [10.0], [30.0]]))
+      >>> y[:, 0].round(3).tolist()
+      [-1.0, 1.0, -1.0, 1.0]
     """
 
     ghost_size: int
@@ -120,6 +128,14 @@ class RenormBatchNorm(BatchNorm, kw_only=True):
       r_max, d_max: bounds of the correction, numbers or functions of the number of updates; by default the paper's
         schedule. A function adds the variable `count`.
       **others: as in `BatchNorm`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> import bnjax.linen
+      >>> layer = bnjax.linen.RenormBatchNorm(r_max=3.0, d_max=0.5, use_running_average=False)
+      >>> y, _ = layer.init_with_output(jax.random.key(0), jnp.array([[1.0], [3.0]]))
+      >>> y[:, 0].round(3).tolist()  # d = 2 is clipped to 0.5
+      [-0.5, 1.5...]
     """
 
     r_max: Limit = RENORM_R_MAX
@@ -139,6 +155,16 @@ class IndexedBatchNorm(BatchNorm, kw_only=True):
       num_indices: number of indices; the statistics have a leading axis of that size.
       indexed_params: whether each index has its own scale and bias.
       **others: as in `BatchNorm`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> import bnjax.linen
+      >>> layer = bnjax.linen.IndexedBatchNorm(num_indices=3, momentum=0.0, use_running_average=False)
+      >>> x = jnp.array([[1.0], [3.0]])
+      >>> variables = layer.init(jax.random.key(0), x, index=1)
+      >>> y, updates = layer.apply(variables, x, index=1, mutable=["batch_stats"])
+      >>> updates["batch_stats"]["mean"].tolist()
+      [[0.0], [2.0], [0.0]]
     """
 
     num_indices: int
@@ -150,6 +176,7 @@ class IndexedBatchNorm(BatchNorm, kw_only=True):
     ) -> Array:
         """As `BatchNorm`, with the statistics of `index`, an integer or a scalar integer array, which is clamped."""
         checks.positive_integer("IndexedBatchNorm", "num_indices", self.num_indices)
+        checks.boolean("IndexedBatchNorm", "indexed_params", self.indexed_params)
         return batch_norm(
             self,
             x,
@@ -167,6 +194,15 @@ class ConditionalBatchNorm(BatchNorm, kw_only=True):
     Args:
       num_classes: number of classes; scale and bias have a leading axis of that size.
       **others: as in `BatchNorm`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> import bnjax.linen
+      >>> layer = bnjax.linen.ConditionalBatchNorm(num_classes=10, use_running_average=False)
+      >>> x, label = jnp.array([[1.0], [3.0]]), jnp.array([4, 7])
+      >>> y, variables = layer.init_with_output(jax.random.key(0), x, label=label)
+      >>> y.shape, variables["params"]["scale"].shape
+      ((2, 1), (10, 1))
     """
 
     num_classes: int
@@ -215,6 +251,7 @@ class _Storage:
     layer: Any
     stacked_stats: tuple[int, ...]
     stacked_params: tuple[int, ...]
+    remedy = "Pass an x with the features of these variables, or initialize the layer with this x."
 
     def read(self, x: Array, features: list[int], train: bool) -> Variables:
         layer, shape = self.layer, [*self.stacked_stats, *features]

@@ -2,7 +2,7 @@
 
 from typing import Any, TypeVar
 
-from flax import nnx
+from flax import linen, nnx
 
 from bnjax.flax_shared.conventions import counts
 from bnjax.flax_shared.conversion import VARIANTS, Where, conversion
@@ -34,8 +34,8 @@ def convert(model: Model, *, to: type | None = None, where: Where | None = None,
       `model` itself.
 
     Raises:
-      TypeError, ValueError: for a class instead of a module, an option that the layers do not have, or a value that the
-        option does not accept. The model is then unchanged.
+      TypeError, ValueError: for an object that neither is an NNX module nor holds one, an option that the layers do not
+        have, or a value that the option does not accept. The model is then unchanged.
 
     Example:
       >>> from flax import nnx
@@ -45,8 +45,7 @@ def convert(model: Model, *, to: type | None = None, where: Where | None = None,
       >>> isinstance(model.layers[1], bnjax.nnx.BatchNorm), model.layers[1].momentum
       (True, 0.9)
     """
-    if isinstance(model, type):
-        raise TypeError(f"convert(model={model.__name__}): expected a module, got a class. Pass {model.__name__}(...).")
+    check_model("convert", model)
     kinds = {name: getattr(norm_module, name) for name in VARIANTS}
     changed = conversion("nnx", to, where, changes, kinds)
     for path, node in nnx.iter_graph(model):
@@ -61,6 +60,25 @@ def convert(model: Model, *, to: type | None = None, where: Where | None = None,
         if counts(layer) and not hasattr(layer, "count"):
             norm_module.add_count(layer)
     return model
+
+
+def check_model(call: str, model: Any, *, containers: bool = True) -> None:
+    """Check that a model is an NNX module or, if `containers` are accepted, holds one."""
+    if isinstance(model, type):
+        raise TypeError(f"{call}(model={model.__name__}): expected a module, got a class. Pass {model.__name__}(...).")
+    if isinstance(model, nnx.Module):
+        return
+    name, nodes = type(model).__name__, [node for _, node in nnx.iter_graph(model)]
+    if any(isinstance(node, linen.Module) for node in nodes):
+        other = "fold_model" if call == "fold_report" else call  # its report is an attribute of the result
+        raise TypeError(f"{call}(model={name}): a Linen module. Use bnjax.linen.{other}.")
+    if not containers:
+        raise TypeError(f"{call}(model={name}): expected an NNX module. Pass the module whose call takes the input.")
+    if not any(isinstance(node, nnx.Module) for node in nodes):
+        raise TypeError(
+            f"{call}(model={name}): expected an NNX module, or a container such as a list or a dictionary that holds "
+            "one. Pass the module."
+        )
 
 
 def _become(layer, kind):

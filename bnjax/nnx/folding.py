@@ -21,6 +21,7 @@ from bnjax.deploy.neighbours import (
     log,
     named_call,
 )
+from bnjax.nnx.conversion import check_model
 from bnjax.nnx.norm import BatchNorm, GhostBatchNorm, RenormBatchNorm
 
 Model = TypeVar("Model")
@@ -65,8 +66,8 @@ def fold_model(model: Model, *args: Any, pairs: Any = None, **kwargs: Any) -> Mo
       their dtypes.
 
     Raises:
-      ValueError, TypeError: for a path that does not exist, a pair of other kinds or shapes or that is not adjacent, or
-        a layer in two pairs. The model is then unchanged.
+      ValueError, TypeError: for an object that is not an NNX module, a path that does not exist, a pair of other kinds
+        or shapes or that is not adjacent, or a layer in two pairs. The model is then unchanged.
 
     Example:
       >>> import jax.numpy as jnp
@@ -78,7 +79,10 @@ def fold_model(model: Model, *args: Any, pairs: Any = None, **kwargs: Any) -> Mo
       >>> model.layers[0].bias.shape, len(nnx.state(model, nnx.BatchStat))
       ((4,), 0)
     """
-    log(_fold(model, *as_pairs("fold_model", args, pairs), kwargs))
+    pairs, args = as_pairs("fold_model", args, pairs)
+    # Only a module can be traced. Without a trace, the layers may lie in a container.
+    check_model("fold_model", model, containers=not (args or kwargs))
+    log(_fold(model, pairs, args, kwargs))
     return model
 
 
@@ -105,6 +109,7 @@ def fold_report(model: nnx.Module, *args: Any, **kwargs: Any) -> FoldReport:
       folded 0 of 1 norms
         left layers/2: its input is the output of max; its output is used by the model's result
     """
+    check_model("fold_report", model, containers=False)
     return _fold(nnx.clone(model), *as_pairs("fold_report", args, None), kwargs)
 
 

@@ -9,7 +9,7 @@ from jax import Array
 from bnjax.core import checks
 from bnjax.core.schedules import Momentum
 from bnjax.nnx.norm import IndexedBatchNorm
-from bnjax.variants.lstm import SCALE, BNLSTMCarry, bn_lstm_carry, norm_layers, orthogonal, step
+from bnjax.variants.lstm import SCALE, BNLSTMCarry, bn_lstm_carry, check_step, norm_layers, orthogonal, step
 
 _kernel, _zeros = nnx.initializers.lecun_normal(), nnx.initializers.zeros_init()
 
@@ -57,6 +57,9 @@ class BNLSTMCell(nnx.RNNCellBase):
         bias_init: Any = _zeros,
         rngs: nnx.Rngs,
     ):
+        sizes = {"in_features": in_features, "hidden_features": hidden_features, "num_steps": num_steps}
+        for name, size in sizes.items():
+            checks.positive_integer("BNLSTMCell", name, size)
         width = 4 * hidden_features
         self.input_kernel: nnx.Param[Array] = nnx.Param(kernel_init(rngs.params(), (in_features, width), param_dtype))
         recurrent = recurrent_kernel_init(rngs.params(), (hidden_features, width), param_dtype)
@@ -86,6 +89,7 @@ class BNLSTMCell(nnx.RNNCellBase):
         def norm(name, values, mask):
             return getattr(self, name)(values, index=carry.step, mask=mask)
 
+        check_step("BNLSTMCell", self.input_kernel.shape[0], self.hidden_features, carry, inputs)
         kernels = (self.input_kernel[...], self.recurrent_kernel[...], self.bias[...])
         carry = step(*kernels, carry, inputs, norm)
         return carry, carry.output

@@ -163,6 +163,7 @@ class _Storage:
     """The variables of an NNX layer."""
 
     layer: BatchNorm
+    remedy = "Pass an x with the features of the layer on that axis, or make the layer with num_features={}."
 
     def read(self, x: Array, features: list[int], train: bool) -> Variables:
         layer = self.layer
@@ -218,6 +219,14 @@ class GhostBatchNorm(BatchNorm):
       num_features: number of features.
       ghost_size: number of examples in a group, > 0.
       **options: as in `BatchNorm`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> import bnjax.nnx
+      >>> layer = bnjax.nnx.GhostBatchNorm(1, ghost_size=2, rngs=nnx.Rngs(0))
+      >>> layer(jnp.array([[1.0], [3.0], [10.0], [30.0]]))[:, 0].round(3).tolist()
+      [-1.0, 1.0, -1.0, 1.0]
     """
 
     def __init__(self, num_features: int, *, ghost_size: int, **options: Any):
@@ -237,6 +246,14 @@ class RenormBatchNorm(BatchNorm):
       r_max, d_max: bounds of the correction, numbers or functions of the number of updates; by default the paper's
         schedule. A function adds the `BatchStat` `count`.
       **options: as in `BatchNorm`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> import bnjax.nnx
+      >>> layer = bnjax.nnx.RenormBatchNorm(1, r_max=3.0, d_max=0.5, rngs=nnx.Rngs(0))
+      >>> layer(jnp.array([[1.0], [3.0]]))[:, 0].round(3).tolist()  # d = 2 is clipped to 0.5
+      [-0.5, 1.5...]
     """
 
     def __init__(self, num_features: int, *, r_max: Limit = RENORM_R_MAX, d_max: Limit = RENORM_D_MAX, **options: Any):
@@ -260,10 +277,20 @@ class IndexedBatchNorm(BatchNorm):
       num_indices: number of indices; the statistics have a leading axis of that size.
       indexed_params: whether each index has its own scale and bias.
       **options: as in `BatchNorm`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> import bnjax.nnx
+      >>> layer = bnjax.nnx.IndexedBatchNorm(1, num_indices=3, momentum=0.0, rngs=nnx.Rngs(0))
+      >>> y = layer(jnp.array([[1.0], [3.0]]), index=1)
+      >>> layer.mean[...].tolist()
+      [[0.0], [2.0], [0.0]]
     """
 
     def __init__(self, num_features: int, *, num_indices: int, indexed_params: bool = False, **options: Any):
         checks.positive_integer("IndexedBatchNorm", "num_indices", num_indices)
+        checks.boolean("IndexedBatchNorm", "indexed_params", indexed_params)
         super().__init__(num_features, **options)
         _stack(self, num_indices, ["mean", "var", "count"] + ["scale", "bias"] * indexed_params)
 
@@ -281,6 +308,15 @@ class ConditionalBatchNorm(BatchNorm):
       num_features: number of features.
       num_classes: number of classes; scale and bias have a leading axis of that size.
       **options: as in `BatchNorm`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> import bnjax.nnx
+      >>> layer = bnjax.nnx.ConditionalBatchNorm(1, num_classes=10, rngs=nnx.Rngs(0))
+      >>> y = layer(jnp.array([[1.0], [3.0]]), label=jnp.array([4, 7]))
+      >>> y.shape, layer.scale.shape
+      ((2, 1), (10, 1))
     """
 
     def __init__(self, num_features: int, *, num_classes: int, **options: Any):

@@ -46,11 +46,12 @@ def chosen_params(call: str, params: BNParams, label: Array, x: Array, axis: che
     """`conditional_params`; errors name `call`."""
     features = checks.feature_axes(call, x, axis)
     shape = tuple(x.shape[a] for a in features)
+    expected = ", ".join(map(str, ("classes", *shape)))
     for name, table in zip(("scale", "bias"), params, strict=True):
         if table is not None and (np.shape(table)[1:] != shape or not np.shape(table)[0]):
             raise ValueError(
-                f"{call}(params=...): expected {name} of shape (classes, {str(shape)[1:-1]}), got "
-                f"{np.shape(table)}. Give each class a value for each feature of x, which has shape {x.shape}."
+                f"{call}(params=...): expected {name} of shape ({expected}), got {np.shape(table)}. "
+                f"Give each class a value for each feature of x, which has shape {x.shape}."
             )
     rest = [a for a in range(x.ndim) if a not in features]
     if not jnp.issubdtype(jnp.result_type(label), jnp.integer):

@@ -131,9 +131,16 @@ def apply_indexed(
     The collected moments lead with an axis of indices, and have weight 0 but at this index.
     """
     call = options.call
-    shape = state.mean.shape if isinstance(state, BNState) else ()
-    if not shape:
-        raise TypeError(f"{call}(state=...): expected the state of indexed_bn_init, with an axis of indices.")
+    if not isinstance(state, BNState):
+        raise TypeError(f"{call}(state=...): expected the state of indexed_bn_init, got {type(state).__name__}.")
+    checks.inexact(call, "x", x)
+    features = checks.feature_axes(call, x, options.axis)
+    shape = np.shape(state.mean)
+    if len(shape) != 1 + len(features):
+        raise ValueError(
+            f"{call}(state=...): expected the state of indexed_bn_init, with an axis of indices before "
+            f"{len(features)} of features, got state.mean of shape {shape}. Pass what indexed_bn_init returned."
+        )
     at = _clamped(call, index, shape[0])
 
     def own(tree):

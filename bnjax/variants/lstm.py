@@ -12,7 +12,9 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.export
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
 from bnjax.core import checks
@@ -83,12 +85,19 @@ def bn_lstm_init(
     Returns:
       BNLSTMParams and BNLSTMState.
 
+    Raises:
+      TypeError, ValueError: for `inputs`, `features` or `num_steps` that are not positive integers, and for a dtype
+        that is neither floating nor complex.
+
     Example:
       >>> import bnjax, jax
       >>> params, state = bnjax.bn_lstm_init(jax.random.key(0), 3, 8, num_steps=10)
       >>> params.recurrent_kernel.shape, state.cell_bn.mean.shape
       ((8, 32), (10, 8))
     """
+    for name, value in {"inputs": inputs, "features": features, "num_steps": num_steps}.items():
+        checks.positive_integer("bn_lstm_init", name, value)
+    dtype = checks.inexact_dtype("bn_lstm_init", dtype)
     keys = jax.random.split(key)
     norms = {
         name: indexed_bn_init(size, num_steps, scale=SCALE, bias=bias, dtype=dtype)
@@ -117,11 +126,27 @@ def bn_lstm_carry(
     Returns:
       BNLSTMCarry of zeros.
 
+    Raises:
+      TypeError, ValueError: for a `batch` that is not a non-negative integer, `features` that are not a positive one, a
+        `length` that is not a number of timesteps for each sequence, and a dtype that is neither floating nor complex.
+
     Example:
       >>> import bnjax
       >>> bnjax.bn_lstm_carry(16, 8).cell.shape
       (16, 8)
     """
+    symbolic = jax.export.is_symbolic_dim(batch)
+    if not symbolic and (isinstance(batch, bool) or not isinstance(batch, int | np.integer) or batch < 0):
+        raise ValueError(
+            f"bn_lstm_carry(batch={batch!r}): expected a non-negative integer. Pass the number of sequences."
+        )
+    checks.positive_integer("bn_lstm_carry", "features", features)
+    checks.inexact_dtype("bn_lstm_carry", dtype)
+    if length is not None and getattr(length, "shape", None) != (batch,):
+        raise ValueError(
+            f"bn_lstm_carry(length=...): expected an array of shape ({batch},), got "
+            f"{getattr(length, 'shape', type(length).__name__)}. Pass the number of timesteps of each sequence."
+        )
     zeros = jnp.zeros((batch, features), dtype)
     if like is not None:
         zeros += lax.full_like(like, 0, dtype, shape=zeros.shape)
@@ -160,7 +185,8 @@ def bn_lstm_apply(
       state: the next state. A scan over timesteps carries both.
 
     Raises:
-      TypeError, ValueError: as `bnjax.bn_apply`.
+      TypeError, ValueError: as `bnjax.bn_apply`, and for params, a state or a carry of another kind or of shapes that
+        do not fit each other or x.
 
     Example:
       >>> import bnjax, jax, jax.numpy as jnp
@@ -182,6 +208,7 @@ def bn_lstm_apply(
         axis_index_groups=axis_index_groups,
         unbiased_var=unbiased_var,
     )
+    _check_arguments("bn_lstm_apply", params, state, carry, x)
     new_state = {}
 
     def norm(name, values, mask):
@@ -193,6 +220,50 @@ def bn_lstm_apply(
 
     carry = step(params.input_kernel, params.recurrent_kernel, params.bias, carry, x, norm)
     return carry, BNLSTMState(**new_state)
+
+
+def _check_arguments(call, params, state, carry, x):
+    """Check the kinds, dtypes and shapes of the arguments of `bn_lstm_apply`."""
+    records = ("params", params, BNLSTMParams), ("state", state, BNLSTMState), ("carry", carry, BNLSTMCarry)
+    for name, value, kind in records:
+        if not all(hasattr(value, field) for field in kind._fields):
+            maker = "bn_lstm_carry" if kind is BNLSTMCarry else "bn_lstm_init"
+            raise TypeError(
+                f"{call}({name}=...): expected bnjax.{kind.__name__}, got {type(value).__name__}. Pass what {maker} "
+                "returned."
+            )
+    kernels = {name: getattr(params, name) for name in ("input_kernel", "recurrent_kernel", "bias")}
+    arrays = {f"params.{name}": kernel for name, kernel in kernels.items()}
+    for name, value in {**arrays, "carry.cell": carry.cell, "carry.output": carry.output, "x": x}.items():
+        checks.inexact(call, name, value)
+    inputs, features = (kernels[name].shape[0] if kernels[name].ndim else 0 for name in list(kernels)[:2])
+    shapes = (inputs, 4 * features), (features, 4 * features), (4 * features,)
+    for (name, kernel), shape in zip(kernels.items(), shapes, strict=True):
+        if kernel.shape != shape:
+            raise ValueError(
+                f"{call}(params=...): params.{name} has shape {kernel.shape}, expected {shape}. Pass what bn_lstm_init "
+                "returned."
+            )
+    check_step(call, inputs, features, carry, x)
+
+
+def check_step(call: str, inputs: int, features: int, carry: BNLSTMCarry, x: Array) -> None:
+    """Check that the shapes of the inputs of one timestep and of a carry fit the cell and each other."""
+    if np.ndim(x) != 2 or x.shape[1] != inputs:
+        raise ValueError(
+            f"{call}(x=...): expected shape (batch, {inputs}), got {np.shape(x)}. Pass the inputs of one timestep, as "
+            "many as the input kernel has rows."
+        )
+    batch = x.shape[0]
+    expected = {"cell": (batch, features), "output": (batch, features), "step": (), "length": (batch,)}
+    for name, shape in expected.items():
+        got = None if name == "length" and carry.length is None else np.shape(getattr(carry, name))
+        if got is not None and got != shape:
+            raise ValueError(
+                f"{call}(carry=...): x has shape {x.shape} and the cell {features} features, so carry.{name} of shape "
+                f"{shape} is expected, got {got}. Pass bn_lstm_carry({batch}, {features}), or the carry of "
+                "the timestep before."
+            )
 
 
 def step(

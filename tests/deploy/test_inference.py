@@ -75,6 +75,27 @@ def test_fold_rejects():
         bnjax.fold_into_next(jnp.ones((2, 4)), None, affine, groups=2)
 
 
+@pytest.mark.parametrize(
+    ("function", "kernel", "bias", "options", "message"),
+    [
+        ("previous", np.ones((2, 3)), np.ones(2), {}, r"\(bias=...\): expected shape \(3,\), .* got \(2,\)"),
+        ("previous", np.ones((2, 3)), [0.0] * 3, {}, r"\(bias=...\): expected a floating or complex array, got list"),
+        ("previous", [[1.0] * 3], None, {}, r"\(kernel=...\): expected a floating or complex array, got list"),
+        ("previous", np.ones((2, 3)), None, {"axis": 7}, r"\(axis=7\): kernel has shape \(2, 3\).*axis of kernel that"),
+        ("previous", np.ones((2, 3)), None, {"axis": (1, -1)}, r".*repeated, since kernel has shape \(2, 3\)"),
+        ("next", np.ones((3, 2)), np.ones(3), {}, r"\(bias=...\): expected shape \(2,\), .* got \(3,\)"),
+        ("next", np.ones((3, 2)), None, {"groups": 0}, r"\(groups=0\): expected a positive integer"),
+        ("next", np.ones(3), None, {}, r"\(kernel=...\): expected shape \(..., inputs / groups, outputs\), got \(3,\)"),
+        ("next", np.ones((1, 4)), None, {"groups": 3}, r"\(groups=3\): .* 4 outputs, which are no multiple of groups"),
+    ],
+)
+def test_fold_into_a_neighbour_rejects(function, kernel, bias, options, message):
+    affine = bnjax.fold(*bnjax.bn_init(3))
+    kernel, bias = (v.astype(np.float32) if isinstance(v, np.ndarray) else v for v in (kernel, bias))
+    with pytest.raises((TypeError, ValueError), match=rf"fold_into_{function}{message}"):
+        getattr(bnjax, f"fold_into_{function}")(kernel, bias, affine, **options)
+
+
 class Network(nn.Module):
     """Two layers, the second of which sees what the first gives."""
 

@@ -275,6 +275,14 @@ def test_convert_rejects_other_things_than_models(far):
         bnjax.linen.convert(LinenResNet)
     with pytest.raises(TypeError, match=r"got a class. Pass NNXResNet\(...\)"):
         bnjax.nnx.convert(NNXResNet)
+    for linen in (nn.BatchNorm(), bnjax.linen.BatchNorm(), [nn.BatchNorm()]):
+        with pytest.raises(TypeError, match=r"convert\(model=(BatchNorm|list)\): a Linen module. Use bnjax.linen.con"):
+            bnjax.nnx.convert(linen, momentum=0.5)
+    for other in (None, 3, [], {"a": jnp.ones(3)}, nnx.Rngs(0)):
+        with pytest.raises(
+            TypeError, match=rf"convert\(model={type(other).__name__}\): expected an NNX module, or a con"
+        ):
+            bnjax.nnx.convert(other)
     layer = nn.BatchNorm(use_running_average=False)
     with pytest.raises(ValueError, match=r"the module is bound to variables. Convert it, then call bind"):
         bnjax.linen.convert(layer.bind(layer.init(KEY, far)))

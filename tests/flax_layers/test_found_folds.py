@@ -201,6 +201,25 @@ def test_fold_takes_a_dictionary_of_pairs_and_a_keyword():
         bnjax.linen.fold_model(model, variables)
 
 
+def test_fold_rejects_other_things_than_models():
+    x = numbers(2, 4)
+    layers = [DENSE(rngs=nnx.Rngs(0)), NORM(rngs=nnx.Rngs(0))]
+    with pytest.raises(TypeError, match=r"fold_model\(model=int\): expected a Linen module"):
+        bnjax.linen.fold_model(3, {}, x)
+    with pytest.raises(TypeError, match=r"fold_model\(model=Linear\).*For an NNX model use bnjax.nnx.fold_model"):
+        bnjax.linen.fold_model(layers[0], {}, x)
+    for fold in (bnjax.nnx.fold_model, bnjax.nnx.fold_report):
+        for other in (3, layers):
+            message = rf"{fold.__name__}\(model={type(other).__name__}\): expected an NNX module. Pass the module"
+            with pytest.raises(TypeError, match=message):
+                fold(other, x)
+        with pytest.raises(TypeError, match=rf"{fold.__name__}\(model=Dense\): a Linen .* Use bnjax.linen.fold_model"):
+            fold(nn.Dense(4), x)
+    with pytest.raises(TypeError, match=r"fold_model\(model=int\): expected an NNX module, or a container"):
+        bnjax.nnx.fold_model(3, [("0", "1")])
+    assert type(bnjax.nnx.fold_model(layers, [("0", "1")])[1]) is bnjax.nnx.Identity  # named pairs need no call
+
+
 def test_fold_rejects_a_trace_in_training():
     model, x = through(A, ("bn", partial(nn.BatchNorm, use_running_average=False))), numbers(2, 3, 4)
     with pytest.raises(ValueError, match=r"'bn' normalizes by its batch in this trace.*such as train=False"):

@@ -359,5 +359,37 @@ def test_layers_refuse_bad_options():
         bnjax.linen.ConditionalBatchNorm(num_classes=0, use_running_average=False).init(KEY, x, label=jnp.zeros(4, int))
     with pytest.raises(TypeError, match="ghost_size"):
         bnjax.linen.GhostBatchNorm()
+    with pytest.raises(TypeError, match=r"IndexedBatchNorm\(indexed_params=...\): expected a Python bool, got 'no'"):
+        bnjax.nnx.IndexedBatchNorm(3, num_indices=4, indexed_params="no", rngs=nnx.Rngs(0))
+    with pytest.raises(TypeError, match=r"IndexedBatchNorm\(indexed_params=...\): expected a Python bool, got 'no'"):
+        bnjax.linen.IndexedBatchNorm(num_indices=4, indexed_params="no", use_running_average=False).init(
+            KEY, x, index=0
+        )
+    with pytest.raises(TypeError, match=r"GhostBatchNorm\(frozen=...\): expected a Python bool, got 'no'"):
+        bnjax.linen.GhostBatchNorm(ghost_size=2, frozen="no", use_running_average=False).init(KEY, x)
     with pytest.raises(ValueError, match="r_max=0"):
         nn.Sequential([bnjax.linen.RenormBatchNorm(r_max=0, use_running_average=False)]).init(KEY, x)
+
+
+def test_the_bn_lstm_cells_refuse_bad_sizes_and_shapes():
+    for sizes, message in (
+        ((3, 4, 0), "num_steps=0"),
+        ((3, -4, 5), "hidden_features=-4"),
+        ((0, 4, 5), "in_features=0"),
+    ):
+        with pytest.raises(ValueError, match=rf"BNLSTMCell\({message}\): expected a positive integer"):
+            bnjax.nnx.BNLSTMCell(*sizes[:2], num_steps=sizes[2], rngs=nnx.Rngs(0))
+    x, carry = jnp.ones((2, 3)), bnjax.bn_lstm_carry(2, 4)
+    for sizes, message in (((4, 0), "num_steps=0"), ((-4, 5), "features=-4")):
+        cell = bnjax.linen.BNLSTMCell(features=sizes[0], num_steps=sizes[1], use_running_average=False)
+        with pytest.raises(ValueError, match=rf"BNLSTMCell\({message}\): expected a positive integer"):
+            cell.init(KEY, carry, x)
+    nnx_cell = bnjax.nnx.BNLSTMCell(3, 4, num_steps=5, rngs=nnx.Rngs(0))
+    linen_cell = bnjax.linen.BNLSTMCell(features=4, num_steps=5, use_running_average=False)
+    for call in (nnx_cell, partial(linen_cell.init, KEY)):
+        with pytest.raises(
+            ValueError, match=r"BNLSTMCell\(carry=...\): x has shape \(1, 3\).*Pass bn_lstm_carry\(1, 4\)"
+        ):
+            call(carry, x[:1])
+    with pytest.raises(ValueError, match=r"BNLSTMCell\(x=...\): expected shape \(batch, 3\), got \(2, 2\)"):
+        nnx_cell(carry, x[:, :2])

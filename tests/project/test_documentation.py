@@ -6,6 +6,7 @@ import pytest
 
 pytest.importorskip("griffe", reason="the documentation is built by the extra `docs`")
 
+import bnjax.diagnosis
 from docs.tools import docstrings, public, tables
 from experiments.harness import readme
 from tests.support.markdown import PAGES, ROOT
@@ -20,6 +21,36 @@ def test_every_public_name_has_a_docstring_and_an_entry_in_the_reference():
 def test_a_public_name_that_the_reference_lacks_is_a_problem(monkeypatch):
     monkeypatch.setattr(public, "documented", lambda: sorted(public.names() - {"bnjax.bn_apply"}))
     assert public.problems() == ["bnjax.bn_apply is public, but no page of docs/reference has it."]
+
+
+def objects(kind):
+    """The public functions or classes by name, with their docstring and their source."""
+    for name in sorted(public.names()):
+        found = public.package()[name.partition(".")[2]]
+        found = found.final_target if found.is_alias else found
+        if found.kind.value == kind:
+            yield name, found.docstring.value, found.source
+
+
+def test_functions_and_classes_that_take_arguments_have_an_example():
+    classes = [(name, text, source) for name, text, source in objects("class") if "Args:" in text]
+    assert [name for name, text, _ in (*objects("function"), *classes) if "Example:" not in text] == []
+    assert {"bnjax.linen.BNLSTMCell", "bnjax.nnx.GhostBatchNorm"} <= {name for name, _, _ in classes}
+
+
+def test_functions_name_the_errors_that_they_raise():
+    missing = {}
+    for name, text, source in objects("function"):
+        named = text.partition("Raises:")[2]
+        errors = set(re.findall(r"\braise (\w+)\(", source))
+        if re.search(r"\b(checks\.\w+|checked)\(", source):
+            errors.add("Error")  # of one kind or another
+        missing[name] = {error for error in errors if error not in named}
+    assert {name: errors for name, errors in missing.items() if errors} == {}
+
+
+def test_diagnose_is_in_its_package_too():
+    assert bnjax.diagnosis.diagnose is bnjax.diagnose
 
 
 def test_sections_of_a_docstring_become_lists():
