@@ -125,6 +125,7 @@ class Activations(study.Study):
             "of gradients by the update of earlier layers (Santurkar et al.), tuned rates and a convolutional network.",
             "1000 to 1009",
         ),
+        study.again(),
     )
     SMOKE = {"networks": ("sigmoid",), "steps": 50, "seeds": 2, "points": 8}
     FULL = {"steps": 20_000, "convolutional_steps": 5000, "seeds": 20, "side": 32}

@@ -62,6 +62,7 @@ class Convergence(study.Study):
             "speed.",
             "1000 to 1009",
         ),
+        study.again(),
     )
     SMOKE = {"channels": (8,), "steps": 20, "seeds": 2, "points": 4}
     FULL = {"steps": 20_000, "convolutional_steps": 5000, "seeds": 20, "side": 32}

@@ -80,6 +80,7 @@ class Cost(study.Study):
             "same.",
             "1000 to 1009",
         ),
+        study.again(),
     )
     SMOKE = {"batch_size": 2, "pixels": 4, "features": 8, "rounds": 2, "seeds": 2}
     FULL = {"batch_size": 128, "rounds": 51, "seeds": 20}

@@ -76,6 +76,7 @@ class Devices(study.Study):
             "into a distance of 0.03 in one of three seeds on MNIST. The thresholds are the same.",
             "1000 to 1009",
         ),
+        study.again(),
     )
     SMOKE = {"hidden": (30,), "steps": 20, "seeds": 2}
     FULL = {"steps": 1000, "seeds": 20, "side": 32}

@@ -87,6 +87,7 @@ class Initialization(study.Study):
             "loss, over three kinds of kernels and a wider range, and a part compares the kinds.",
             "1000 to 1009",
         ),
+        study.again(),
     )
     SMOKE = {"hidden": (30,), "steps": 60, "seeds": 2}
     FULL = {"steps": 20_000, "seeds": 20, "side": 32}

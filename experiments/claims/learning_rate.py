@@ -51,7 +51,7 @@ def _parts():
                 f"{NETWORKS[network]}: highest learning rate that trains, batch normalization / plain",
                 threshold,
                 source,
-                paper="5 and 30 times the rate train (section 4.2.1)",
+                paper="5 and 30 times the rate train (section 4.2.2)",
             )
     for network in SWEPT:
         yield protocol.Part(
@@ -60,7 +60,7 @@ def _parts():
             "best rate / at its own",
             1.0,
             "a gain means fewer steps",
-            paper="13.3 / 2.1 = 6.3, to an accuracy of 72.2% (figure 3)",
+            paper="13.3 / 2.1 = 6.3, to an accuracy of 72.2%, with other changes besides the rate (figure 3)",
         )
     yield protocol.Part(
         "deep sigmoid, accuracy",
@@ -77,6 +77,11 @@ def fine(top: float, network: str) -> tuple[float, ...]:
     per_decade = FINE[network]
     middle, side = round(per_decade * np.log10(top)), round(per_decade * SIDE[network])
     return tuple(float(f"{10 ** (i / per_decade):.3g}") for i in range(middle - side, middle + side + 1))
+
+
+def by(network: str) -> str:
+    """What a network's best rate is chosen by: what its part measures (see `lab.chosen`)."""
+    return "steps" if network in SWEPT else "curve"
 
 
 def trains(series: runs.Series, classes: int) -> np.ndarray:
@@ -110,9 +115,10 @@ class LearningRate(study.Study):
         "Networks of three and five hidden layers of 100 sigmoid units, with initial weights of standard deviation "
         "0.1, and a plain network of eight convolutions with ReLU are trained by gradient descent, with a bias or "
         "with batch normalization before each nonlinearity. A rate trains a network if its training loss at the end "
-        "is at most half the loss of guessing. The highest such rate is found for each seed on a fine grid, half a "
-        "decade around the highest one of the tuning seeds. Best rates are chosen by the mean validation accuracy "
-        "over the curve."
+        "is at most half the loss of guessing. The highest such rate is found for each seed on a fine grid around the "
+        "median of the tuning seeds, a decade to each side for the sigmoid network and half a decade for the "
+        "convolutional one. For the gain, the best rate takes the fewest steps to the training loss; for the accuracy, "
+        "it has the highest mean validation accuracy over the curve."
     )
     WOULD_CHANGE = (
         "The ratio is bounded by the last layer, which is not normalized. With a longer budget lower rates train as "
@@ -132,6 +138,12 @@ class LearningRate(study.Study):
             "convolutional network did not reach in time on 8,000 digits of MNIST at any rate; it is a half now. The "
             "fine grid of the sigmoid network reaches a decade to each side: a half left one seed of ten unmeasured.",
             "1000 to 1009",
+        ),
+        study.again(
+            "Best rates of the gain are those with the fewest steps to the training loss, which the part is about; "
+            "chosen by the validation accuracy, the rate of the sigmoid network with batch normalization was one at "
+            "which the training loss falls more slowly than at the plain network's, by a difference of 0.0015 in the "
+            "accuracy. The sigmoid network's fine grid was widened before on the seeds 1000 to 1009 themselves."
         ),
     )
     SMOKE = {"channels": (8,), "steps": 40, "seeds": 2}
@@ -170,7 +182,9 @@ class LearningRate(study.Study):
             every: dict[str, Any] = {"steps": steps, "batch_size": self.batch_size, "eval_every": eval_every}
             each = {arm: self._network(lab.dataset, network, arm) for arm in ARMS}
             tuned: dict[str, Any] = {"summary": curves.outcome(classes, curve=True), **every}
-            best = {arm: lab.tune(f"{network}, {arm}", each[arm], GRIDS[network], **tuned).rate for arm in ARMS}
+            best = {
+                arm: lab.tune(f"{network}, {arm}", each[arm], GRIDS[network], by(network), **tuned).rate for arm in ARMS
+            }
             metrics = lab.record.metrics(lab.tuning_seeds, classes)
             for arm in ARMS:
                 rates = {best["plain"], best[arm]}
@@ -190,7 +204,7 @@ class LearningRate(study.Study):
         rows = [["network", "arm", "highest rate that trains", "best rate", "steps to the training loss", "accuracy"]]
         tops, said = {}, []
         for network, arm in product(NETWORKS, ARMS):
-            best = lab.chosen(metrics, f"{network}, {arm}").rate
+            best = lab.chosen(metrics, f"{network}, {arm}", by(network)).rate
             series = metrics[lab.at(f"{network}, {arm}", best)]
             if network in SWEPT:
                 tops[network, arm] = self._highest(metrics, network, arm)
@@ -208,7 +222,7 @@ class LearningRate(study.Study):
                 f"{NETWORKS[network]} trains at rates {records.spread(ratio, '.2f', 'not measured')} times as high"
             )
         for network in SWEPT:
-            plain, own = (lab.chosen(metrics, f"{network}, {arm}") for arm in ARMS)
+            plain, own = (lab.chosen(metrics, f"{network}, {arm}", by(network)) for arm in ARMS)
             at_plain, at_own = (metrics[lab.at(f"{network}, {ARMS[1]}", best.rate)] for best in (plain, own))
             last = float(at_own.steps[-1])
             effects[f"{network}, gain"] = curves.times_as_fast(at_plain["loss_step"], at_own["loss_step"], last)

@@ -90,6 +90,7 @@ class Noise(study.Study):
             "became those of the smallest gap, as in `regularization`.",
             "1000 to 1009",
         ),
+        study.again(),
     )
     SMOKE = {"images": 40, "steps": 40, "seeds": 2, "hidden": (20,), "eval_every": 20}
     FULL = {"steps": 10_000, "seeds": 20, "side": 32}

@@ -81,6 +81,7 @@ class Placement(study.Study):
             "steps, and ratios of so few steps turned with the data set, so that the images move now.",
             "1000 to 1009",
         ),
+        study.again(),
     )
     SMOKE = {"hidden": (30,), "channels": (8,), "steps": 20, "seeds": 2, "eval_every": 10}
     FULL = {"steps": 10_000, "convolutional_steps": 3000, "eval_every": 50, "seeds": 20, "side": 32}

@@ -122,6 +122,7 @@ class Regularization(study.Study):
             "another, gave way to the test loss. And training takes 3000 steps in place of 2000.",
             "1000 to 1009",
         ),
+        study.again(),
     )
     SMOKE = {"images": 40, "hidden": (20,), "steps": 40, "seeds": 2}
     FULL = {"steps": 20_000, "seeds": 20, "side": 32}

@@ -78,16 +78,16 @@ def noisy_init(key, init):
 
 
 def noisy_bn_apply(params, state, x, train, **options):
-    """Batch normalization, then s x + m for each value. The mean of m, in [-0.5, 0.5], and the deviation of s, in
-    [1, 1.25], are drawn again for each unit at every step."""
+    """Batch normalization, then s x + m for each value. The mean of m, in [-0.5, 0.5], and the mean of s, in [1, 1.25],
+    are drawn again for each unit at every step. Around them m varies by up to 0.1, and s with the deviation 0.1."""
     y, bn_state = bnjax.bn_apply(params, state[0], x, train, **options)
     key, noise_key = jax.random.split(state[1])
     if train:
         units = (*[1] * (x.ndim - 1), x.shape[-1])
         # One call, because XLA compiles random numbers again for every shape.
         numbers = jax.random.uniform(noise_key, (2 * y.size + 2 * x.shape[-1],), minval=1e-6)
-        mean, deviation, m, s = jnp.split(numbers, np.cumsum([x.shape[-1], x.shape[-1], y.size]))
-        s = (1 + 0.25 * deviation).reshape(units) + 0.1 * jax.scipy.special.ndtri(s).reshape(y.shape)
+        mean, scale, m, s = jnp.split(numbers, np.cumsum([x.shape[-1], x.shape[-1], y.size]))
+        s = (1 + 0.25 * scale).reshape(units) + 0.1 * jax.scipy.special.ndtri(s).reshape(y.shape)
         m = (mean - 0.5).reshape(units) + (0.2 * m - 0.1).reshape(y.shape)
         y = s * y + m
     return y, (bn_state, key)
@@ -159,6 +159,7 @@ class Smoothness(study.Study):
             "the batches 4 for 1.",
             "1000 to 1009",
         ),
+        study.again(),
     )
     SMOKE = {"networks": ("sigmoid",), "steps": 50, "seeds": 2, "points": 8}
     FULL = {"steps": 20_000, "convolutional_steps": 5000, "seeds": 20, "side": 32}

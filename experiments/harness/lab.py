@@ -67,7 +67,8 @@ def chosen(metrics: runs.Metrics, arm: str, by: str = "curve") -> Chosen:
                 values = series["validation_loss" if by == "loss" else "loss"]
                 score = -np.nan_to_num(curves.smoothed(values), nan=np.inf)
             else:
-                score = np.nan_to_num(curves.smoothed(series["validation_accuracy"]), nan=0.0)
+                first = 0 if by == "curve" else 1  # the end is of trained networks alone, however few evaluations
+                score = np.nan_to_num(curves.smoothed(series["validation_accuracy"][:, first:]), nan=0.0)
             scores[float(rate)] = float((score[:, 1:] if by == "curve" else score[:, -1:]).mean())
     rates = sorted(scores)
     best = max(rates, key=lambda rate: (scores[rate], -rate))

@@ -109,8 +109,8 @@ def decide(parts: Sequence[Part], effects: Mapping[str, np.ndarray], remarks: Ma
 def verdict(parts: Sequence[Decided]) -> str:
     """The verdict on a claim.
 
-    It holds, or is refuted, or is undecided, if all parts are. It holds in part if some of them hold. If none holds, but
-    some are refuted and the others are undecided, it is refuted in part.
+    It holds, or is refuted, or is undecided, if all parts are. It holds in part if some of them hold. If none holds,
+    but some are refuted and the others are undecided, it is refuted in part.
     """
     found = {part.verdict for part in parts}
     if len(found) == 1:

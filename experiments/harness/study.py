@@ -8,6 +8,7 @@ import abc
 import json
 import os
 import re
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -18,12 +19,23 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from experiments.harness import data, lab, protocol, records, report, runs, runtime
+from experiments.harness import curves, data, lab, protocol, records, report, runs, runtime
 
 Preset = Literal["smoke", "default", "full"]
 
-FIRST_SEED = 1000
-"""The first seed of the committed verdicts. Designs were tried with the seeds from 0 on, which have no part in them."""
+FIRST_SEED = 2000
+"""The first seed of the committed verdicts. Designs were tried with the seeds from 0 on, and measured before with those
+from 1000 on, which have no part in them."""
+
+
+def again(what: str = "") -> report.Change:
+    """The change by which all claims were measured again, and what it changed in one of them."""
+    shared = (
+        "All claims were measured again with fresh seeds. Nothing is decided by fewer than ten; a claim is refuted in "
+        "part, no longer refuted, if some parts are refuted and none holds; and steps to a target are straight between "
+        "evaluations in all claims."
+    )
+    return report.Change("2026-11-27", f"{what} {shared}".strip(), "2000 to 2009")
 
 
 class Finding(NamedTuple):
@@ -118,10 +130,25 @@ class Study(abc.ABC):
         """Draw the figure."""
 
     def design(self) -> dict[str, Any]:
-        """What the results depend on besides seeds and data. Runs of another design are not mixed with these."""
+        """What the results depend on besides seeds and data: the fields, and the numbers among the constants of the
+        claim's module and of the harness. Runs of another design are not mixed with these."""
         elsewhere = ("preset", "seeds", "first_seed", "dataset", "data_dir", "out")
         own = {name: value for name, value in asdict(self).items() if name not in elsewhere}
+        for module in (lab, curves, sys.modules[type(self).__module__]):
+            own |= {name: _numbers(value) for name, value in vars(module).items() if name.isupper()}
+        own = {name: value for name, value in own.items() if value is not None}
         return {"changes": len(self.CHANGES), **json.loads(json.dumps(own, default=str))}
+
+
+def _numbers(value: Any) -> Any:
+    """A constant that consists of numbers, in the form of JSON; None for another."""
+    if isinstance(value, int | float):
+        return value
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    found = [_numbers(each) for each in items]
+    if not found or None in found:
+        return None
+    return dict(zip(map(str, value), found, strict=True)) if isinstance(value, dict) else found
 
 
 def _slug(name: str) -> str:
@@ -178,28 +205,38 @@ def _earlier(study: Study, dataset: data.Dataset) -> float:
         ) from error
     found = {"dataset_sha256": config.get("dataset_sha256"), **config.get("design", {})}
     wanted = {"dataset_sha256": dataset.sha256(), **study.design()}
+    _refuse_difference(study.folder(dataset), found, wanted)
+    return float(config["seconds"])
+
+
+def _refuse_difference(folder: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     different = [
         f"{name}: {found.get(name)} there, {wanted.get(name)} here"
-        for name in wanted | found
+        for name in {**wanted, **found}
         if found.get(name) != wanted.get(name)
     ]
     if different:
         raise data.InputError(
-            f"{study.folder(dataset)} has the results of another design ({'; '.join(different)}). "
-            "Pass another folder by --out, or delete that one."
+            f"{folder} has the results of another design ({'; '.join(different)}). Pass another folder by --out, or "
+            "delete that one."
         )
-    return float(config["seconds"])
 
 
 def conclude(kind: type[Study], out: Path) -> report.Section | None:
     """The section of the report on a claim, on all data sets of which the folder has a complete run. It draws the
-    figures. None if there is no complete run."""
+    figures. None if there is no complete run.
+
+    Raises:
+      InputError: if a run is of another design, so that its results would be judged by parts that are not theirs.
+    """
     results, shown = [], []
     folders = sorted((out / kind.NAME).glob("*/config.json"), key=lambda path: (path.parent.name != "digits", path))
     for path in folders:
         config = records.read_config(path.parent)
         if config.get("complete"):
-            result, section = _concluded(_restored(kind, config["config"]), path.parent, config)
+            study = _restored(kind, config["config"])
+            _refuse_difference(path.parent, config.get("design", {}), study.design())
+            result, section = _concluded(study, path.parent, config)
             results.append(result)
             shown.append(section)
     if not results:

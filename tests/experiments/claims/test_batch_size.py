@@ -80,8 +80,8 @@ def test_the_test_error_has_half_a_mistake_more_and_counts_the_first_class_for_a
 
 
 def test_rates_are_half_a_decade_higher_for_four_times_the_images():
-    assert batch_size.grid(2) == (0.00316, 0.01, 0.0316, 0.1, 0.316)
-    assert batch_size.grid(128) == (0.1, 0.316, 1.0, 3.16, 10.0)
+    assert batch_size.grid(2) == (0.01, 0.0316, 0.1, 0.316, 1.0, 3.16)
+    assert batch_size.grid(128) == (0.316, 1.0, 3.16, 10.0, 31.6, 100.0)
 
 
 def test_effects_are_the_ratios_of_the_errors_of_each_seed(tmp_path):

@@ -20,11 +20,9 @@ def probed(depth, width, batch_norm, scale=1.0):
     return params, jax.jit(gradients.gradient_norms(network, width, depth))(params, state, VIEW)
 
 
-def test_slope_of_norms_that_change_by_a_factor_a_layer():
-    layers = np.arange(49, dtype=np.float32)
-    for norms, expected in ((10 ** (-0.3 * layers), -0.3), (2 * 10 ** (0.05 * layers), 0.05)):
-        np.testing.assert_allclose(gradients.slope(jnp.asarray(norms)), expected, rtol=1e-4)
-    assert np.isnan(gradients.slope(jnp.asarray(np.where(layers < 9, 0, 1).astype(np.float32))))
+def slope(norms, depth):
+    """Decades a layer towards the output, by least squares over the recorded layers."""
+    return np.polyfit(gradients.recorded(depth), np.log10(norms), 1)[0]
 
 
 def test_norms_of_the_plain_network_match_the_chain_rule():
@@ -42,7 +40,7 @@ def test_norms_of_the_plain_network_match_the_chain_rule():
         gradient = gradient * (output > 0) @ kernel.T
     assert len(norms) == 3
     np.testing.assert_allclose(found["gradient_norm"], norms, rtol=1e-4)
-    np.testing.assert_allclose(found["slope"], np.polyfit(range(3), np.log10(norms), 1)[0], rtol=1e-3)
+    np.testing.assert_allclose(found["range"], np.log10(max(norms) / min(norms)), rtol=1e-3)
     assert found["accuracy"] == pytest.approx((logits.argmax(1) == LABELS).mean())
 
 
@@ -54,7 +52,8 @@ def test_lecun_is_he_at_the_scale_of_its_arm():
 def test_plain_gradients_vanish_by_half_their_square_for_each_layer_with_lecun_and_not_with_he():
     """He et al. (2015, section 2.2): the variance of the gradient changes by inputs * variance of the weights / 2."""
     he, lecun = (
-        float(probed(12, 100, False, gradients.ARMS[name])[1]["slope"]) for name in ("plain, He", "plain, LeCun")
+        slope(probed(12, 100, False, gradients.ARMS[name])[1]["gradient_norm"], 12)
+        for name in ("plain, He", "plain, LeCun")
     )
     assert lecun - he == pytest.approx(-np.log10(0.5**0.5), abs=0.01)
     assert abs(he) < 0.03
@@ -63,7 +62,13 @@ def test_plain_gradients_vanish_by_half_their_square_for_each_layer_with_lecun_a
 def test_normalized_gradients_explode_as_yang_et_al_derive():
     np.testing.assert_allclose(10**gradients.YANG, 1.21, atol=0.002)
     _, found = probed(12, 100, True)
-    assert -float(found["slope"]) == pytest.approx(gradients.YANG, abs=0.02)
+    assert -slope(found["gradient_norm"], 12) == pytest.approx(gradients.YANG, abs=0.02)
+
+
+def test_a_gradient_that_underflows_has_no_range():
+    _, found = probed(12, 100, False, 1e-6)
+    assert found["gradient_norm"][0] == 0
+    assert np.isnan(found["range"])
 
 
 def test_effects_are_the_changes_over_all_layers_at_initialization_and_once_trained(tmp_path):
@@ -71,14 +76,12 @@ def test_effects_are_the_changes_over_all_layers_at_initialization_and_once_trai
     shown = len(gradients.recorded(depth))
     for arm in gradients.ARMS:
         for rate in (0.01, 0.1, 1):
-            record.add(
-                lab.tuning(f"{arm}, 5", rate), 900, [0, 9], {"validation_accuracy": [0.1, 0.5 - abs(rate - 0.1)]}
-            )
+            record.add(lab.tuning(f"{arm}, 5", rate), 900, [0, 9], {"loss": [np.nan, 0.5 + abs(rate - 0.1)]})
         for seed in (1000, 1001):
             never = seed == 1001 and arm == "plain, He"
             values = {
                 "accuracy": [0.1, 0.5, 0.89 if never else 0.9, 0.8],
-                "slope": [-0.1, 0.3, 0.02 * (seed - 999), 9.0],
+                "range": [0.5, 0.3, 0.1 * (seed - 999), 9.0],
                 "gradient_norm": np.ones((4, shown)),
             }
             record.add(lab.at(f"{arm}, 5", 0.1), seed, [0, 10, 20, 30], values)
@@ -87,7 +90,7 @@ def test_effects_are_the_changes_over_all_layers_at_initialization_and_once_trai
     np.testing.assert_allclose(finding.effects["5 layers, trained"], [0.1, 0.2])
     assert np.isnan(finding.effects["50 layers, trained"]).all()
     assert finding.remarks == {"5 layers, trained": ""}
-    assert finding.table[2][:5] == ["plain, He", "5", "-0.50 ± 0.00", "+0.10 (1 of 2)", "20 (1 of 2)"]
+    assert finding.table[2][:5] == ["plain, He", "5", "0.50 ± 0.00", "0.10 (1 of 2)", "20 (1 of 2)"]
     assert {*finding.effects} == {part.name for part in gradients.Gradients.PARTS}
 
 

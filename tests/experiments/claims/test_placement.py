@@ -7,7 +7,7 @@ from experiments.claims import placement
 from experiments.harness import data, lab, protocol, runs
 
 CLASSES = 10
-SEEDS = (0, 1, 2)
+SEEDS = (*range(10),)
 STEPS = np.arange(0, 110, 10)
 
 
@@ -29,7 +29,7 @@ def made(tmp_path, arrive, accuracy):
 
 def test_judge_divides_after_by_before(tmp_path):
     arrive = {"plain": 80, "before": 20, "after": 50, "both": 30}
-    finding = placement.Placement(seeds=3).judge(
+    finding = placement.Placement(seeds=10).judge(
         made(tmp_path, arrive, dict.fromkeys(placement.ARMS, 0.9) | {"after": 0.8})
     )
     for network in placement.NETWORKS:
@@ -37,12 +37,12 @@ def test_judge_divides_after_by_before(tmp_path):
             # The logarithm of the loss falls from 2 to 0.01 between two evaluations, and crosses the target in between.
             part = np.log(0.1 * np.log(CLASSES) / 2) / np.log(0.01 / 2)
             expected = (40 + 10 * part) / (10 + 10 * part)
-            np.testing.assert_allclose(finding.effects[f"{network}, {rate}, loss"], [expected] * 3)
+            np.testing.assert_allclose(finding.effects[f"{network}, {rate}, loss"], [expected] * 10)
             # The smoothed accuracy rises by 0.79 / 3 in each of three evaluations, and passes 0.9 in the last.
             part = (0.9 - (0.2 + 2 * 0.79 / 3)) / (0.79 / 3)
             expected = (60 + 10 * part) / (30 + 10 * part)
-            np.testing.assert_allclose(finding.effects[f"{network}, {rate}, accuracy"], [expected] * 3)
-        np.testing.assert_allclose(finding.effects[f"{network}, test error"], [2.0] * 3)
+            np.testing.assert_allclose(finding.effects[f"{network}, {rate}, accuracy"], [expected] * 10)
+        np.testing.assert_allclose(finding.effects[f"{network}, test error"], [2.0] * 10)
     decided = protocol.decide(placement.Placement.PARTS, finding.effects, finding.remarks)
     assert protocol.verdict(decided) == "holds"
 
@@ -50,13 +50,13 @@ def test_judge_divides_after_by_before(tmp_path):
 def test_judge_counts_what_never_arrives_as_the_last_step_and_a_run_without_errors_as_half_an_error(tmp_path):
     arrive = {"plain": 80, "before": np.nan, "after": 50, "both": 30}
     effects = (
-        placement.Placement(seeds=3)
+        placement.Placement(seeds=10)
         .judge(made(tmp_path, arrive, dict.fromkeys(placement.ARMS, 0.986) | {"after": 1.0}))
         .effects
     )
     part = np.log(0.1 * np.log(CLASSES) / 2) / np.log(0.01 / 2)
-    np.testing.assert_allclose(effects["convolutional, own best rate, loss"], [(40 + 10 * part) / 100] * 3)
-    np.testing.assert_allclose(effects["convolutional, test error"], [0.1] * 3)
+    np.testing.assert_allclose(effects["convolutional, own best rate, loss"], [(40 + 10 * part) / 100] * 10)
+    np.testing.assert_allclose(effects["convolutional, test error"], [0.1] * 10)
 
 
 def test_before_and_after_have_equally_many_parameters():

@@ -99,9 +99,13 @@ def test_effects_of_hand_made_metrics(tmp_path):
                 "test_shared_accuracy": 0.7,
             }
             record.add(lab.at(arm, rate), seed, [0, 10, 40], values)
+            if arm == recurrent.BN_LSTM:  # at the LSTM's rate it arrives half way between the steps 10 and 40
+                values["loss"] = [np.nan, 0.25 * np.log(10) * 2, 0.25 * np.log(10) / 2]
+                record.add(lab.at(arm, best[recurrent.LSTM]), seed, [0, 10, 40], values)
     finding = recurrent.Recurrent(seeds=2).judge(record.metrics([900, 1000, 1001], 10))
     # The LSTM never reaches 0.25 log(10) = 0.58, and counts as reaching it at the last step; the BN-LSTM does at once.
-    np.testing.assert_allclose(finding.effects["speed"], [4, 4])
+    np.testing.assert_allclose(finding.effects["speed, own best rate"], [4, 4])
+    np.testing.assert_allclose(finding.effects["speed, same rate"], [40 / 25, 40 / 25], rtol=1e-4)
     np.testing.assert_allclose(finding.effects["accuracy"], [0.15, 0.15], atol=1e-6)
     np.testing.assert_allclose(finding.effects["own statistics"], [1.5, 1.5])
     np.testing.assert_allclose(finding.effects["cell"], [-0.01, -0.01], atol=1e-6)
