@@ -41,8 +41,8 @@ def _part(depth: int, when: str) -> protocol.Part:
     words = "" if when == WHEN[0] else f", when the training accuracy first reaches {TRAINED:g}"
     return protocol.Part(
         f"{depth} layers, {when}",
-        f"decades between the largest and the smallest norm of the gradient over {depth} layers with batch normalization"
-        + (words or ", at initialization"),
+        f"decades between the largest and the smallest norm of the gradient over {depth} layers with batch "
+        "normalization" + (words or ", at initialization"),
         1.0,
         "a gradient that stays within a factor of ten over the network neither vanishes nor explodes",
         "difference",
@@ -62,8 +62,8 @@ class Gradients(study.Study):
     PROTOCOL = (
         "Fully connected ReLU networks of 5, 10, 20 and 50 layers of 64 units are trained by gradient descent with "
         "momentum, with batch normalization and without it, by the initial weights of LeCun and of He. Each network "
-        "of each depth has its own best learning rate, that of the lowest training loss at the end. The norm of the gradient in the output of each layer is "
-        "measured at initialization, and at the first evaluation with a training accuracy of 0.9."
+        "of each depth has its own best learning rate, that of the lowest training loss at the end. The norm of the "
+        "gradient in the output of each layer is measured at initialization, and at the first evaluation with a training accuracy of 0.9."
     )
     WOULD_CHANGE = (
         "Shortcuts around the layers keep the gradient from exploding in normalized networks. Yang et al. (2019) find "

@@ -155,8 +155,8 @@ def datasets(claims: Iterable[Claim]) -> list[str]:
 
 def tally(claims: Sequence[Claim]) -> str:
     """How many claims have which verdict on each data set, in sentences."""
-    several = dict(zip(VERDICTS, ("hold", "hold in part", "are refuted", "are refuted in part", "are undecided"), strict=True))
-    single = dict(zip(VERDICTS, ("holds", "holds in part", "is refuted", "is refuted in part", "is undecided"), strict=True))
+    single = {each: each if each.startswith(protocol.HOLDS) else f"is {each}" for each in VERDICTS}
+    several = {each: words.replace("holds", "hold").replace("is ", "are ") for each, words in single.items()}
     sentences: list[str] = []
     for dataset in datasets(claims):
         found = [result.verdict for claim in claims for result in claim.results if result.dataset == dataset]

@@ -4,6 +4,7 @@ import base64
 import datetime
 import json
 import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -90,7 +91,7 @@ def test_an_interrupted_measurement_goes_on_with_the_runs_that_are_missing(tmp_p
         file.write('{"network":"lead","se')  # as if killed while a line was written
     monkeypatch.setattr(runs.Record, "add", lambda *args: added.append(args[1:3]) or add(*args))
     assert weigh(tmp_path / "stopped") == whole
-    assert added == [(arm, seed) for arm in ("water", "lead") for seed in range(1000, 1010)]
+    assert added == [(arm, seed) for arm in ("water", "lead") for seed in range(2000, 2010)]
     metrics = [(tmp_path / run / "weighing" / "digits" / "metrics.jsonl").read_bytes() for run in ("whole", "stopped")]
     assert metrics[0] == metrics[1]
 
@@ -102,7 +103,7 @@ def test_a_complete_measurement_is_not_made_again_and_more_seeds_are_added_to_it
     assert weigh(tmp_path) == first
     assert added == []
     (result,) = weigh(tmp_path, seeds=12).results
-    assert added == [1010, 1011] * 2
+    assert added == [2010, 2011] * 2
     assert result.seeds == result.parts[0].n == 12
 
 
@@ -136,6 +137,22 @@ def test_a_change_of_the_design_is_another_design(tmp_path, monkeypatch):
         weigh(tmp_path)
 
 
+SCALES = {"water": (1, 2.5), "lead": 3}
+"""A constant of numbers, as claims have them for their grids and targets."""
+WORDS = ("water", "lead")
+
+
+def test_a_change_of_a_constant_of_numbers_is_another_design(tmp_path, monkeypatch):
+    before = weigh(tmp_path)
+    monkeypatch.setattr(sys.modules[__name__], "WORDS", ("water",))
+    assert weigh(tmp_path) == before
+    monkeypatch.setitem(SCALES, "water", (1, 2))
+    with pytest.raises(data.InputError, match=r"\(SCALES: {'water': \[1, 2.5\], 'lead': 3} there, {'water': \[1, 2\]"):
+        weigh(tmp_path)
+    with pytest.raises(data.InputError, match="results of another design"):
+        study.conclude(Weighing, tmp_path)
+
+
 @pytest.mark.parametrize(("first", "number"), [(891, 10), (902, 10), (900, 1), (0, 1000)])
 def test_seeds_that_choose_the_rates_are_refused(first, number):
     with pytest.raises(
@@ -164,7 +181,7 @@ def test_a_preset_sets_the_flags_that_are_not_given(monkeypatch, capsys):
     assert main(["devices", "--hidden", "7"]) == 0
     smoke, default = given
     assert (smoke.preset, smoke.steps, smoke.hidden, smoke.seeds) == ("smoke", 3, (30,), 2)
-    assert (default.preset, default.hidden, default.seeds, default.first_seed) == ("default", (7,), 10, 1000)
+    assert (default.preset, default.hidden, default.seeds, default.first_seed) == ("default", (7,), 10, 2000)
     with pytest.raises(SystemExit, match="2"):
         main(["devices", "--preset", "large"])
     assert "smoke" in capsys.readouterr().err
@@ -198,6 +215,7 @@ def test_every_study_says_what_the_report_shows_and_has_10_seeds_or_more(kind):
     assert kind.CHANGES
     for change in kind.CHANGES:
         datetime.date.fromisoformat(change.date)
+    assert kind.CHANGES[-1].seeds == f"{study.FIRST_SEED} to {study.FIRST_SEED + 9}"  # fresh after the last change
     assert kind.of("default").seeds >= 10
     assert kind.of("full").seeds >= 20
     assert kind.of("smoke").seeds == 2

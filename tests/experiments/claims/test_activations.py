@@ -8,6 +8,7 @@ import pytest
 from experiments.claims import activations
 from experiments.harness import curves, distributions, lab, protocol, runs
 from experiments.models import networks
+from tests.support.effects import repeated
 
 LOG10 = np.log(10)
 
@@ -125,7 +126,7 @@ def test_effects_are_plain_over_normalized_at_the_rates_that_tuning_chose(record
     np.testing.assert_allclose(finding.effects["sigmoid, own best rate, change"], [0.5, 1.75], rtol=1e-3)
     np.testing.assert_allclose(finding.effects["sigmoid, same rate, cosine"], [0.25, 0.25], rtol=1e-3)
     assert not any(finding.remarks.values())
-    decided = {part.name: part for part in protocol.decide(study.PARTS, finding.effects, finding.remarks)}
+    decided = {part.name: part for part in protocol.decide(study.PARTS, repeated(finding.effects), finding.remarks)}
     assert decided["sigmoid, same rate, drift"].verdict == protocol.HOLDS
     assert decided["convolutional, same rate, drift"].verdict == protocol.UNDECIDED
     assert "convolutional" not in finding.measured

@@ -10,6 +10,7 @@ from experiments.claims import devices
 from experiments.harness import data, lab, protocol, runs, runtime
 from experiments.models import networks
 from tests.support import reference
+from tests.support.effects import repeated
 
 
 def test_own_statistics_are_those_of_each_device(rng):
@@ -57,9 +58,9 @@ def test_a_run_that_diverged_cannot_be_judged(by_hand):
     by_hand[devices.OWN].values["distance"][1, 0] = np.nan
     finding = devices.Devices(seeds=2).judge(by_hand)
     assert np.isnan(finding.effects["each its own"]).tolist() == [False, True]
-    assert [each.remark for each in protocol.decide(devices.Devices.PARTS, finding.effects)] == [
+    assert [each.remark for each in protocol.decide(devices.Devices.PARTS, repeated(finding.effects))] == [
         "",
-        "could not be measured in 1 of 2 seeds",
+        "could not be measured in 5 of 10 seeds",
     ]
 
 

@@ -4,6 +4,7 @@ import numpy as np
 
 from experiments.claims import initialization
 from experiments.harness import lab, protocol, runs
+from tests.support.effects import repeated
 
 CLASSES = 10
 TARGET = 0.1 * np.log(CLASSES)
@@ -42,7 +43,7 @@ def test_judge_compares_widths_and_kinds(tmp_path):
         np.testing.assert_allclose(finding.effects[f"{weights}, range of scales"], [3.5] * 3)
     # Plain LeCun never arrives, which counts as the last step: (1000 / 250) / (100 / 50).
     np.testing.assert_allclose(finding.effects["choice of the initialization"], [2.0] * 3)
-    decided = protocol.decide(experiment.PARTS, finding.effects, finding.remarks)
+    decided = protocol.decide(experiment.PARTS, repeated(finding.effects), finding.remarks)
     assert protocol.verdict(decided) == "holds"
     assert finding.table[-1] == ["decades that train", *["0.5 ± 0.0", "4.0 ± 0.0"] * 3]
 

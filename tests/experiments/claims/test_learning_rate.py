@@ -5,6 +5,7 @@ import pytest
 
 from experiments.claims import learning_rate
 from experiments.harness import curves, lab, protocol, runs
+from tests.support.effects import repeated
 
 CLASSES = 10
 TARGET = 0.1 * np.log(CLASSES)
@@ -100,7 +101,7 @@ def test_judge_divides_highest_rates_and_steps(tmp_path):
     assert "edge" in finding.remarks["sigmoid, gain"]
     assert not finding.remarks["convolutional, gain"]
     assert not finding.remarks["deep sigmoid, accuracy"]
-    decided = protocol.decide(learning_rate.LearningRate.PARTS, finding.effects, finding.remarks)
+    decided = protocol.decide(learning_rate.LearningRate.PARTS, repeated(finding.effects), finding.remarks)
     assert [part.verdict for part in decided] == [*["holds"] * 4, "undecided", "holds", "holds"]
 
 
