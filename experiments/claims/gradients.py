@@ -63,7 +63,8 @@ class Gradients(study.Study):
         "Fully connected ReLU networks of 5, 10, 20 and 50 layers of 64 units are trained by gradient descent with "
         "momentum, with batch normalization and without it, by the initial weights of LeCun and of He. Each network "
         "of each depth has its own best learning rate, that of the lowest training loss at the end. The norm of the "
-        "gradient in the output of each layer is measured at initialization, and at the first evaluation with a training accuracy of 0.9."
+        "gradient in the output of each layer is measured at initialization, and at the first evaluation with a "
+        "training accuracy of 0.9."
     )
     WOULD_CHANGE = (
         "Shortcuts around the layers keep the gradient from exploding in normalized networks. Yang et al. (2019) find "
