@@ -105,8 +105,8 @@ def bn_apply(
     With r = |mean - c|^2 / var, a relative rounding error e of the sums becomes about e (1 + r) in var, and
     e sqrt(1 + r) standard deviations in mean. If r > 8 for any feature, as on the first steps or after a jump of the
     data, `x` is read twice more, around its own mean, so that results are exact wherever the running mean is. On one
-    CPU device and on one GPU c is the mean of a sixteenth of `x`, which bounds r without a check; under a mask the CPU
-    reads `x` twice, and the GPU around the running mean.
+    CPU device, on one GPU and on each GPU of a `shard_map`, c is the mean of a sixteenth of `x`, which bounds r without
+    a check; under a mask the CPU reads `x` twice, and the GPU around the running mean.
 
     Args:
       params: `scale` and `bias`. Each is None, has the shape of the features, or is conditional: x's rank, with each
@@ -219,7 +219,7 @@ def validate(params: Any, state: BNState | None, x: Array, mask: Array | None, o
 
 
 def batch_statistics(batch: Batch, state: BNState | None, options: Options) -> Collected:
-    """The moments of the batch, over the named axes too; it is read around the running mean."""
+    """The moments of the batch, over the named axes too. The running mean is a guess of the batch's mean."""
     shift = None if state is None else state.mean
     return collect(batch, options.axis_names, options.axis_index_groups, shift=shift)
 

@@ -69,7 +69,7 @@ def _two_reads(x, weight, axes):
     plain_mean = named(divided(plain, total))
     centered = x - jnp.expand_dims(plain_mean, axes)
     offset = named(divided(weighted_sum(centered, weight, axes), total))
-    var = _variance(centered, offset, weight, total, axes)
+    var = _variance(divided(weighted_sum(abs_square(centered), weight, axes), total), offset)
     # Rounding may leave `var` below 0. Not jnp.maximum, whose derivative is a half at 0 and nothing below.
     return Moments(total, plain_mean + offset, var - lax.stop_gradient(jnp.minimum(var, 0)))
 
@@ -81,12 +81,13 @@ def _one_read(x, shift, weight, axes):
     total = total_weight(x.shape, weight, axes, like=plain)
     offset = divided(plain, total)
     mean = jnp.where(total > 0, jnp.squeeze(shift, axes) + offset, 0)
-    return Moments(total, mean, _variance(centered, offset, weight, total, axes)), offset
+    var = _variance(divided(weighted_sum(abs_square(centered), weight, axes), total), offset)
+    return Moments(total, mean, var), offset
 
 
-def _variance(centered, offset, weight, total, axes):
-    """E|x - c|^2 - |E[x - c]|^2 of x - c, whose mean is the offset; rounding may leave it a little below 0."""
-    return divided(weighted_sum(abs_square(centered), weight, axes), total) - abs_square(offset)
+def _variance(mean_square, offset):
+    """E|x - c|^2 - |E[x - c]|^2, of the mean square and of the mean; rounding may leave it a little below 0."""
+    return mean_square - abs_square(offset)
 
 
 def guarded(x: Array, shift: Array, *weight: Array, axes: tuple[int, ...]) -> tuple[Array, ...]:
@@ -151,7 +152,7 @@ def _on_cpu(x, shift, *weight, axes):
     both = two_sums(lambda x, pivot: (x - pivot, (x - pivot) ** 2), FORWARD_SLABS, axes, x, pivot)
     count = math.prod(x.shape[a] for a in axes)
     offset, mean_square = (v / count for v in both)
-    var = jnp.maximum(mean_square - offset * offset, 0)
+    var = jnp.maximum(_variance(mean_square, offset), 0)
     return tuple(jnp.squeeze(v, axes) for v in (jnp.full_like(var, count), pivot + offset, var))
 
 

@@ -29,7 +29,17 @@ from bnjax.core.collectives import Groups, gather, kinds_of_axes, sum_over
 from bnjax.core.records import Collected, Moments, Support
 from bnjax.core.reductions import sums
 from bnjax.core.sharding import sharded_as
-from bnjax.core.weights import divided, is_real, mean_weight, nonzero, relative, sum_as, valid, weigh, weighted_sum
+from bnjax.core.weights import (
+    divided,
+    is_real,
+    mean_weight,
+    nonzero,
+    relative,
+    valid,
+    valid_elements,
+    weigh,
+    weighted_sum,
+)
 
 
 class Batch(NamedTuple):
@@ -79,8 +89,9 @@ def batch_moments(
 
     with w the mask, or 1. Devices are merged by weight (Chan, Golub & LeVeque, 1983, equation 2.1), so that unequal and
     empty shards are exact. The relative error of `var`, and the error of `mean` in standard deviations, grow linearly
-    with |mean| / std, which is the least possible for a rounded input. `x` is read once, around 0, and twice more if
-    |mean|^2 > 8 var for any feature; `bnjax.bn_apply` reads it around the running mean instead.
+    with |mean| / std, which is the least possible for a rounded input. `x` is read as by `bnjax.bn_apply`, but around 0
+    in place of the running mean. On TPUs, and where several devices hold `x`, this is once, and twice more if
+    |mean|^2 > 8 var for any feature.
 
     Args:
       x: floating or complex, any shape.
@@ -259,7 +270,7 @@ def _support(weight, shape, mask, axes):
     """The support of an array of this shape whose mask sums up to `weight`."""
     if not is_real(mask):
         return _unit_support(weight)
-    elements = sum_as(shape, (mask > 0).astype(mask.dtype), axes, weight)
+    elements = valid_elements(shape, mask, axes, weight)
     mask, unit = relative(mask, axes)
     return Support(elements, mean_weight(shape, mask, axes, weight / unit) * unit)
 
