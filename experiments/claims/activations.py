@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.claims.common import ACTIVATIONS, GRIDS, NETWORKS, build
+from experiments.claims.common import ACTIVATIONS, GRIDS, NETWORKS, Observed, build
 from experiments.harness import curves, distributions, lab, plot, protocol, records, report, runs, study, train
 
 ARMS = ("plain", "batch normalization")
@@ -92,7 +92,7 @@ def gradient_change(apply, params, state, images, labels, rate):
 
 
 @dataclass(frozen=True)
-class Activations(study.Study):
+class Activations(Observed):
     """The configuration of the experiment. Its fields are the flags of the command line."""
 
     NAME = "activations"
@@ -127,25 +127,6 @@ class Activations(study.Study):
         ),
         study.again(),
     )
-    SMOKE = {"networks": ("sigmoid",), "steps": 50, "seeds": 2, "points": 8}
-    FULL = {"steps": 20_000, "convolutional_steps": 5000, "seeds": 20, "side": 32}
-
-    networks: tuple[str, ...] = (*NETWORKS,)
-    """the networks that are measured; parts on others are undecided"""
-    steps: int = 4000
-    """updates per run of the sigmoid network"""
-    convolutional_steps: int = 400
-    """updates per run of the convolutional network"""
-    batch_size: int = 60
-    """images per step, and images by which gradients are compared"""
-    weight_std: float = 0.1
-    """standard deviation of the sigmoid network's initial kernels"""
-    units: int = 3
-    """units of the last hidden layer whose inputs are recorded"""
-    points: int = 60
-    """evaluations per run of the sigmoid network, about, in equal ratios of steps"""
-    convolutional_points: int = 30
-    """the same of the convolutional network"""
 
     def _probe(self, apply, network):
         def probe(params, state, view):
@@ -163,9 +144,7 @@ class Activations(study.Study):
 
     def measure(self, lab: lab.Lab) -> None:
         for network in self.networks:
-            steps, points = self.steps, self.points
-            if network == "convolutional":
-                steps, points = self.convolutional_steps, self.convolutional_points
+            steps, points = self.budget(network)
             common: dict[str, Any] = {"steps": steps, "batch_size": self.batch_size}
             each = {arm: build(lab.dataset, network, arm != "plain", self.weight_std) for arm in ARMS}
             grid, every = GRIDS[network], max(1, steps // 25)

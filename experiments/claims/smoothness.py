@@ -27,7 +27,7 @@ import numpy as np
 import optax
 
 import bnjax
-from experiments.claims.common import ACTIVATIONS, GRIDS, NETWORKS, build
+from experiments.claims.common import ACTIVATIONS, GRIDS, NETWORKS, Observed, build
 from experiments.harness import curves, distributions, lab, plot, protocol, records, report, runs, study, train
 from experiments.models import networks
 
@@ -119,7 +119,7 @@ def _mean(name, values):
 
 
 @dataclass(frozen=True)
-class Smoothness(study.Study):
+class Smoothness(Observed):
     """The configuration of the experiment. Its fields are the flags of the command line."""
 
     NAME = "smoothness"
@@ -161,27 +161,12 @@ class Smoothness(study.Study):
         ),
         study.again(),
     )
-    SMOKE = {"networks": ("sigmoid",), "steps": 50, "seeds": 2, "points": 8}
-    FULL = {"steps": 20_000, "convolutional_steps": 5000, "seeds": 20, "side": 32}
-
-    networks: tuple[str, ...] = (*NETWORKS,)
-    """the networks that are measured; parts on others are undecided"""
-    steps: int = 4000
-    """updates per run of the sigmoid network"""
     convolutional_steps: int = 600
     """updates per run of the convolutional network"""
-    batch_size: int = 60
-    """images per step, and of each batch whose loss is followed along its gradient"""
     batches: int = 4
-    """fixed batches whose loss is followed"""
-    weight_std: float = 0.1
-    """standard deviation of the sigmoid network's initial kernels"""
-    units: int = 3
-    """units of the last hidden layer whose inputs are recorded"""
+    """fixed batches whose loss is followed along its gradient"""
     points: int = 100
     """evaluations per run of the sigmoid network, about, in equal ratios of steps"""
-    convolutional_points: int = 30
-    """the same of the convolutional network"""
 
     def _network(self, dataset, network, arm):
         init, apply = build(dataset, network, arm != "plain", self.weight_std)
@@ -223,9 +208,7 @@ class Smoothness(study.Study):
 
     def measure(self, lab: lab.Lab) -> None:
         for network in self.networks:
-            steps, points = self.steps, self.points
-            if network == "convolutional":
-                steps, points = self.convolutional_steps, self.convolutional_points
+            steps, points = self.budget(network)
             common: dict[str, Any] = {"steps": steps, "batch_size": self.batch_size}
             each = {arm: self._network(lab.dataset, network, arm) for arm in ARMS}
             rate = {}
