@@ -1,5 +1,6 @@
 """The table of claims in the README, made from verdicts.json: one line for each claim."""
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,7 +17,7 @@ def table(verdicts: Path) -> str:
 
     Returns:
       A line for each claim: the effect and the interval of its first part on its first data set, and for each data set
-      the verdict on the claim, with the number of parts that hold.
+      the verdict on the claim, with the numbers of parts that hold and that are refuted.
     """
     claims = report.read(verdicts)
     datasets = report.datasets(claims)
@@ -51,8 +52,10 @@ def replaced(text: str, content: str) -> str:
 
 
 def _verdict(result: report.Result) -> str:
-    holding = sum(part.verdict == protocol.HOLDS for part in result.parts)
-    return f"{result.verdict} ({holding} of {len(result.parts)})"
+    found, number = Counter(part.verdict for part in result.parts), len(result.parts)
+    if len(found) == 1:
+        return f"{result.verdict} ({number} of {number})"
+    return f"{result.verdict} ({found[protocol.HOLDS]} hold, {found[protocol.REFUTED]} refuted of {number})"
 
 
 def _line(cells: Sequence[str]) -> str:
