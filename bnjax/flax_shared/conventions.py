@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.core import Tracer
 
 from bnjax.core import checks
 from bnjax.core.apply import apply
@@ -67,7 +68,7 @@ def _check_switches(call: str, layer: Any, use_running_average: Any) -> None:
     switches = {"use_running_average": use_running_average}
     switches |= {name: getattr(layer, name, False) for name in _BOOLEANS_OF_FLAX}
     for name, value in switches.items():
-        if isinstance(value, str | jax.core.Tracer):
+        if isinstance(value, str | Tracer):
             checks.boolean(call, name, value)
     for name in _BOOLEANS:
         checks.boolean(call, name, getattr(layer, name, False))

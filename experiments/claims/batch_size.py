@@ -196,6 +196,11 @@ class BatchSize(study.Study):
             rates = {name(*pair): (pair[0], [*self._rates(metrics, *pair).values()]) for pair in pairs}
             self._fit(lab, step, rates, tuning=False)
 
+    def training(self, dataset: data.Dataset) -> int:
+        """The number of training images of a seed."""
+        largest = max(self._steps())
+        return self.train_images or data.splits(dataset, [self.first_seed]).train.shape[1] // largest * largest
+
     def _steps(self):
         return sorted({step for sizes in self._methods().values() for step in sizes.values()})
 
@@ -228,7 +233,6 @@ class BatchSize(study.Study):
                 "test_recalibrated_error": error(network.apply, params, recalibrated, *tests),
             }
 
-        number = data.splits(laboratory.dataset, laboratory.seeds[:1]).train.shape[1]
         named = lab.tuning if tuning else lab.at
         pairs = [(each, arm, rate) for each, (arm, used) in rates.items() for rate in dict.fromkeys(used)]
         laboratory.fit(
@@ -237,7 +241,7 @@ class BatchSize(study.Study):
             optimizer=lambda rate, **_: optax.sgd(optax.linear_schedule(rate, 0.0, total)),
             settings=[{"rate": rate, "arm": [*arms].index(arm)} for _, arm, rate in pairs],
             seeds=laboratory.tuning_seeds if tuning else None,
-            splits={"train": self.train_images or number // max(self._steps()) * max(self._steps())},
+            splits={"train": self.training(laboratory.dataset)},
             steps=total,
             batch_size=step,
             eval_every=total,  # a rate that falls to 0 makes the end alone of interest

@@ -148,3 +148,9 @@ def test_the_linearly_scaled_rate_is_in_proportion_to_the_images(tmp_path):
 def test_sizes_that_cannot_be_judged_are_rejected(changes, message):
     with pytest.raises(data.InputError, match=message):
         batch_size.BatchSize(**changes)
+
+
+def test_full_batches_of_all_training_images():
+    """Of the 1797 digits 1078 are for training, and 1024 of them fill batches of 128."""
+    assert batch_size.BatchSize(train_images=None).training(data.digits()) == 1024
+    assert batch_size.BatchSize(train_images=256).training(data.digits()) == 256
