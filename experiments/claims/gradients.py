@@ -161,7 +161,8 @@ class Gradients(study.Study):
         return study.Finding(
             effects,
             f"Decades between the largest and the smallest norm with batch normalization: {'; '.join(said)}.",
-            f"The gradient in the layers' outputs, at initialization and at a training accuracy of {TRAINED:g}",
+            f"The gradient in the layers' outputs at initialization and at a training accuracy of {TRAINED:g}; a line ends at "
+            "its network's depth",
             rows,
             remarks,
         )
@@ -184,7 +185,7 @@ class Gradients(study.Study):
                         axes.plot(layers, norms.mean(0), color=COLOURS[name], linewidth=1.5, label=label)
                 if not labelled:
                     axes.text(0.5, 0.5, "no network is trained", transform=axes.transAxes, ha="center")
-                axes.set(xlabel="layer, from the input; a line ends at its network's depth", yscale="log")
+                axes.set(xlabel="layer, from the input", yscale="log")
                 axes.set_title(when, fontsize=10)
             panels[0].set_ylabel("norm of the gradient in a layer's output")
             plot.legend(panels[0], self.seeds)
