@@ -161,8 +161,8 @@ class Gradients(study.Study):
         return study.Finding(
             effects,
             f"Decades between the largest and the smallest norm with batch normalization: {'; '.join(said)}.",
-            f"The gradient in the layers' outputs at initialization and at a training accuracy of {TRAINED:g}; a line ends at "
-            "its network's depth",
+            f"The gradient in the layers' outputs at initialization and at a training accuracy of {TRAINED:g}; a line "
+            "ends at its network's depth",
             rows,
             remarks,
         )
