@@ -283,8 +283,10 @@ def test_committed_verdicts_follow_from_the_committed_metrics(tmp_path, monkeypa
                 np.testing.assert_allclose(*numbers, rtol=1e-9)
         assert claim.results[0].dataset == "digits"
         for shown in section.shown:
-            assert shown.configuration["first_seed"] == study.FIRST_SEED
-            assert shown.configuration["seeds"] >= 10
+            first, number = (shown.configuration[name] for name in ("first_seed", "seeds"))
+            assert number >= 10
+            assert f"{first} to {first + number - 1}" in {change.seeds for change in claim.changes}
+        assert section.shown[0].configuration["first_seed"] == kind().first_seed
     assert_report_has(RESULTS, claims)
 
 
