@@ -160,9 +160,11 @@ def tally(claims: Sequence[Claim]) -> str:
     sentences: list[str] = []
     for dataset in datasets(claims):
         found = [result.verdict for claim in claims for result in claim.results if result.dataset == dataset]
-        parts = [f"{found.count(v)} {single[v] if found.count(v) == 1 else several[v]}" for v in VERDICTS]
+        counts = {v: found.count(v) for v in VERDICTS if v in found}
+        parts = [f"{number} {single[v] if number == 1 else several[v]}" for v, number in counts.items()]
         noun = "claim" if len(found) == 1 else "claims"
-        sentences.append(f"Of {len(found)} {noun} on {dataset}, {', '.join(parts[:-1])} and {parts[-1]}.")
+        listed = " and ".join(filter(None, (", ".join(parts[:-1]), parts[-1])))
+        sentences.append(f"Of {len(found)} {noun} on {dataset}, {listed}.")
     return " ".join(sentences)
 
 
