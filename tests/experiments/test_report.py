@@ -83,11 +83,7 @@ def test_verdicts_json_is_what_was_given(tmp_path, sections, page):
 
 
 def test_the_tally_counts_claims_on_each_data_set(sections, page):
-    counts = (
-        "Of 2 claims on digits, 1 holds, 1 holds in part, 0 are refuted, 0 are refuted in part and 0 are undecided."
-    )
-    counts += " Of 1 claim on fashion & more, 0 hold, 0 hold in part, 0 are refuted, 0 are refuted in part and "
-    counts += "1 is undecided."
+    counts = "Of 2 claims on digits, 1 holds and 1 holds in part. Of 1 claim on fashion & more, 1 is undecided."
     assert report.tally([section.claim for section in sections]) == counts
     assert counts in page.text["header"][0]
 
