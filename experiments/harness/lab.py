@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import optax
+from jax import Array
 
 from experiments.harness import curves, data, runs, train
-from experiments.models.networks import Network
 
 TUNING_SEEDS = (900, 901, 902)
 """The seeds that learning rates are chosen with."""
@@ -21,6 +21,13 @@ def half_decades(low: float, high: float) -> tuple[float, ...]:
     """The powers of the square root of 10 from about `low` to about `high`, in three significant digits."""
     first, last = round(2 * np.log10(low)), round(2 * np.log10(high))
     return tuple(float(f"{10 ** (i / 2):.3g}") for i in range(first, last + 1))
+
+
+class Network(NamedTuple):
+    """`init`, from a key to (params, state), and `apply`, as `train.fit` expects them."""
+
+    init: Callable[..., tuple[Any, Any]]
+    apply: Callable[..., tuple[Array, Any]]
 
 
 class Chosen(NamedTuple):

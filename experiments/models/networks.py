@@ -17,17 +17,11 @@ from jax import Array
 
 import bnjax
 from experiments.harness import data
+from experiments.harness.lab import Network
 
 Placement = Literal["before", "after", "both"]
 Weights = Callable[[Array], Array]
 """A function from a matrix of standard normal numbers, of shape (inputs, features), to a kernel of this shape."""
-
-
-class Network(NamedTuple):
-    """`init`, from a key to (params, state), and `apply`, as `train.fit` expects them."""
-
-    init: Callable[..., tuple[Any, Any]]
-    apply: Callable[..., tuple[Array, Any]]
 
 
 class Layer(NamedTuple):
