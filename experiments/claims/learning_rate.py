@@ -140,10 +140,10 @@ class LearningRate(study.Study):
             "1000 to 1009",
         ),
         study.again(
-            "Best rates of the gain are those with the fewest steps to the training loss, which the part is about; "
-            "chosen by the validation accuracy, the rate of the sigmoid network with batch normalization was one at "
-            "which the training loss falls more slowly than at the plain network's, by a difference of 0.0015 in the "
-            "accuracy. The sigmoid network's fine grid was widened before on the seeds 1000 to 1009 themselves."
+            "The gain is about steps to a training loss, and its rates are now chosen by these steps. They were chosen "
+            "by the validation accuracy, where 0.0015 between two rates decided for one at which the training loss of "
+            "the sigmoid network with batch normalization falls more slowly. The sigmoid network's fine grid had been "
+            "widened after a result of the seeds 1000 to 1009, which then judged it."
         ),
     )
     SMOKE = {"channels": (8,), "steps": 40, "seeds": 2}

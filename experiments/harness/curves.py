@@ -53,11 +53,11 @@ def at_losses(loss: np.ndarray, values: np.ndarray, levels: Sequence[float] | np
 
 
 def steps_to(series: runs.Series, classes: int, loss: float = LOSS) -> dict[str, np.ndarray]:
-    """By measure, the steps of each seed to its target, straight between evaluations; nan if it is never reached.
+    """By measure, the steps of each seed to its target, interpolated between evaluations; nan if it is never reached.
 
-    The steps of the evaluations alone would be equal in many seeds, whose spread would then be zero where the
-    difference between the arms is not. A loss is interpolated as its logarithm. `loss` is its target, as a part of
-    log(classes).
+    Steps that are not interpolated would be equal in many seeds, so that their spread could be zero where the arms
+    differ. The interpolation is linear in the accuracy and in the logarithm of the loss. `loss` is the target of the
+    loss, as a part of log(classes).
     """
     accuracy = smoothed(series["validation_accuracy"])
     steps = np.broadcast_to(series.steps.astype(float), accuracy.shape)
@@ -135,7 +135,7 @@ def trains(series: runs.Series, classes: int) -> np.ndarray:
 def at_target(falling: np.ndarray, values: np.ndarray, target: float) -> np.ndarray:
     """By run, the value when another, falling curve first reaches a target; nan if it never does.
 
-    Both have the shape (runs, evaluations). Between two evaluations both curves are taken as straight.
+    Both have the shape (runs, evaluations). Both curves are interpolated linearly between evaluations.
     """
     hit = falling <= target
     after = hit.argmax(1)[:, None]

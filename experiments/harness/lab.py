@@ -57,9 +57,10 @@ def chosen(metrics: runs.Metrics, arm: str, by: str = "curve") -> Chosen:
       by: "curve" for the mean of the smoothed accuracy over the whole of training, which favours fast training, "end"
         for its last value, "loss" for the last value of the smoothed loss, "training" for that of the training loss,
         "steps" for the fewest steps to the target of the training loss, of which every tuning seed has a
-        `curves.outcome`, or "gap" for the lowest `curves.gap`. Every tuning seed has to reach a target, that of a gap
-        in three quarters of the steps, so that others reach it in all of them. A diverged network has the accuracy 0
-        and an infinite loss. Of equally good rates the lowest is chosen.
+        `curves.outcome`, or "gap" for the lowest `curves.gap`. For "steps" and "gap" a rate counts only if every tuning
+        seed reaches the target. For "gap" they have three quarters of the steps for it, so that other seeds reach it
+        within all steps. A diverged network has the accuracy 0 and an infinite loss. Of equally good rates the lowest
+        is chosen.
     """
     scores = {}
     for name, series in metrics.items():

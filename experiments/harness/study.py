@@ -29,11 +29,11 @@ from 1000 on, which have no part in them."""
 
 
 def again(what: str = "") -> report.Change:
-    """The change by which all claims were measured again, and what it changed in one of them."""
+    """The change for which all claims were measured again; `what` says what else changed in one of them."""
     shared = (
-        "All claims were measured again with fresh seeds. Nothing is decided by fewer than ten; a claim is refuted in "
-        "part, no longer refuted, if some parts are refuted and none holds; and steps to a target are straight between "
-        "evaluations in all claims."
+        "All claims were measured again with fresh seeds, because three rules changed. Fewer than ten seeds decide "
+        "nothing. A claim is refuted in part, no longer refuted, if some of its parts are refuted, others are "
+        "undecided and none holds. The steps to a target are interpolated linearly between evaluations in all claims."
     )
     return report.Change("2026-11-27", f"{what} {shared}".strip(), "2000 to 2009")
 

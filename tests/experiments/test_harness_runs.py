@@ -100,7 +100,7 @@ def test_steps_to_the_targets_of_loss_and_smoothed_accuracy():
     np.testing.assert_allclose(found["accuracy"], 10 + 5 * (0.9 - 0.7) / (1 - 0.7))  # of 0.1, 0.55, 0.7, 1
 
 
-def test_steps_to_a_target_are_straight_between_evaluations():
+def test_steps_to_a_target_are_interpolated_between_evaluations():
     losses = 0.1 * np.log(4) * np.exp([[2, 1, -1, -2], [np.nan, -1, 0.5, 0.5], [2, 1, 1, 1], [-3, -3, -3, -3]])
     values = {"loss": losses, "validation_accuracy": np.zeros((4, 4))}
     series = runs.Series((0, 1, 2, 3), np.array([0, 10, 20, 30]), values)

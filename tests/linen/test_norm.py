@@ -250,26 +250,6 @@ def test_bad_options_are_refused(options, message):
         bnjax.linen.BatchNorm(**options).init(KEY, jnp.ones((4, 2)), use_running_average=False)
 
 
-SWITCHES = ("frozen", "frozen_params", "unbiased_var", "use_scale", "use_bias", "use_running_average")
-
-
-@pytest.mark.parametrize("option", [*SWITCHES, "force_float32_reductions"])
-def test_an_option_that_is_no_bool_is_refused(option):
-    layer = bnjax.linen.BatchNorm(**{"use_running_average": False, option: "no"})
-    with pytest.raises(TypeError, match=rf"BatchNorm\({option}=...\): expected a Python bool, got 'no'"):
-        layer.init(KEY, jnp.ones((4, 2)))
-
-
-def test_statistics_of_other_features_are_refused():
-    layer = bnjax.linen.BatchNorm(use_running_average=True, use_scale=False, use_bias=False)
-    variables = layer.init(KEY, jnp.ones((2, 4)))
-    message = (
-        r"BatchNorm\(x=...\): x has shape \(2, 3\) and so features \(3,\) on axis -1, but the layer's mean has shape "
-    )
-    with pytest.raises(ValueError, match=message + r"\(4,\). Pass an x .*, or initialize the layer with this x\."):
-        layer.apply(variables, jnp.ones((2, 3)))
-
-
 def test_moments_are_collected_where_the_collection_is_named(rng):
     x = rng.normal(3, 2, (10, 2)).astype(np.float32)
     layer = bnjax.linen.BatchNorm(use_running_average=False, momentum=0.5)
@@ -395,11 +375,3 @@ def test_an_interceptor_keeps_what_a_subclass_adds(rng):
     with nn.intercept_methods(bnjax.linen.exact_batch_norm):
         y, _ = layer.init_with_output(KEY, x)
     np.testing.assert_allclose(y, 2 * reference.train(x.astype(np.float64), 1, 0, 0, 1)[0], atol=2e-2)
-
-
-def test_what_is_a_bool_to_flax_is_one_here():
-    x = jnp.array([[1.0], [3.0]])
-    for true in (1, np.bool_(True), jnp.array(True)):
-        layer = bnjax.linen.BatchNorm(use_running_average=true, use_scale=true)
-        y, variables = layer.init_with_output(KEY, x)
-        np.testing.assert_allclose(y, nn.BatchNorm(use_running_average=true, use_scale=true).apply(variables, x))

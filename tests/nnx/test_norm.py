@@ -127,26 +127,6 @@ def test_the_call_goes_before_the_constructor_and_a_view_sets_the_layer(rng):
     np.testing.assert_allclose(layer(x, use_running_average=True), evaluated, rtol=1e-6)
 
 
-SWITCHES = ("frozen", "frozen_params", "unbiased_var", "use_scale", "use_bias", "use_running_average")
-
-
-@pytest.mark.parametrize("option", SWITCHES)
-def test_an_option_that_is_no_bool_is_refused(option):
-    layer = bnjax.nnx.BatchNorm(3, rngs=nnx.Rngs(0), **{option: "no"})
-    with pytest.raises(TypeError, match=rf"BatchNorm\({option}=...\): expected a Python bool, got 'no'"):
-        layer(jnp.ones((4, 3)))
-
-
-@pytest.mark.parametrize(("kind", "options", "call"), [("", {}, {}), ("Indexed", {"num_indices": 3}, {"index": 0})])
-def test_an_x_of_other_features_is_refused(kind, options, call):
-    layer = getattr(bnjax.nnx, f"{kind}BatchNorm")(4, rngs=nnx.Rngs(0), **options)
-    message = (
-        rf"^{kind}BatchNorm\(x=...\): x has shape \(2, 3\) and so features \(3,\) on axis -1, but .*num_features=3\."
-    )
-    with pytest.raises(ValueError, match=message):
-        layer(jnp.ones((2, 3)), **call)
-
-
 @pytest.mark.optimized
 def test_statistics_far_from_zero_are_exact(rng):
     x = (1e4 + rng.standard_normal((512, 3))).astype(np.float32)
