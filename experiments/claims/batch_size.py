@@ -196,7 +196,7 @@ class BatchSize(study.Study):
         for step, pairs in groups:
             self._fit(lab, step, {name(*pair): (pair[0], grid(step)) for pair in pairs}, tuning=True)
         for step, pairs in groups:
-            metrics = lab.record.metrics(lab.tuning_seeds, lab.dataset.classes)
+            metrics = lab.metrics()
             rates = {name(*pair): (pair[0], [*self._rates(metrics, *pair).values()]) for pair in pairs}
             self._fit(lab, step, rates, tuning=False)
 

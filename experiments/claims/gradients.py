@@ -128,7 +128,7 @@ class Gradients(study.Study):
         names = [lab.tuning(f"{arm}, {depth}", rate) for arm, rate in tried]
         coarse = every | {"eval_every": 3 * self.eval_every}  # enough for the mean of a curve
         laboratory.fit(names, network, settings=settings, seeds=laboratory.tuning_seeds, tests=False, **coarse)
-        known = laboratory.record.metrics(laboratory.tuning_seeds, laboratory.dataset.classes)
+        known = laboratory.metrics()
         best = [(arm, lab.chosen(known, f"{arm}, {depth}", "training").rate) for arm in arms]
         settings = [{"rate": rate, "scale": ARMS[arm]} for arm, rate in best]
         names = [lab.at(f"{arm}, {depth}", rate) for arm, rate in best]

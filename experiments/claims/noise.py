@@ -128,7 +128,7 @@ class Noise(study.Study):
             network = normalized_by(networks.mlp(lab.dataset, self.hidden, True), arm)
             probe = train.probe_training(network.apply)
             lab.tune(arm, network, GRID, "gap", probe=probe, **every)
-            rates = [rate for _, rate in self._rates(lab.record.metrics(lab.tuning_seeds, lab.dataset.classes), arm)]
+            rates = [rate for _, rate in self._rates(lab.metrics(), arm)]
             lab.train(arm, network, rates, probe=probe, **every)
 
     def _rates(self, metrics, arm):

@@ -160,7 +160,7 @@ class Recurrent(study.Study):
             return {"test_shared_loss": loss.mean(), "test_shared_accuracy": right.mean()}
 
         self._fit(lab, network, dict.fromkeys(ARMS, GRID), lab.tuning_seeds, None)
-        metrics = lab.record.metrics(lab.tuning_seeds, lab.dataset.classes)
+        metrics = lab.metrics()
         rates = {arm: [_rate(metrics, arm)] for arm in ARMS}
         rates[BN_LSTM] = [*dict.fromkeys(rates[BN_LSTM] + rates[LSTM])]
         self._fit(lab, network, rates, lab.seeds, probe)

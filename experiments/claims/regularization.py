@@ -176,7 +176,7 @@ class Regularization(study.Study):
         tried = [(arm, rate) for arm in arms for rate in GRID]
         names, seeds = [lab.tuning(*each) for each in tried], laboratory.tuning_seeds
         laboratory.fit(names, network, settings=[*settings(tried)], seeds=seeds, **every)
-        known = laboratory.record.metrics(seeds, laboratory.dataset.classes)
+        known = laboratory.metrics()
         best = [(arm, rate) for arm in arms for rate in dict.fromkeys(self._rates(known, arm))]
         laboratory.fit([lab.at(*each) for each in best], network, settings=[*settings(best)], **every)
 

@@ -59,25 +59,28 @@ def chosen(metrics: runs.Metrics, arm: str, by: str = "curve") -> Chosen:
         "steps" for the fewest steps to the target of the training loss, of which every tuning seed has a
         `curves.outcome`, or "gap" for the lowest `curves.gap`. For "steps" and "gap" a rate counts only if every tuning
         seed reaches the target. For "gap" they have three quarters of the steps for it, so that other seeds reach it
-        within all steps. A diverged network has the accuracy 0 and an infinite loss. Of equally good rates the lowest
-        is chosen.
+        within all steps. For "steps" the lowest training loss at the end decides if no rate counts. A diverged network
+        has the accuracy 0 and an infinite loss. Of equally good rates the lowest is chosen.
     """
     scores = {}
     for name, series in metrics.items():
         found, _, rate = name.rpartition("@")
         if found == f"tuning {arm}":
+            otherwise = 0.0  # what decides among equal scores
             if by == "gap":
                 gap = curves.gap(series, metrics.classes, 0.75)[:, None]
                 score = -np.nan_to_num(gap, nan=np.inf)
             elif by == "steps":
                 score = -np.nan_to_num(series["loss_step"][:, None], nan=np.inf)
+                otherwise = -np.nan_to_num(series["last_loss"], nan=np.inf).mean()
             elif by in ("loss", "training"):
                 values = series["validation_loss" if by == "loss" else "loss"]
                 score = -np.nan_to_num(curves.smoothed(values), nan=np.inf)
             else:
                 first = 0 if by == "curve" else 1  # the end is of trained networks alone, however few evaluations
                 score = np.nan_to_num(curves.smoothed(series["validation_accuracy"][:, first:]), nan=0.0)
-            scores[float(rate)] = float((score[:, 1:] if by == "curve" else score[:, -1:]).mean())
+            mean = (score[:, 1:] if by == "curve" else score[:, -1:]).mean()
+            scores[float(rate)] = float(mean), float(otherwise)
     rates = sorted(scores)
     best = max(rates, key=lambda rate: (scores[rate], -rate))
     at_edge = len(rates) > 1 and best in (rates[0], rates[-1])
@@ -142,6 +145,10 @@ class Lab:
             self.tell(f"{names[0]}, step {evaluation.step}")
         self.record.add_all(names, missing, evaluations, summary)
 
+    def metrics(self) -> runs.Metrics:
+        """All that is recorded so far."""
+        return self.record.metrics([*self.tuning_seeds, *self.seeds], self.dataset.classes)
+
     def train(self, arm: str, network: Network, rates: Sequence[float], **options: Any) -> None:
         """Train an arm at some rates. The runs are named by `at`."""
         rates = [*dict.fromkeys(rates)]
@@ -152,4 +159,4 @@ class Lab:
         names = [tuning(arm, rate) for rate in rates]
         options = {"tests": False, **(options if by == "gap" else {**options, "probe": None})}
         self.fit(names, network, settings=[{"rate": rate} for rate in rates], seeds=self.tuning_seeds, **options)
-        return chosen(self.record.metrics(self.tuning_seeds, self.dataset.classes), arm, by)
+        return chosen(self.metrics(), arm, by)

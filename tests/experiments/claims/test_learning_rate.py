@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from experiments.claims import learning_rate
-from experiments.harness import curves, lab, protocol, runs
+from experiments.harness import curves, data, lab, protocol, runs
 from tests.support.effects import repeated
 
 CLASSES = 10
@@ -15,13 +15,8 @@ SEEDS = (0, 1, 2)
 def test_fine_rates_are_evenly_spaced_and_have_the_top_in_their_middle():
     rates = learning_rate.fine(10.0, "convolutional")
     np.testing.assert_allclose(rates, 10.0 ** np.array([0.5, 0.75, 1, 1.25, 1.5]), rtol=5e-3)
-    assert {*learning_rate.fine(31.6, "sigmoid")[::4]} == {
-        3.16,
-        10.0,
-        31.6,
-        100.0,
-        316.0,
-    }  # the names of the coarse grid
+    longer = learning_rate.fine(31.6, "sigmoid", below=2, above=3)
+    assert longer[::4] == (3.16, 10.0, 31.6, 100.0, 316.0, 1000.0)  # the names of the coarse grid
 
 
 def test_highest_rate_is_measured_only_inside_the_grid():
@@ -110,3 +105,44 @@ def test_judge_does_not_decide_within_a_step_of_the_rates(tmp_path):
     remarks = learning_rate.LearningRate(seeds=3, first_seed=0).judge(metrics).remarks
     assert "a factor of 1.78" in remarks["convolutional, five times"]
     assert "sigmoid, five times" not in remarks  # its rates are finer, a factor of 1.33
+
+
+class Pretended(lab.Lab):
+    """Trains nothing. A rate trains up to the seed's own highest one, and a network reaches no target."""
+
+    def __init__(self, tmp_path, tops):
+        super().__init__(data.load(), runs.Record(tmp_path / "metrics.jsonl"), range(len(tops)))
+        self.tops, self.fits = tops, 0
+
+    def fit(self, names, network, *, settings, seeds=None, **options):
+        for seed in self.record.missing(names, self.seeds if seeds is None else seeds):
+            self.fits += 1
+            for name, setting in zip(names, settings, strict=True):
+                assert self.record.missing([name], [seed]), f"{name} is trained twice"
+                part = setting["rate"] / (10.0 if seed in self.tuning_seeds else self.tops[seed])
+                loss = np.log(CLASSES) * (0.6 if part > 1.01 else 0.5 - 0.1 * part)
+                found = {"loss_step": np.nan, "last_loss": loss, "test_accuracy": 0.5}
+                self.record.add(name, seed, [0, 10], found | {"validation_accuracy": [0.1, 0.5]})
+
+
+def test_the_fine_grid_reaches_the_highest_rate_of_every_seed(tmp_path):
+    # The tuning seeds train up to 10. The others do up to a decade below and above it.
+    tops = [1.0, 10.0, 100.0]
+    study = learning_rate.LearningRate(seeds=3, first_seed=0)
+    laboratory = Pretended(tmp_path, tops)
+    study.measure(laboratory)
+    metrics = laboratory.metrics()
+    for arm in learning_rate.ARMS:
+        np.testing.assert_allclose(study._highest(metrics, "sigmoid", arm), tops)
+        # The convolutional network's coarse grid ends at 10, and no fine grid becomes longer beyond that.
+        np.testing.assert_allclose(study._highest(metrics, "convolutional", arm), [1.0, 10.0, np.nan])
+    fits = laboratory.fits
+    study.measure(laboratory)
+    assert laboratory.fits == fits
+
+
+def test_the_best_rate_of_a_network_that_never_arrives_has_the_lowest_loss(tmp_path):
+    study = learning_rate.LearningRate(seeds=3, first_seed=0)
+    laboratory = Pretended(tmp_path, [10.0] * 3)
+    study.measure(laboratory)
+    assert lab.chosen(laboratory.metrics(), "sigmoid, plain", "steps") == lab.Chosen(10.0, "")
