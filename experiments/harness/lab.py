@@ -83,6 +83,8 @@ def chosen(metrics: runs.Metrics, arm: str, by: str = "curve") -> Chosen:
             scores[float(rate)] = float(mean), float(otherwise)
     rates = sorted(scores)
     best = max(rates, key=lambda rate: (scores[rate], -rate))
+    if by == "gap" and not np.isfinite(scores[best][0]):
+        return Chosen(best, f"{arm} reaches the target of the training loss at no learning rate of its grid")
     at_edge = len(rates) > 1 and best in (rates[0], rates[-1])
     return Chosen(best, f"the best learning rate of {arm}, {best:g}, is at the edge of its grid" if at_edge else "")
 

@@ -73,6 +73,18 @@ def test_rate_with_the_lowest_loss_at_the_end_is_chosen(tmp_path):
     assert lab.chosen(record.metrics([900], 10), "plain", "loss") == lab.Chosen(1.0, "")
 
 
+def test_no_rate_is_best_for_a_gap_at_a_loss_that_none_reaches(tmp_path):
+    for last, reason in ((0.3, "reaches the target of the training loss at no learning rate"), (0.1, "")):
+        record = runs.Record(tmp_path / f"{last}.jsonl")
+        for rate, gap in ((0.1, 2.0), (0.3, 1.0), (1, 2.0)):
+            losses = np.array([2.0, last, last, last])
+            values = {"train_loss": losses, "validation_loss": losses + gap, "validation_accuracy": [0.1] * 4}
+            record.add(lab.tuning("plain", rate), 900, range(4), values)
+        found = lab.chosen(record.metrics([900], 10), "plain", "gap")
+        assert reason in found.edge
+        assert reason or found == (0.3, "")
+
+
 def test_effects_of_given_losses(tmp_path):
     record, steps = runs.Record(tmp_path / "metrics.jsonl"), [0, 10]
     loss = dict(zip(regularization.ARMS, (3.0, 1.5, 2.0, 1.2, 1.0, 1.1), strict=True))
