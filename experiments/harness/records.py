@@ -99,6 +99,7 @@ def spread(values: np.ndarray, form: str, none: str = "diverged") -> str:
     some = values[np.isfinite(values)]
     if not some.size:
         return none
-    spread = f" ± {some.std(ddof=1):{form.lstrip('+')}}" if some.size > 1 else ""
+    deviation = (some - some[0]).std(ddof=1) if some.size > 1 else 0.0  # exactly 0 for equal values
+    spread = f" ± {deviation:{form.lstrip('+')}}" if some.size > 1 else ""
     missing = f" ({some.size} of {values.size})" if some.size < values.size else ""
     return f"{some.mean():{form}}{spread}{missing}"

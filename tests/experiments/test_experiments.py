@@ -39,6 +39,12 @@ def fit(seeds, steps=40, eval_every=20):
     )
 
 
+def test_spread_of_numbers_that_are_equal_is_zero():
+    assert records.spread(np.full(10, 31.6), ".3g") == "31.6 ± 0"  # std of these is 3.7e-15
+    assert records.spread(np.array([1.0, 2.0, np.nan]), ".2f") == "1.50 ± 0.71 (2 of 3)"
+    assert records.spread(np.array([np.nan]), ".2f", "never") == "never"
+
+
 def test_mlp_matches_the_oracle_in_training_and_evaluation(rng):
     params, state = INIT(jax.random.key(0))
     assert [set(layer) for layer in params] == [{"kernel", "bn"}, {"kernel", "bias"}]
