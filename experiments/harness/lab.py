@@ -66,27 +66,32 @@ def chosen(metrics: runs.Metrics, arm: str, by: str = "curve") -> Chosen:
     for name, series in metrics.items():
         found, _, rate = name.rpartition("@")
         if found == f"tuning {arm}":
-            otherwise = 0.0  # what decides among equal scores
-            if by == "gap":
-                gap = curves.gap(series, metrics.classes, 0.75)[:, None]
-                score = -np.nan_to_num(gap, nan=np.inf)
-            elif by == "steps":
-                score = -np.nan_to_num(series["loss_step"][:, None], nan=np.inf)
-                otherwise = -np.nan_to_num(series["last_loss"], nan=np.inf).mean()
-            elif by in ("loss", "training"):
-                values = series["validation_loss" if by == "loss" else "loss"]
-                score = -np.nan_to_num(curves.smoothed(values), nan=np.inf)
-            else:
-                first = 0 if by == "curve" else 1  # the end is of trained networks alone, however few evaluations
-                score = np.nan_to_num(curves.smoothed(series["validation_accuracy"][:, first:]), nan=0.0)
-            mean = (score[:, 1:] if by == "curve" else score[:, -1:]).mean()
-            scores[float(rate)] = float(mean), float(otherwise)
+            scores[float(rate)] = _score(series, metrics.classes, by)
     rates = sorted(scores)
-    best = max(rates, key=lambda rate: (scores[rate], -rate))
+    best = max(rates, key=lambda rate: scores[rate])  # the first of equals
+    edge = ""
     if by == "gap" and not np.isfinite(scores[best][0]):
-        return Chosen(best, f"{arm} reaches the target of the training loss at no learning rate of its grid")
-    at_edge = len(rates) > 1 and best in (rates[0], rates[-1])
-    return Chosen(best, f"the best learning rate of {arm}, {best:g}, is at the edge of its grid" if at_edge else "")
+        edge = f"{arm} reaches the target of the training loss at no learning rate of its grid"
+    elif len(rates) > 1 and best in (rates[0], rates[-1]):
+        edge = f"the best learning rate of {arm}, {best:g}, is at the edge of its grid"
+    return Chosen(best, edge)
+
+
+def _score(series: runs.Series, classes: int, by: str) -> tuple[float, float]:
+    """What `chosen` rates by, the higher the better, and what decides between equals."""
+
+    def least(values: np.ndarray) -> float:
+        return -float(np.nan_to_num(values, nan=np.inf).mean())
+
+    if by == "gap":
+        return least(curves.gap(series, classes, 0.75)), 0.0
+    if by == "steps":
+        return least(series["loss_step"]), least(series["last_loss"])
+    if by in ("loss", "training"):
+        return least(curves.smoothed(series["validation_loss" if by == "loss" else "loss"])[:, -1]), 0.0
+    first = 0 if by == "curve" else 1  # the end is of trained networks alone, however few evaluations
+    accuracy = np.nan_to_num(curves.smoothed(series["validation_accuracy"][:, first:]), nan=0.0)
+    return float((accuracy[:, 1:] if by == "curve" else accuracy[:, -1:]).mean()), 0.0
 
 
 class Lab:
