@@ -36,19 +36,12 @@ def test_blocks_run(name, program, tmp_path, capsys):
         assert shown in printed
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", markdown.pages(slow=True))
-def test_slow_blocks_run(name, tmp_path):
-    run(name, markdown.pages(slow=True)[name], tmp_path)
-
-
 def test_a_page_is_one_program_with_the_lines_of_the_page():
     block = "```python\nx = 1\n```\n"
-    text = f'# Page\n\n{block}\n=== "Tab"\n\n    ```python\n    if x:\n        y = x\n    ```\n\n<!-- slow -->\n{block}'
+    text = f'# Page\n\n{block}\n=== "Tab"\n\n    ```python\n    if x:\n        y = x\n    ```\n'
     program = markdown.program(text)
     assert program.split("\n").index("if x:") == text.split("\n").index("    if x:")
     assert program.count("x = 1") == 1
-    assert markdown.program(text, slow=True).count("x = 1") == 2
     assert markdown.program("# Page") == ""
 
 

@@ -6,31 +6,23 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
-SLOW = "<!-- slow -->"
-"""On the line before a block that takes long: it runs in the slow set alone."""
 
-_BLOCK = re.compile(
-    r"^(?P<slow>[ ]*<!-- slow -->\n\n?)?(?P<indent>[ ]*)```python\n(?P<code>.*?)^(?P=indent)```", re.M | re.S
-)
+_BLOCK = re.compile(r"^(?P<indent>[ ]*)```python\n(?P<code>.*?)^(?P=indent)```", re.M | re.S)
 
 
-def program(text: str, slow: bool = False) -> str:
+def program(text: str) -> str:
     """All Python blocks of a page as one program, each on the lines on which the page has it."""
     lines: list[str] = []
     for match in _BLOCK.finditer(text):
-        if match["slow"] and not slow:
-            continue
         lines += [""] * (text.count("\n", 0, match.start("code")) - len(lines))
         lines += textwrap.dedent(match["code"]).rstrip("\n").split("\n")
     return "\n".join(lines) + "\n" if lines else ""
 
 
-def pages(slow: bool = False) -> dict[str, str]:
-    """The program of each page that has one, by the page's path; if `slow`, of those that have a slow block."""
-    texts = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in PAGES}
-    return {
-        name: program(text, slow) for name, text in texts.items() if program(text, slow) and (SLOW in text or not slow)
-    }
+def pages() -> dict[str, str]:
+    """The program of each page that has one, by the page's path."""
+    programs = {str(path.relative_to(ROOT)): program(path.read_text(encoding="utf-8")) for path in PAGES}
+    return {name: text for name, text in programs.items() if text}
 
 
 def pytest_commands() -> list[str]:
