@@ -152,10 +152,10 @@ class LearningRate(study.Study):
         report.Change(
             "2026-11-27",
             "On 8,000 digits of MNIST the plain convolutional network left three parts undecided. Its highest rate was "
-            "at the end of the fine grid in 9 of 10 seeds. Fine grids now start with half a decade to each side, also in "
-            "the sigmoid network, which had a whole one, and become longer while that is so. And the plain network "
-            "reached the training loss in time at no rate, for which the lowest rate of its grid was taken for the best; "
-            "it is the one with the lowest training loss at the end now.",
+            "at the end of the fine grid in 9 of 10 seeds. Fine grids now start with half a decade to each side, also "
+            "in the sigmoid network, which had a whole one, and become longer while that is so. And the plain network "
+            "reached the training loss in time at no rate, for which the lowest rate of its grid was taken for the "
+            "best; it is the one with the lowest training loss at the end now.",
             "3000 to 3009",
         ),
     )
