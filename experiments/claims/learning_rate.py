@@ -92,6 +92,11 @@ def trains(series: runs.Series, classes: int) -> np.ndarray:
     return series["last_loss"] <= TRAINED * np.log(classes)
 
 
+def _trained(metrics: runs.Metrics, names: list[str]) -> np.ndarray:
+    """Whether the runs of some names have trained, of shape (seeds, names)."""
+    return np.stack([trains(metrics[name], metrics.classes) for name in names], 1)
+
+
 def highest(trained: np.ndarray, rates: np.ndarray) -> np.ndarray:
     """By run, the highest rate that trains; nan if it is not inside the grid.
 
@@ -182,9 +187,10 @@ class LearningRate(study.Study):
         return build(dataset, kind, arm != "plain", self.weight_std, depth, self.channels)
 
     def _fine(self, metrics, network, arm):
-        """The rates of the fine grid, which may not have been trained yet."""
+        """The rates of the fine grid, as long as the recorded runs ask for. Those of its last extension may have no
+        runs yet."""
         name, grid = f"{network}, {arm}", np.array(GRIDS[network])
-        trained = np.stack([trains(metrics[lab.tuning(name, rate)], metrics.classes) for rate in grid], 1)
+        trained = _trained(metrics, [lab.tuning(name, rate) for rate in grid])
         places = [np.flatnonzero(each)[-1] for each in trained if each.any()]
         top = grid[int(np.median(places))] if places else grid[0]
         below = above = 1
@@ -193,7 +199,7 @@ class LearningRate(study.Study):
             names = [lab.at(name, rate) for rate in rates]
             if not all(self._complete(metrics, each) for each in names):
                 return rates
-            trained = np.stack([trains(metrics[each], metrics.classes) for each in names], 1)
+            trained = _trained(metrics, names)
             lower = rates[0] > grid[0] and not bool(trained.any(1).all())
             higher = rates[-1] < grid[-1] and bool(trained[:, -1].any())
             if not (lower or higher):
@@ -223,13 +229,13 @@ class LearningRate(study.Study):
         return [rate for rate in rates if not self._complete(metrics, lab.at(f"{network}, {arm}", rate))]
 
     def _complete(self, metrics, name):
+        """Whether there is a run of every seed."""
         return name in metrics and len(metrics[name].seeds) == self.seeds
 
     def _highest(self, metrics, network, arm):
         """By seed, the highest rate that trains."""
         rates = self._fine(metrics, network, arm)
-        series = [metrics[lab.at(f"{network}, {arm}", rate)] for rate in rates]
-        return highest(np.stack([trains(each, metrics.classes) for each in series], 1), np.array(rates))
+        return highest(_trained(metrics, [lab.at(f"{network}, {arm}", rate) for rate in rates]), np.array(rates))
 
     def judge(self, metrics: runs.Metrics) -> study.Finding:
         effects, remarks = {}, {}

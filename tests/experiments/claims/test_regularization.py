@@ -73,16 +73,17 @@ def test_rate_with_the_lowest_loss_at_the_end_is_chosen(tmp_path):
     assert lab.chosen(record.metrics([900], 10), "plain", "loss") == lab.Chosen(1.0, "")
 
 
-def test_no_rate_is_best_for_a_gap_at_a_loss_that_none_reaches(tmp_path):
-    for last, reason in ((0.3, "reaches the target of the training loss at no learning rate"), (0.1, "")):
-        record = runs.Record(tmp_path / f"{last}.jsonl")
-        for rate, gap in ((0.1, 2.0), (0.3, 1.0), (1, 2.0)):
-            losses = np.array([2.0, last, last, last])
-            values = {"train_loss": losses, "validation_loss": losses + gap, "validation_accuracy": [0.1] * 4}
-            record.add(lab.tuning("plain", rate), 900, range(4), values)
-        found = lab.chosen(record.metrics([900], 10), "plain", "gap")
-        assert reason in found.edge
-        assert reason or found == (0.3, "")
+@pytest.mark.parametrize(
+    ("last", "rate", "edge"),
+    [(0.1, 0.3, ""), (0.3, 0.1, "plain reaches the target of the training loss at no learning rate of its grid")],
+)
+def test_the_rate_with_the_smallest_gap_must_reach_the_target(tmp_path, last, rate, edge):
+    record = runs.Record(tmp_path / "metrics.jsonl")
+    for each, gap in ((0.1, 2.0), (0.3, 1.0), (1, 2.0)):
+        losses = np.array([2.0, last, last, last])
+        values = {"train_loss": losses, "validation_loss": losses + gap, "validation_accuracy": [0.1] * 4}
+        record.add(lab.tuning("plain", each), 900, range(4), values)
+    assert lab.chosen(record.metrics([900], 10), "plain", "gap") == lab.Chosen(rate, edge)
 
 
 def test_effects_of_given_losses(tmp_path):
