@@ -87,14 +87,9 @@ def by(network: str) -> str:
     return "steps" if network in SWEPT else "curve"
 
 
-def trains(series: runs.Series, classes: int) -> np.ndarray:
-    """By run, of which there is a `curves.outcome`, whether it has trained at the end."""
-    return series["last_loss"] <= TRAINED * np.log(classes)
-
-
 def _trained(metrics: runs.Metrics, names: list[str]) -> np.ndarray:
     """Whether the runs of some names have trained, of shape (seeds, names)."""
-    return np.stack([trains(metrics[name], metrics.classes) for name in names], 1)
+    return np.stack([curves.trains(metrics[name], metrics.classes, TRAINED) for name in names], 1)
 
 
 def highest(trained: np.ndarray, rates: np.ndarray) -> np.ndarray:

@@ -127,9 +127,10 @@ def outcome(classes: int, curve: bool = False) -> runs.Summary:
     return summary
 
 
-def trains(series: runs.Series, classes: int) -> np.ndarray:
-    """By run, of which there is an `outcome`, whether its training loss is at the target or below it at the end."""
-    return series["last_loss"] <= LOSS * np.log(classes)
+def trains(series: runs.Series, classes: int, loss: float = LOSS) -> np.ndarray:
+    """By run, of which there is an `outcome`, whether its training loss is at a target or below it at the end. `loss` is
+    the target, as a part of log(classes)."""
+    return series["last_loss"] <= loss * np.log(classes)
 
 
 def at_target(falling: np.ndarray, values: np.ndarray, target: float) -> np.ndarray:
