@@ -128,8 +128,10 @@ def outcome(classes: int, curve: bool = False) -> runs.Summary:
 
 
 def trains(series: runs.Series, classes: int, loss: float = LOSS) -> np.ndarray:
-    """By run, of which there is an `outcome`, whether its training loss is at a target or below it at the end. `loss` is
-    the target, as a part of log(classes)."""
+    """By run, of which there is an `outcome`, whether its training loss is at a target or below it at the end.
+
+    `loss` is the target, as a part of log(classes).
+    """
     return series["last_loss"] <= loss * np.log(classes)
 
 
