@@ -135,9 +135,11 @@ def bn_apply(
 
     A feature with fewer than two valid values, or with statistics that are not finite, keeps its state and count. With
     one valid value var is 0, so that this value becomes `bias`. With none, the feature is normalized by the running
-    statistics (by mean 0 and var 1 if state is None). A valid NaN or infinity shows in the output of its feature. In
-    evaluation by running statistics, axis_name has no effect, and the mask affects derivatives alone: masked elements
-    whose output is not finite do not enter them.
+    statistics (by mean 0 and var 1 if state is None). A valid NaN or infinity shows as NaN in the output and gradient of
+    its feature. So does, under every transform, a variance that exceeds a quarter of the largest number divided by the
+    number of values n (in float32 a standard deviation above 9e18 / sqrt(n)). In evaluation by running statistics,
+    axis_name has no effect, and the mask affects only derivatives: masked elements whose output is not finite do not
+    enter them.
 
     Raises:
       TypeError, ValueError: while tracing, for shapes, dtypes and Python values that do not fit; the message names

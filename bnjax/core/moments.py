@@ -200,7 +200,21 @@ def collect(
         # Merged outside the custom JVP, because the names of vmap axes are unbound when jit traces that rule. No data
         # move along these axes, so that autodiff may transpose the merge as it likes.
         collected = named(_merge_over(collected, on_vmap, groups, is_real(batch.mask)))
-    return collected
+    return _overflow_as_nan(collected)
+
+
+def _overflow_as_nan(collected: Collected) -> Collected:
+    """The moments with NaN for a variance whose sum of squares, valid elements x var, is near the end of the range.
+
+    Some ways of reading x overflow to infinity there, others to NaN, and others not yet. Normalized by an infinite
+    variance, a feature would silently become `bias`. Below the limit 1 / (valid x var), a factor of the gradient, is a
+    normal number.
+    """
+    moments, support = collected
+    limit = jnp.finfo(moments.var.dtype).max / 4
+    return collected._replace(
+        moments=moments._replace(var=jnp.where(support.valid * moments.var <= limit, moments.var, jnp.nan))
+    )
 
 
 def merge_parts(parts: Collected, axis: int) -> Collected:
