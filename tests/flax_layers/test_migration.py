@@ -111,6 +111,14 @@ def not_finite(framework, rng):
     np.testing.assert_allclose(ours.mean[[0, 2]], 0.1 * x.mean(0)[[0, 2]], rtol=1e-5)
 
 
+def overflow(framework, rng):
+    x = data(rng, mean=0.0) * np.array([3e19, 1, 1], np.float32)
+    flax, ours = both(framework, x, momentum=0.9)
+    np.testing.assert_array_equal(flax.y[:, 0], 0)
+    assert np.isnan(ours.y).any(0).tolist() == [True, False, False]
+    assert (ours.mean[0], ours.var[0]) == (0, 1)
+
+
 def no_valid_value(framework, rng):
     x = data(rng)
     flax, ours = both(framework, x, mask=np.zeros((64, 1), bool))
@@ -216,6 +224,7 @@ CASES = {
     "rounds squares and means to half precision": half_precision_reductions,
     "A batch of one value": one_value,
     "Statistics of a batch that are not finite": not_finite,
+    "Finite values whose squares overflow": overflow,
     "A feature without a valid value": no_valid_value,
     "merged by the mean of means": unequal_shards,
     "not boolean is True where it is not 0": mask_that_is_true_unless_0,
