@@ -34,10 +34,16 @@ def diagnose(
 
         shift = |mean - batch mean| / sqrt(batch var + epsilon)
         var_ratio = (var + epsilon) / (batch var + epsilon)
+        damage = rms(y in evaluation - y in training) / max(|scale|, rms of the layer's scales)
+
+    where rms is the root mean square, and y the output of a feature for the batch, by its running statistics and by its
+    own. A damage of 1 is a change by the standard deviation that the output has in training. A feature whose scale is
+    much smaller than those of its layer is judged by proportionally less.
 
     An error makes evaluation unreliable, a warning may harm it, and a note may be intended. Findings are sorted by
-    severity, then by value / limit (a finding without a limit first), then by the share of features affected. The
-    limits are constants of `bnjax.diagnosis.limits`.
+    severity, then by the damage of the worst feature, or value / limit where a problem has no damage (a finding without
+    a limit comes first), then by the share of features affected. They name their features, worst first. The limits are
+    constants of `bnjax.diagnosis.limits`.
 
     Args:
       params, batch_stats: a Linen model's collections, NNX states as `bnjax.nnx.functional` returns them, dictionaries
@@ -45,18 +51,19 @@ def diagnose(
       batch_moments: the collection that one batch in training returns, `model.apply({"params": params, "batch_stats":
         batch_stats}, x, train=True, mutable=["batch_stats", "batch_moments"])[1]["batch_moments"]`, or `bnjax.Moments`
         for each layer. The batch should come from the data on which evaluation fails. Features without moments are
-        examined without a comparison.
+        examined without a comparison, and layers without moments are named.
       epsilon: epsilon of the layers, > 0.
       momentum: momentum of the layers, a number in [0, 1]. With the count of updates it gives the weight that the
-        initial mean 0 and variance 1 still have.
+        initial mean 0 and variance 1 still have. Without it, 0.99 is assumed for statistics in half precision.
 
     Returns:
-      Diagnosis: `findings`, `layers` by name, `str()` for a table, `as_dict()` for JSON, `plot()`. Arrays are float64,
-      or complex128 for a complex mean.
+      Diagnosis: `findings`, `layers` by name, `str()` for a table, `as_dict()` for JSON, `plot()`, and `beyond` for
+      what another diagnosis lacks. Arrays are float64, or complex128 for a complex mean.
 
     Raises:
-      TypeError, ValueError: for traced arrays, a momentum that is not a number in [0, 1], trees without a running mean
-        and variance, or moments of another shape.
+      TypeError, ValueError: for traced arrays, a momentum that is not a number in [0, 1], a model, a TrainState or all
+        variables in place of one collection, arguments in another order, trees without a running mean and variance, and
+        parameters or moments of another model.
 
     Example:
       >>> import jax.numpy as jnp
