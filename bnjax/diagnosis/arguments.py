@@ -174,4 +174,5 @@ def _moments(batch_moments: Any, found: Mapping[str, Any]) -> dict[str, dict[str
 
 
 def _listed(names: Iterable[str]) -> str:
+    """The first names of layers, in brackets."""
     return listed(repr(name or "the model itself") for name in sorted(names)).join("[]")

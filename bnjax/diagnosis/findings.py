@@ -136,7 +136,7 @@ def _half_precision(report: LayerReport, state: BNState, epsilon: float, momentu
     stops = np.zeros(std.shape)
     for value, unit, affected in zip((state.mean, state.var), (std, 2 * std**2), narrow, strict=False):
         if affected and rest:
-            stops = np.maximum(stops, _spacing(value) / (2 * rest * unit))
+            stops = np.where(report.nonfinite, 0, np.maximum(stops, _spacing(value) / (2 * rest * unit)))
     return Check("half precision", "warning", np.full(std.shape, any(narrow)), stops if stops.any() else None, stops)
 
 
@@ -172,23 +172,23 @@ def _batch_checks(layer: Layer, report: LayerReport, settled: np.ndarray, epsilo
     assert ratio is not None
     assert size is not None
     assert damage is not None
-    share = relative(layer.scale())
+    relevance = relative(layer.scale())
     shift_limit, ratio_limit = limits(size)
     compared = settled & (size > 0)
     # A batch may lack the few examples for which a feature is active, so that its variance is next to 0 and the shift
     # in its units is huge. In units of the larger variance the mean is still within a few 1 / sqrt(n).
-    distance = share * shift / np.sqrt(np.maximum(ratio, 1))
+    distance = relevance * shift / np.sqrt(np.maximum(ratio, 1))
     shifted = compared & (distance > shift_limit)
     # For the same reason variances are compared only where the batch's is epsilon or more.
     batch_mean, batch_var = wide(layer.moments["mean"]), wide(layer.moments["var"])
     rare = rarely_active(report.mean, report.var, batch_mean, batch_var, size)
     alive = compared & (report.var + epsilon >= 2 * epsilon * ratio) & ~rare
-    log_ratio = share * abs(np.log(ratio))
+    log_ratio = relevance * abs(np.log(ratio))
     differs = alive & (log_ratio > np.log(ratio_limit))
     many = rows(differs).mean(-1, keepdims=True) >= SHARE
     differs = (rows(differs) & many).reshape(differs.shape)
     # A single feature counts if evaluation amplifies it. One that evaluation shrinks may have been active before.
-    amplified = alive & (share * (1 / np.sqrt(ratio) - 1) > np.sqrt(single_limit(size)) - 1)
+    amplified = alive & (relevance * (1 / np.sqrt(ratio) - 1) > np.sqrt(single_limit(size)) - 1)
 
     def severity(affected, distance, compared, severe):
         whole = any(c.any() and np.median(d[c]) > severe for d, c in zip(rows(distance), rows(compared), strict=True))

@@ -165,6 +165,9 @@ def test_statistics_in_half_precision_stop_within_the_value_of_the_finding(dtype
     stop = spacing / 0.02 / np.sqrt(var.astype(np.float64) + EPSILON)
     np.testing.assert_allclose(finding.value, stop.max(), rtol=1e-6)
     assert "float32" in finding.advice
+    broken = diagnose({}, state._replace(mean=np.where(np.arange(5) == 2, np.nan, mean).astype(dtype)), momentum=0.99)
+    assert [f.problem for f in broken.findings] == ["non-finite statistics", "half precision"]
+    assert broken.findings[1].value > 0
     scale = bnjax.BNParams(np.ones(5, dtype), np.zeros(5, dtype))
     wide = state._replace(mean=mean.astype(np.float32), var=var.astype(np.float32))
     assert diagnose(scale, wide, momentum=0.99).findings == []
