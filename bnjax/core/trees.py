@@ -68,6 +68,7 @@ def check_collected(call: str, batch_stats: Any, batch_moments: Any) -> None:
 
 def _names(path):
     whole = jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value")  # of an NNX variable
+    whole = whole.lstrip("/")  # an NNX model that is a single layer collects its moments under the name ""
     layer, _, name = whole.rpartition("/")
     return layer, name
 

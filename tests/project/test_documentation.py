@@ -136,6 +136,7 @@ def test_the_pictures_of_the_guide_show_what_it_says(flax_promotion):
     assert problems == {
         "healthy": set(),
         "shifted": {"variance differs", "mean shifted"},
+        "feature": {"variance differs"},
         "lagging": {"initial values", "variance differs"},
         "dead": {"dead features"},
     }
