@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 
+from bnjax.core.jax_internals import PLAIN
 from tests.support.compiling import unoptimized
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -20,6 +21,12 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # Compiling dominates a first example, so a deadline would measure the machine.
 hypothesis.settings.register_profile("bnjax", deadline=None, derandomize=True, max_examples=40)
 hypothesis.settings.load_profile("bnjax")
+
+
+def pytest_collection_modifyitems(items):
+    """Where the plain formulas were chosen there are no lowerings to test."""
+    if PLAIN:
+        items[:] = [item for item in items if item.get_closest_marker("lowerings") is None]
 
 
 def pytest_collection_finish(session):

@@ -135,7 +135,7 @@ def bn_apply(
 
     A feature with fewer than two valid values, or with statistics that are not finite, keeps its state and count. With
     one valid value var is 0, so that this value becomes `bias`. With none, the feature is normalized by the running
-    statistics (by mean 0 and var 1 if state is None). A valid NaN or infinity shows as NaN in the output and gradient of
+    statistics (by mean 0 and var 1 if state is None). A valid NaN or infinity gives NaN in the output and gradient of
     its feature. So does, under every transform, a variance that exceeds a quarter of the largest number divided by the
     number of values n (in float32 a standard deviation above 9e18 / sqrt(n)). In evaluation by running statistics,
     axis_name has no effect, and the mask affects only derivatives: masked elements whose output is not finite do not
@@ -239,6 +239,7 @@ def choose_statistics(moments: Moments, state: BNState | None, batch: Batch) -> 
     return select(some, mean, sharded_as(mean, running_mean)), select(some, var, sharded_as(var, running_var))
 
 
+@jax.named_scope("bnjax.normalize")
 def normalize_by(
     mean: Array, var: Array, scale: Array | None, bias: Array | None, batch: Batch, options: Options
 ) -> Array:

@@ -176,6 +176,7 @@ class Reading(NamedTuple):
     guarded: bool
 
 
+@jax.named_scope("bnjax.moments")
 def collect(
     batch: Batch, names: tuple[Hashable, ...], groups: Groups, *, shift: Array | None = None, sharded: bool = True
 ) -> Collected:

@@ -24,6 +24,7 @@ def momentum_argument(call: str, momentum: Any, state: Any, train: bool) -> Sche
     return Scheduled(checks.momentum(call, argument.number), None)
 
 
+@jax.named_scope("bnjax.running")
 def update(
     state: BNState | None,
     batch: Collected,
