@@ -13,7 +13,8 @@ that they are used only in this module:
 
 `jax.experimental.jet`, `jax.extend.core.primitives.name_p`
     The table of rules of `jet` takes one for each of our primitives, and one for the names that
-    `jax.ad_checkpoint.checkpoint_name` gives, which it does not know. Without `jet` there are no Taylor series.
+    `jax.ad_checkpoint.checkpoint_name` gives, which it does not know. Importing bnjax adds only the former. Without
+    `jet` there are no Taylor series.
 
 With the environment variable BNJAX_PLAIN=1, or where JAX has lost the primitives, the plain formula runs everywhere.
 Its results are as exact. It takes more time on CPU, and moves more memory on a GPU.
@@ -46,6 +47,7 @@ ad: Any = _module("jax.interpreters.ad")
 batching: Any = _module("jax.interpreters.batching")
 mlir: Any = _module("jax.interpreters.mlir")
 jet: Any = _module("jax.experimental.jet")
+name_p: Any = getattr(_module("jax.extend.core.primitives"), "name_p", None)
 
 
 @functools.cache
@@ -158,6 +160,9 @@ class PlatformFunction:
         return mlir.lower_fun(rule, multiple_results=True)(context, *arrays, axes=axes)
 
     def _jet(self, primals, terms, *, axes):
+        # A name for `jax.checkpoint` is the identity, so that its result has the Taylor series of its argument. What we
+        # name has gone through one of these functions, so that the rule is there in time without an import adding it.
+        jet.jet_rules.setdefault(name_p, lambda primals, terms, **params: (*primals, *terms))
         return jet.jet(partial(self.taylor, axes=axes), primals, terms, factorial_scaled=False)
 
 
@@ -184,13 +189,3 @@ def _on_one_device(context):
 def mesh_axes() -> frozenset[Hashable]:
     """The named axes of a mesh that `shard_map` or `pmap` maps where this is called."""
     return frozenset(jax.sharding.get_abstract_mesh().manual_axes)
-
-
-def _let_names_pass_through_jet():
-    """A name for `jax.checkpoint` is the identity, so that its result has the Taylor series of its argument."""
-    name_p = getattr(_module("jax.extend.core.primitives"), "name_p", None)
-    if None not in (jet, name_p):
-        jet.jet_rules.setdefault(name_p, lambda primals, terms, **params: (*primals, *terms))
-
-
-_let_names_pass_through_jet()

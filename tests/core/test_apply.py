@@ -247,7 +247,10 @@ def test_integer_and_boolean_masks_agree_with_weights_and_rows(rng):
     rows, want = bnjax.bn_apply(params, state, np.repeat(x, counts[:, 0], 0), True)
     chex.assert_trees_all_close((y[counts[:, 0] > 0], new), (rows[np.array([0, 2, 3, 6])], want), rtol=1e-5, atol=1e-6)
     negative = np.where(counts == 0, -1.0, counts).astype(np.float32)
-    chex.assert_trees_all_equal(bnjax.bn_apply(params, state, x, True, mask=negative), (y, new))
+    with pytest.raises(ValueError, match=r"bn_apply\(mask=...\): expected booleans or weights of 0 or more, got -1.0"):
+        bnjax.bn_apply(params, state, x, True, mask=negative)
+    unknown = jax.jit(lambda mask: bnjax.bn_apply(params, state, x, True, mask=mask))(negative)
+    chex.assert_trees_all_close(unknown, (y, new), rtol=1e-6)
 
 
 @jax.jit
