@@ -224,8 +224,7 @@ def known(values: Array) -> np.ndarray | None:
 def momentum(call: str, value: Any, *, clamped: bool = False) -> tuple[Any, Any]:
     """The momentum and its complement, both in [0, 1]; an array is clamped if only run time knows it, or if asked for.
 
-    Looking into an array makes the host wait for it. Our own schedules, which stay in [0, 1], spare a loop of eager calls
-    that wait.
+    Looking into an array makes the host wait for it. Our own schedules stay in [0, 1] and spare eager calls that wait.
     """
     if isinstance(value, np.ndarray) and value.ndim:
         value = jnp.asarray(value)

@@ -191,8 +191,8 @@ def _warn_of_lost_counts(weights):
     lost = (numbers >= 1) & (numbers <= np.spacing(total) / 2)
     if lost.any():
         warnings.warn(
-            f"merge_moments(...): a weight of {numbers[lost][0]:g} is lost beside {total.max():g}, because the next number "
-            f"of {total.dtype} is further away. Merge small parts with each other first.",
+            f"merge_moments(...): a weight of {numbers[lost][0]:g} is lost beside {total.max():g}, because the next "
+            f"{total.dtype} is further away. Merge small parts with each other first.",
             stacklevel=3,
         )
 
