@@ -12,12 +12,9 @@ The package consists of these parts, each of which imports only from the parts a
     linen, nnx    the layers, and convert, fold_model and more for whole models (they need flax)
 """
 
-from typing import TYPE_CHECKING
-
 from bnjax import interop
 from bnjax.core.apply import bn_apply, bn_init
 from bnjax.core.checks import UnboundAxisNameError
-from bnjax.core.deprecation import aliases
 from bnjax.core.moments import batch_moments, merge_moments
 from bnjax.core.records import BNParams, BNState, Moments
 from bnjax.core.schedules import cumulative_average, debiased, linear_ramp
@@ -66,6 +63,3 @@ __all__ = [
     "recalibrate",
     "renorm_bn_apply",
 ]
-
-if not TYPE_CHECKING:
-    __getattr__ = aliases(__name__, {"merge": merge_moments, "ramp": linear_ramp})

@@ -16,7 +16,6 @@
     running         the update of the running statistics by a batch's moments
     apply           `bn_apply`: validate, choose statistics, normalize, update
     trees           the layers in the trees of a model's variables
-    deprecation     old names
 
 Each module imports only from the modules above it.
 """

@@ -174,6 +174,18 @@ def weights(call: str, mask: Any, x: Array) -> None:
         )
 
 
+def known_weights(call: str, mask: Any) -> None:
+    """Check that real-valued weights are numbers of 0 or more, where they are known before the call is compiled."""
+    if not hasattr(mask, "dtype") or jnp.issubdtype(mask.dtype, jnp.bool_) or jnp.iscomplexobj(mask):
+        return
+    numbers = known(mask) if isinstance(mask, Array) else np.asarray(mask)
+    if numbers is not None and not np.all(numbers >= 0):
+        raise ValueError(
+            f"{call}(mask=...): expected booleans or weights of 0 or more, got {numbers[~(numbers >= 0)][0]}. Pass how "
+            "much each element counts; 0 leaves it out."
+        )
+
+
 def boolean(call: str, name: str, value: Any) -> None:
     """Check that an argument is a Python bool."""
     if not isinstance(value, bool):
@@ -209,14 +221,17 @@ def known(values: Array) -> np.ndarray | None:
     return None if unknown else np.asarray(jax.device_get(values))
 
 
-def momentum(call: str, value: Any) -> tuple[Any, Any]:
-    """The momentum and its complement, both in [0, 1]; a momentum that only run time knows is clamped."""
+def momentum(call: str, value: Any, *, clamped: bool = False) -> tuple[Any, Any]:
+    """The momentum and its complement, both in [0, 1]; an array is clamped if only run time knows it, or if asked for.
+
+    Looking into an array makes the host wait for it. Our own schedules stay in [0, 1] and spare eager calls that wait.
+    """
     if isinstance(value, np.ndarray) and value.ndim:
         value = jnp.asarray(value)
     if isinstance(value, Array):
         if not (jnp.issubdtype(value.dtype, jnp.floating) or jnp.issubdtype(value.dtype, jnp.integer)):
             raise TypeError(f"{call}(momentum=...): expected real numbers, got {value.dtype}.")
-        numbers = known(value)
+        numbers = None if clamped else known(value)
         if numbers is None:
             value = jnp.where(value < 0, 0, jnp.where(value > 1, 1, value))
         elif not np.all((numbers >= 0) & (numbers <= 1)):

@@ -13,6 +13,7 @@ This module knows neither scale and bias nor running statistics.
 """
 
 import math
+import warnings
 from collections.abc import Hashable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -96,8 +97,8 @@ def batch_moments(
     Args:
       x: floating or complex, any shape.
       axis: the feature axis of `x`, or several; the result has their sizes in increasing axis order.
-      mask: array of x's rank that broadcasts to it, boolean or weights >= 0; a negative weight is 0. Masked elements,
-        even NaN, do not affect the result. The mask is not differentiated.
+      mask: array of x's rank that broadcasts to it, boolean or weights >= 0. A negative weight is an error, or 0 where
+        only run time knows it. Masked elements, even NaN, do not affect the result. The mask is not differentiated.
       axis_name: mapped axis, or several, whose devices or examples share their statistics. One collective gathers
         3 x features numbers a device (5 with real-valued weights); the derivative has one psum of 2 x features.
       axis_index_groups: groups of indices as in `jax.lax.psum`; each group has its own moments.
@@ -116,15 +117,16 @@ def batch_moments(
       >>> bnjax.batch_moments(x, mask=jnp.array([[True], [True], [False]])).mean
       Array([ 2., 10.], dtype=float32)
     """
-    axis, names = checks.static_axis("batch_moments", axis), checks.axis_names("batch_moments", axis_name)
-    groups = checks.index_groups("batch_moments", axis_index_groups)
-    return _batch_moments(x, mask, axis=axis, names=names, groups=groups)
-
-
-@partial(jax.jit, static_argnames=("axis", "names", "groups"), inline=True)
-def _batch_moments(x, mask, *, axis, names, groups):
     checks.inexact("batch_moments", "x", x)
+    checks.known_weights("batch_moments", mask)
     features = checks.feature_axes("batch_moments", x, axis)
+    names = checks.axis_names("batch_moments", axis_name)
+    groups = checks.index_groups("batch_moments", axis_index_groups)
+    return _batch_moments(x, mask, features=features, names=names, groups=groups)
+
+
+@partial(jax.jit, static_argnames=("features", "names", "groups"), inline=True)
+def _batch_moments(x, mask, *, features, names, groups):
     checks.weights("batch_moments", mask, x)
     checks.bound_axes("batch_moments", names, groups)
     return collect(batch_of(x, mask, features), names, groups).moments
@@ -136,7 +138,9 @@ def merge_moments(*moments: Moments) -> Moments:
         weight = sum_i weight_i        mean = sum_i weight_i mean_i / weight
         var = sum_i weight_i (var_i + |mean_i - mean|^2) / weight          (Chan, Golub & LeVeque, 1983)
 
-    Merging is associative and commutative up to rounding; moments of weight 0 have no effect.
+    Merging is associative and commutative up to rounding; moments of weight 0 have no effect. A float32 weight counts
+    to 2^24: elements that are merged one at a time into more than that are lost, with a warning where the weights are
+    known. Merge batches of elements, or small parts with each other first.
 
     Args:
       *moments: one or more `Moments`, of equal shapes.
@@ -146,7 +150,7 @@ def merge_moments(*moments: Moments) -> Moments:
 
     Raises:
       TypeError: for an argument that is not `Moments`.
-      ValueError: without arguments, or if shapes differ.
+      ValueError: without arguments, if shapes differ, or if the moments lie on different devices.
 
     Example:
       >>> import jax.numpy as jnp
@@ -166,7 +170,31 @@ def merge_moments(*moments: Moments) -> Moments:
             f"merge_moments(...): expected one or more moments of one shape, got {len(moments)} with shapes "
             f"{sorted(shapes)}. Merge moments of the same features."
         )
-    return merged_moments(Moments(*map(jnp.stack, zip(*moments, strict=True))), (0,))
+    _warn_of_lost_counts([m.weight for m in moments])
+    try:
+        parts = Moments(*(jnp.stack([sharded_as(leaf[0], v) for v in leaf]) for leaf in zip(*moments, strict=True)))
+    except ValueError as error:
+        raise ValueError(
+            f"merge_moments(...): the moments cannot be put together ({str(error).splitlines()[0]}). Put all of them "
+            "on the same devices first: jax.device_put(moments, sharding)."
+        ) from error
+    return merged_moments(parts, (0,))
+
+
+def _warn_of_lost_counts(weights):
+    """Warn of a number of elements that is too small to change the sum of all, where the weights are known."""
+    known = [checks.known(jnp.asarray(weight)) for weight in weights]
+    numbers = np.asarray([weight for weight in known if weight is not None])
+    if len(numbers) < len(weights):
+        return
+    total = np.sum(numbers, 0, dtype=numbers.dtype)
+    lost = (numbers >= 1) & (numbers <= np.spacing(total) / 2)
+    if lost.any():
+        warnings.warn(
+            f"merge_moments(...): a weight of {numbers[lost][0]:g} is lost beside {total.max():g}, because the next "
+            f"{total.dtype} is further away. Merge small parts with each other first.",
+            stacklevel=3,
+        )
 
 
 class Reading(NamedTuple):
@@ -176,6 +204,7 @@ class Reading(NamedTuple):
     guarded: bool
 
 
+@jax.named_scope("bnjax.moments")
 def collect(
     batch: Batch, names: tuple[Hashable, ...], groups: Groups, *, shift: Array | None = None, sharded: bool = True
 ) -> Collected:

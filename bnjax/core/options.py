@@ -52,3 +52,14 @@ def checked(
         collect,
         dtype,
     )
+
+
+def fitted(options: Options, x: Any, mask: Any) -> Options:
+    """The options for this array, with its feature axes in one spelling, so that equal calls share a compiled program.
+
+    A mask is looked into here, since its values are known to an eager call but not inside of the compiled function.
+    """
+    checks.inexact(options.call, "x", x)
+    checks.known_weights(options.call, mask)
+    axes = checks.feature_axes(options.call, x, options.axis)
+    return options._replace(axis=axes[0] if len(axes) == 1 else axes)

@@ -12,23 +12,22 @@ from bnjax.core import checks
 from bnjax.core.moments import merge_together, wider
 from bnjax.core.options import Options
 from bnjax.core.records import BNState, Collected
-from bnjax.core.schedules import Scheduled, scheduled
+from bnjax.core.schedules import at_count, cumulative_average, debiased
 from bnjax.core.sharding import select, sharded_as
 
 
-def momentum_argument(call: str, momentum: Any, state: Any, train: bool) -> Scheduled:
-    """The momentum as an argument of a compiled function: a pair of the number and its complement, or a schedule."""
-    argument = scheduled(momentum, state, train)
-    if argument.schedule is not None:
-        return argument
-    return Scheduled(checks.momentum(call, argument.number), None)
+def momentum_argument(call: str, momentum: Any, state: Any, train: bool) -> tuple[Any, Any]:
+    """The weights of the old value and of the new one, numbers that are arguments of a compiled function."""
+    number = at_count(call, "momentum", momentum, state, train, unused=1.0)
+    return checks.momentum(call, number, clamped=momentum is cumulative_average or isinstance(momentum, debiased))
 
 
+@jax.named_scope("bnjax.running")
 def update(
     state: BNState | None,
     batch: Collected,
     earlier: Collected | None,
-    momentum: Scheduled,
+    weights: tuple[Any, Any],
     options: Options,
     std_epsilon: float | None = None,
 ) -> tuple[BNState | None, Collected | None]:
@@ -40,9 +39,6 @@ def update(
     if earlier is not None:
         batch = merge_together(earlier, batch)
     if state is not None:
-        weights = momentum.number
-        if momentum.schedule is not None:
-            weights = checks.momentum(options.call, momentum.schedule(state.count))
         checks.rate(options.call, weights, state.count)
         state = absorb(state, batch, weights, options.unbiased_var, std_epsilon)
     return state, batch if options.collect else None
@@ -80,7 +76,7 @@ def absorb(
     return BNState(
         select(enough, mean.astype(state.mean.dtype), state.mean),
         select(enough, var.astype(state.var.dtype), state.var),
-        state.count + enough.astype(state.count.dtype),
+        state.count + (enough & (state.count < jnp.iinfo(state.count.dtype).max)).astype(state.count.dtype),
     )
 
 

@@ -1,12 +1,10 @@
 """Numbers that may be functions of the number of updates, like an optax schedule: the momentum, and bounds."""
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from math import log
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -20,7 +18,8 @@ def cumulative_average(count: Array) -> Array:
 
         momentum = count / (count + 1)
 
-    This is PyTorch's `momentum=None`.
+    This is PyTorch's `momentum=None`. A weight that rounds to 1 is the largest number below 1 instead, so that in
+    float32 the average becomes an exponential one after 2^24 updates.
 
     Args:
       count: number of updates so far, as in `BNState.count`.
@@ -33,8 +32,9 @@ def cumulative_average(count: Array) -> Array:
       >>> bnjax.cumulative_average(jnp.array([0, 1, 3])).tolist()
       [0.0, 0.5, 0.75]
     """
-    count = jnp.asarray(count).astype(float)  # float64 where that is enabled
-    return count / (count + 1)
+    # As 1 - 1 / (count + 1), because count + 1 is count in float32 from 2^24 on. float64 is used where it is enabled.
+    momentum = 1 - 1 / (jnp.asarray(count).astype(float) + 1)
+    return jnp.minimum(momentum, 1 - jnp.finfo(momentum.dtype).epsneg)
 
 
 @dataclass(frozen=True)
@@ -105,30 +105,29 @@ class linear_ramp:  # noqa: N801  a function with its parameters bound, which ha
         return self.low + (self.high - self.low) * rise
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["number"], meta_fields=["schedule"])
-@dataclass(frozen=True)
-class Scheduled:
-    """A number, or a function of the count of updates, as an argument of a compiled function.
+def at_count(call: str, name: str, value: Any, state: Any, train: bool, unused: float) -> Any:
+    """The option `name`, a number or a function of the count of updates, as a number for this call.
 
-    The number is traced, so that another number compiles nothing. The function is static, and its value is taken from
-    the count where the state is traced.
-    """
-
-    number: Any
-    schedule: Callable[[Array], Any] | None
-
-
-def scheduled(value: Any, state: Any, train: bool) -> Scheduled:
-    """`value`, a number or a function of the count, as an argument of a compiled function.
-
-    A function that is another object at each call, such as a lambda in a loop, would be compiled each time. It is
-    evaluated here instead, at the count of the state, so that only its number enters the compiled function.
+    In evaluation, where no count is asked, a function gives the number `unused`.
+    A function is called here, where it is passed, and not where the compiled function is traced: a compiled function
+    would keep the value that a function had when it was first seen.
     """
     if not callable(value):
-        return Scheduled(value, None)
-    compares_by_value = type(value).__eq__ is not object.__eq__
-    is_a_definition = "<" not in getattr(value, "__qualname__", "<")  # neither a lambda nor a local function
-    if (compares_by_value or is_a_definition) and isinstance(value, Hashable):
-        return Scheduled(None, value)
-    used = train and hasattr(state, "count")
-    return Scheduled(value(jnp.asarray(state.count)) if used else 0.0, None)
+        return value
+    if isinstance(value, type):
+        raise TypeError(
+            f"{call}({name}={value.__name__}): expected a number or a function of state.count, got the class itself. "
+            f"Call it with its arguments: {name}={_EXAMPLES.get(value, value.__name__ + '(...)')}."
+        )
+    if not train or not hasattr(state, "count"):
+        return unused
+    number = value(jnp.asarray(state.count))
+    if callable(number):
+        raise TypeError(
+            f"{call}({name}={value!r}): of state.count it returned another function, {number!r}. Pass that function: "
+            "what makes a schedule has to be called with its options first."
+        )
+    return number
+
+
+_EXAMPLES = {debiased: "bnjax.debiased(0.99)", linear_ramp: "bnjax.linear_ramp(1.0, 3.0, 5_000, 40_000)"}

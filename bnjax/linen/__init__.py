@@ -4,9 +4,6 @@
 their own BatchNorm layers compute through bnjax. `fold_model` removes the layers for serving.
 """
 
-from typing import TYPE_CHECKING
-
-from bnjax.core.deprecation import aliases
 from bnjax.linen.conversion import convert, exact_batch_norm
 from bnjax.linen.folding import fold_model
 from bnjax.linen.lstm import BNLSTM, BNLSTMCell
@@ -24,6 +21,3 @@ __all__ = [
     "exact_batch_norm",
     "fold_model",
 ]
-
-if not TYPE_CHECKING:
-    __getattr__ = aliases(__name__, {"fold": fold_model})

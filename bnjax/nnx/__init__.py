@@ -4,9 +4,6 @@
 `functional` turns a model into a pure function, and `fold_model` removes the layers for serving.
 """
 
-from typing import TYPE_CHECKING
-
-from bnjax.core.deprecation import aliases
 from bnjax.nnx.conversion import convert
 from bnjax.nnx.folding import Identity, fold_model, fold_report
 from bnjax.nnx.lstm import BNLSTMCell
@@ -34,6 +31,3 @@ __all__ = [
     "fold_report",
     "functional",
 ]
-
-if not TYPE_CHECKING:
-    __getattr__ = aliases(__name__, {"fold": fold_model})
