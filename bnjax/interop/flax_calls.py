@@ -1,6 +1,7 @@
 """The layers of a Linen or NNX model in the order of their calls, for `models.py`. This module needs Flax."""
 
 from collections.abc import Mapping
+from functools import wraps
 from typing import Any
 
 import flax.linen as nn
@@ -8,7 +9,7 @@ import jax
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from bnjax.interop.layout import Called, features, mark
+from bnjax.interop.layout import Called, features, mark, padded
 
 _TRANSPOSED = (nn.ConvTranspose, nnx.ConvTranspose)
 
@@ -25,6 +26,7 @@ def calls(
       args, kwargs: arguments of the model's call.
     """
     called: dict[str, tuple[str, Any]] = {}
+    entered: dict[str, list[tuple[int, ...]]] = {}
     leaves, structure = jax.tree.flatten((args, kwargs))
     traced = [i for i, leaf in enumerate(leaves) if hasattr(leaf, "shape")]
 
@@ -34,6 +36,7 @@ def calls(
         given = [*args, *kwargs.values()]
         kind = _kind(module, shapes[path], given[0] if given else None)
         called.setdefault(path, (kind, module))
+        entered.setdefault(path, []).extend(tuple(v.shape) for v in given[:1] if hasattr(v, "shape"))
         if kind == "other" or not marked:
             return function(*args, **kwargs)
         place = kind.replace("transposed", "conv")
@@ -61,7 +64,7 @@ def calls(
     if not isinstance(model, nn.Module):
         graph, variables = nnx.split(model)
     jaxpr = jax.make_jaxpr(run)(variables, [leaves[i] for i in traced])
-    seen = features(jaxpr, len(traced))
+    seen, pads = features(jaxpr, len(traced)), padded(jaxpr.jaxpr)
     return {
         path: Called(
             kind,
@@ -70,6 +73,9 @@ def calls(
             getattr(module, "feature_group_count", 1),
             seen.get(("in", path)),
             seen.get(("out", path)),
+            module,
+            tuple(entered[path]),
+            path in pads,
         )
         for path, (kind, module) in called.items()
     }
@@ -105,6 +111,7 @@ def _linen(record):
 def _recording(cls, path, record):
     """A subclass whose calls are recorded."""
 
+    @wraps(cls.__call__)
     def call(self, *args, **kwargs):
         return record(path, self, lambda *args, **kwargs: cls.__call__(self, *args, **kwargs), args, kwargs)
 

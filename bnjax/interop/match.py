@@ -50,11 +50,13 @@ class Report:
     """Every tensor that was converted. It prints as a table."""
 
     tensors: tuple[Moved, ...]
+    unread: tuple[str, ...] = ()  # options that were not compared, and why
 
     def __str__(self) -> str:
         rows = [("theirs", "shape", "ours", "shape", "done", "by"), *(tuple(map(str, row)) for row in self.tensors)]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+        lines += [f"not compared: {what}" for what in self.unread]
         return "\n".join(line.rstrip() for line in lines)
 
 
@@ -220,12 +222,14 @@ def _by_order(call, library, sort, theirs, ours, called):
     )
 
 
-def _left(theirs, ours, pairs, sort=None):
+def _left(theirs, ours, pairs, sort=None) -> tuple[list[Layer], list[Layer]]:
     """The layers of both models that are in no pair, of one sort or of all."""
     paired = {id(layer) for pair in pairs for layer in pair[:2]}
-    return [
-        [layer for layer in side if id(layer) not in paired and sort in (None, layer.sort)] for side in (theirs, ours)
-    ]
+
+    def left(side):
+        return [layer for layer in side if id(layer) not in paired and sort in (None, layer.sort)]
+
+    return left(theirs), left(ours)
 
 
 def _same_names(library, theirs, ours, same):

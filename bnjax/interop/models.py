@@ -12,6 +12,7 @@ from bnjax.interop.arrays import as_array, check_floating, checked, keras_arrays
 from bnjax.interop.kernels import KERAS, NORM, TORCH, Move, moves
 from bnjax.interop.layers import from_torch, to_torch
 from bnjax.interop.match import Moved, Pair, Report, keras_layers, match, own_layers, torch_layers, uncalled
+from bnjax.interop.options import compare
 
 
 class Unmatched(NamedTuple):
@@ -104,13 +105,14 @@ def from_torch_model(
       bn1.running_var   (3,)    layers_1/var     (3,)    as it is           shape
     """
     call = "from_torch_model"
-    state_dict = tensors(call, state_dict)
+    own = tensors(call, state_dict)
     if names is not None and model is None:
         _no_model(call, None, inputs, flatten, kwargs)
-        return _named_norms(state_dict, variables, names)
-    arrays = {key: as_array(value) for key, value in state_dict.items()}
+        return _named_norms(own, variables, names)
+    arrays = {key: as_array(value) for key, value in own.items()}
     pairs = _pairs(call, TORCH, torch_layers(arrays), variables, names, model, inputs, flatten, kwargs)
-    return _variables(call, variables, pairs), _report(arrays, pairs)
+    unread = compare(call, TORCH, state_dict, [pair[:2] for pair, _ in pairs])
+    return _variables(call, variables, pairs), _report(arrays, pairs, unread)
 
 
 @overload
@@ -164,8 +166,9 @@ def to_torch_model(
         return {key: v for theirs, name in names.items() for key, v in to_torch(*ours[name], prefix=theirs).items()}
     arrays = {key: as_array(value) for key, value in tensors(call, state_dict).items()}
     pairs = _pairs(call, TORCH, torch_layers(arrays), variables, names, model, inputs, flatten, kwargs)
+    unread = compare(call, TORCH, state_dict, [pair[:2] for pair, _ in pairs])
     converted = _weights(pairs)
-    return {key: converted[key] for key in arrays}, _report(arrays, pairs)
+    return {key: converted[key] for key in arrays}, _report(arrays, pairs, unread)
 
 
 def from_keras_model(
@@ -208,7 +211,8 @@ def from_keras_model(
     call = "from_keras_model"
     arrays = keras_arrays(call, weights)
     pairs = _pairs(call, KERAS, keras_layers(arrays), variables, names, model, inputs, flatten, kwargs)
-    return _variables(call, variables, pairs), _report(arrays, pairs)
+    unread = compare(call, KERAS, weights, [pair[:2] for pair, _ in pairs])
+    return _variables(call, variables, pairs), _report(arrays, pairs, unread)
 
 
 def to_keras_model(
@@ -247,8 +251,9 @@ def to_keras_model(
     call = "to_keras_model"
     arrays = keras_arrays(call, weights)
     pairs = _pairs(call, KERAS, keras_layers(arrays), variables, names, model, inputs, flatten, kwargs)
+    unread = compare(call, KERAS, weights, [pair[:2] for pair, _ in pairs])
     converted = _weights(pairs)
-    return [converted[key] for key in arrays], _report(arrays, pairs)
+    return [converted[key] for key in arrays], _report(arrays, pairs, unread)
 
 
 Pairs = list[tuple[Pair, dict[str, Move]]]
@@ -321,7 +326,7 @@ def _weights(pairs: Pairs) -> dict[str, np.ndarray]:
     return weights
 
 
-def _report(arrays, pairs: Pairs) -> Report:
+def _report(arrays, pairs: Pairs, unread: tuple[str, ...]) -> Report:
     """The report, in the order of the other library's arrays."""
     rows = {}
     for (theirs, ours, by), array_moves in pairs:
@@ -331,7 +336,7 @@ def _report(arrays, pairs: Pairs) -> Report:
             own = ours.arrays.get("count")
             done = ("", (), "not counted here") if own is None else (ours.keys["count"], own.shape, "for each feature")
             rows[key] = Moved(key, (), *done, by)
-    return Report(tuple(rows[key] for key in arrays))
+    return Report(tuple(rows[key] for key in arrays), unread)
 
 
 def _no_model(call, model, inputs, flatten, kwargs):
