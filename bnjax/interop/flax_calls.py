@@ -1,6 +1,6 @@
 """The layers of a Linen or NNX model in the order of their calls, for `models.py`. This module needs Flax."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import wraps
 from typing import Any
 
@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.core import Tracer
 
 from bnjax.interop.layout import Called, features, mark, padded
 
@@ -55,10 +56,7 @@ def calls(
                 model.apply(variables, *args, **options)
             return
         whole = nnx.merge(graph, variables, copy=True)
-        for path, module in [*nnx.iter_graph(whole)]:
-            name = "/".join(map(str, path))
-            if isinstance(module, nnx.Module) and name in shapes:
-                module.__class__ = _recording(type(module), name, record)
+        _record(whole, shapes, record)
         whole(*args, **kwargs)
 
     if not isinstance(model, nn.Module):
@@ -79,6 +77,47 @@ def calls(
         )
         for path, (kind, module) in called.items()
     }
+
+
+Seen = dict[str, list[tuple[Any, Any]]]
+
+
+def evaluate(
+    model: Any, variables: Mapping[str, Any], args: Any, kwargs: Mapping[str, Any], paths: Collection[str] = ()
+) -> tuple[Any, Mapping[str, Any], Seen]:
+    """A model's output, its variables after the call, and by path the inputs and outputs of the layers in `paths`.
+
+    An NNX model runs in evaluation, a Linen model as its arguments say. Layers inside of `jit`, `scan` and the like are
+    left out.
+    """
+    seen: Seen = {}
+
+    def record(path, module, function, args, kwargs, marked=True):
+        y = function(*args, **kwargs)
+        given = [*args, *kwargs.values()]
+        if path in paths and marked and given and hasattr(y, "shape") and not isinstance(y, Tracer):
+            seen.setdefault(path, []).append((given[0], y))
+        return y
+
+    with jax.default_matmul_precision("highest"):
+        if isinstance(model, nn.Module):
+            options: dict[str, Any] = {**kwargs, "mutable": nn.DenyList("params")}
+            with nn.intercept_methods(_linen(record)):
+                output, updates = model.apply(variables, *args, **options)
+            return output, {**variables, **updates}, seen
+        whole = nnx.merge(*nnx.split(model), copy=True)
+        nnx.update(whole, *(variables[name] for name in ("params", "batch_stats") if name in variables))
+        whole.eval()
+        _record(whole, paths, record)
+        return whole(*args, **kwargs), variables, seen
+
+
+def _record(model, paths, record):
+    """Make an NNX model's layers in `paths` call `record`."""
+    for path, module in [*nnx.iter_graph(model)]:
+        name = "/".join(map(str, path))
+        if isinstance(module, nnx.Module) and name in paths:
+            module.__class__ = _recording(type(module), name, record)
 
 
 def _kind(module, shapes, x):

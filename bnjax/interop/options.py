@@ -4,35 +4,29 @@ Two convolutions agree if they read the same elements, which depends on the size
 an image of 8 by (0, 1) and one of 7 by (1, 1). Layers whose class computes in a way of its own are not read.
 """
 
-from collections.abc import Iterable, Mapping
 from math import isclose
 from typing import Any
 
 from jax import lax
 
-from bnjax.interop.kernels import TENSOR, TORCH, Layer, Library
-from bnjax.interop.readers import Convolution, Normalization, Options, Unread, read_flax, read_keras, read_torch
+from bnjax.interop.kernels import TENSOR, TORCH, Layer, Library, Move
+from bnjax.interop.match import Pair
+from bnjax.interop.readers import Convolution, Normalization, Unread, read_flax, read_keras, read_torch
+
+Pairs = list[tuple[Pair, dict[str, Move]]]
 
 
-def compare(
-    call: str, library: Library, model: Any, pairs: Iterable[tuple[Layer, Layer]], verified: bool = False
-) -> tuple[str, ...]:
+def compare(call: str, library: Library, model: Any, pairs: Pairs, verified: bool = False) -> tuple[str, ...]:
     """Raise an error if the options of paired layers differ. Return what was not compared, in words.
 
     Args:
       call: the function called, for errors.
       library: the other library.
       model: its model, or arrays alone, without options.
-      pairs: a layer of the other library and one of Flax.
+      pairs: the layers that belong together, with the moves of their arrays.
       verified: whether the outputs of the models are known to be equal, so that no difference matters.
     """
-    if hasattr(model, "named_modules"):
-        options = read_torch(model)
-    elif hasattr(model, "_flatten_layers"):
-        options = read_keras(model)
-    else:
-        return ()
-    differ, unread = differences(library, options, pairs)
+    differ, unread = differences(library, model, pairs)
     if differ and not verified:
         more = f", and {len(differ) - 5} more" if len(differ) > 5 else ""
         alone = "model.state_dict()" if library is TORCH else "[(w.path, w) for w in model.weights]"
@@ -45,18 +39,17 @@ def compare(
     return tuple(unread)
 
 
-def differences(
-    library: Library, theirs: Mapping[str, Options], pairs: Iterable[tuple[Layer, Layer]]
-) -> tuple[list[str], list[str]]:
-    """The options in which paired layers differ, and what was not compared, in words.
-
-    Args:
-      library: the other library.
-      theirs: the options of its layers, by their names.
-      pairs: a layer of the other library and one of Flax.
-    """
+def differences(library: Library, model: Any, pairs: Pairs) -> tuple[list[str], list[str]]:
+    """The options in which paired layers differ, and what was not compared, in words. The arguments are those of
+    `compare`."""
     differ, unread = [], []
-    for layer, ours in pairs:
+    if hasattr(model, "named_modules"):
+        theirs = read_torch(model)
+    elif hasattr(model, "_flatten_layers"):
+        theirs = read_keras(model)
+    else:
+        return [], []
+    for (layer, ours, _), _ in pairs:
         if ours.sort == TENSOR or ours.called.module is None:
             continue
         their = theirs.get(layer.name, Unread("no layer has this name"))

@@ -51,20 +51,19 @@ def read_torch(model: Any) -> dict[str, Options]:
 def read_keras(model: Any) -> dict[str, Options]:
     """The options of the layers of a Keras model, by the paths of their weights."""
     found: dict[str, Options] = {}
-    layers = model._flatten_layers()
-    pads = _pads_elsewhere(layers)
-    for layer in layers:  # each comes after the one that contains it, and has the last word on its weights
-        for weight in layer.weights:
-            path = weight.path.rpartition("/")[0]
-            options = _keras(layer, pads)
-            separable = any("SeparableConv" in kind for kind in _classes(layer, "keras."))
-            if separable and isinstance(options, Convolution):
-                ones = (1,) * len(options.strides)
-                found[f"{path}/depthwise"] = options
-                found[f"{path}/pointwise"] = Convolution(ones, ones, "VALID")
-            else:
-                found[path] = options
+    pads = _pads_elsewhere(model._flatten_layers())
+    for path, layer in layers_by_path(model).items():
+        found[path] = options = _keras(layer, pads)
+        if "BaseSeparableConv" in _classes(layer, "keras.") and isinstance(options, Convolution):
+            ones = (1,) * len(options.strides)
+            found |= {f"{path}/depthwise": options, f"{path}/pointwise": Convolution(ones, ones, "VALID")}
     return found
+
+
+def layers_by_path(model: Any) -> dict[str, Any]:
+    """The layers of a Keras model by the paths of their weights."""
+    layers = model._flatten_layers()  # each comes after the one that contains it, and has the last word on its weights
+    return {weight.path.rpartition("/")[0]: layer for layer in layers for weight in layer.weights}
 
 
 def read_flax(module: Any, shapes: Mapping[str, Sequence[int]]) -> Options:
