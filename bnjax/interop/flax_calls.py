@@ -138,11 +138,18 @@ def _kind(module, shapes, x):
 
 
 def _linen(record):
+    running: list[Any] = []
+
     def interceptor(function, args, kwargs, context):
-        if context.method_name == "setup":
+        path = context.module.path
+        if context.method_name == "setup" or path in running:  # a subclass that calls `super().__call__` is one layer
             return function(*args, **kwargs)
         marked = context.method_name == "__call__"  # `attend` of an embedding has features as input, not indices
-        return record("/".join(context.module.path), context.module, function, args, kwargs, marked)
+        running.append(path)
+        try:
+            return record("/".join(path), context.module, function, args, kwargs, marked)
+        finally:
+            running.remove(path)
 
     return interceptor
 

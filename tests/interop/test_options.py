@@ -125,6 +125,18 @@ def test_what_is_not_compared_is_in_the_report(make):
     assert "the padding of PyTorch's 'conv' and" in report.unread[0]
 
 
+class Evaluating(nn.BatchNorm):
+    @nn.compact
+    def __call__(self, x):
+        return super().__call__(x, use_running_average=True)
+
+
+def test_a_subclass_that_calls_its_base_is_one_layer():
+    model = nn.Sequential([nn.Conv(4, (3, 3), use_bias=False), Evaluating()])
+    _, report = converted(theirs(), model)
+    assert report.unread == ("'layers_1' (Evaluating has a __call__ of its own)",)
+
+
 def test_options_are_compared_on_the_way_back():
     model = Linen({}, epsilon=1e-3)
     variables = jax.tree.map(lambda v: np.zeros(v.shape, v.dtype), shapes(model, LAST))
