@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple, overload
 
 import jax.numpy as jnp
@@ -12,6 +13,8 @@ from bnjax.interop.arrays import as_array, check_floating, checked, keras_arrays
 from bnjax.interop.kernels import KERAS, NORM, TORCH, Move, moves
 from bnjax.interop.layers import from_torch, to_torch
 from bnjax.interop.match import Moved, Pair, Report, keras_layers, match, own_layers, torch_layers, uncalled
+from bnjax.interop.options import compare
+from bnjax.interop.verify import verify
 
 
 class Unmatched(NamedTuple):
@@ -41,22 +44,25 @@ def from_torch_model(
     model: Any = None,
     inputs: Any = (),
     flatten: Mapping[str, tuple[int, ...]] | None = None,
+    expected: Any = None,
     **kwargs: Any,
 ) -> tuple[dict[str, Any], Unmatched | Report]:
     """Convert a PyTorch model to the variables of a Linen or NNX model.
 
     Every tensor of the state_dict is converted to one array of the variables; a tensor or an array without a
     counterpart is an error. Layers are convolutions (grouped and depthwise ones included), transposed convolutions,
-    dense layers, embeddings, and normalizations with and without running statistics. The layers of the state_dict, in
-    the order of their definition, are matched with the layers of the Flax model, in the order of their calls; kinds and
-    shapes must agree. If several layers have the same shape, order alone decides. The report says by what each layer
-    was matched, so check it, and correct a wrong match by `names`.
+    dense layers, embeddings, and normalizations with and without running statistics. Layers of the same name belong
+    together ("layer1.0.bn2" is "layer1/0/bn2" and "layer1_0/bn2", and "module." and the like are no part of a name).
+    The others are matched in order: those of the state_dict as defined, those of the Flax model as called; kinds and
+    shapes must agree, and names must not contradict the order. The report says what matched each layer, so check the
+    layers of one shape that "order" matched, correct a wrong match by `names`, and pass `expected`.
 
     Kernels are transposed as each layer requires. PyTorch flattens an image as (channels, height, width), Flax as
     (height, width, channels). If the features of a dense layer or of a normalization are a flattened image, or become
     an image, they are reordered accordingly.
 
-    Options are not converted: epsilon, padding and strides are the Flax model's. PyTorch's `padding=1` is ((1, 1),
+    Options are not converted: epsilon, padding and strides are the Flax model's. If the PyTorch model itself is passed
+    with the Flax model, options on which its outputs in evaluation depend must agree. PyTorch's `padding=1` is ((1, 1),
     (1, 1)) in Flax, which with strides differs from "SAME"; its `ConvTranspose(k, padding=p)` is padding k - 1 - p.
 
     Args:
@@ -64,7 +70,8 @@ def from_torch_model(
       variables: `params` and `batch_stats`, from `init` of a Linen model, or from `bnjax.nnx.functional(model)` of an
         NNX model, into which `nnx.update(model, *variables.values())` puts the result.
       names: by a layer's name in the state_dict ("layer1.0.bn2"), its path in the variables ("Block_0/BatchNorm_1",
-        "layers/1"). With a `model`, these layers are matched by name and all others by order. A parameter of no known
+        "layers/1"). With a `model`, order does not match the other layers of the sorts (convolutions, dense layers and
+        embeddings, normalizations, other tensors) named here: their names or shapes must. A parameter of no known
         layer, such as the position embedding of a transformer, must be named with its whole path, and is converted
         without a change. Without a `model`, only the batch normalization layers named here are converted.
       model: the Linen or NNX model. Without it, layers are ordered by the numbers in their paths. Convolutions, and
@@ -73,17 +80,22 @@ def from_torch_model(
       flatten: by the path of a dense layer or a normalization, the shape (height, width, channels) of the image that is
         flattened into it, or () if none is. It is needed if the model flattens its own input, or joins a flattened
         image with other features.
+      expected: outputs of the PyTorch model in evaluation for `inputs`, as the Flax model returns them, with channels
+        last. The Flax model then runs with the new variables, and must return them, up to rounding; it does not matter
+        then how options differ. If the PyTorch model itself was passed, the error names the first layer that differs.
       **kwargs: keyword arguments of the model's call, such as train=False.
 
     Returns:
       variables: the new variables, in the dtypes of the old ones. A count is set if the model has one. With `names`
         alone, a layer with `track_running_stats=False` leaves the model's running statistics unchanged.
-      report: a `Report` of every tensor, which prints as a table. With `names` alone, `Unmatched`: the layers with
+      report: a `Report` of every tensor, which prints as a table, and of layers whose options could not be compared
+        because their classes compute in a way of their own. With `names` alone, `Unmatched`: the layers with
         running statistics that `names` does not contain.
 
     Raises:
-      ValueError: if a layer has no counterpart, its match is ambiguous, it is named twice, or its shapes or parameters
-        differ; and for a state_dict that is not a mapping, an array that is not floating, or a negative variance.
+      ValueError: if a layer has no counterpart, its match is ambiguous, it is named twice, or its shapes, parameters or
+        options differ; if outputs differ from `expected`; and for a state_dict that is not a mapping, an array that is
+        not floating, or a negative variance.
 
     Example:
       >>> import flax.linen as nn, jax, jax.numpy as jnp, numpy as np
@@ -104,13 +116,15 @@ def from_torch_model(
       bn1.running_var   (3,)    layers_1/var     (3,)    as it is           shape
     """
     call = "from_torch_model"
-    state_dict = tensors(call, state_dict)
+    tensors_by_name = tensors(call, state_dict)
     if names is not None and model is None:
-        _no_model(call, None, inputs, flatten, kwargs)
-        return _named_norms(state_dict, variables, names)
-    arrays = {key: as_array(value) for key, value in state_dict.items()}
+        _no_model(call, None, inputs, flatten, kwargs if expected is None else {**kwargs, "expected": expected})
+        return _named_norms(tensors_by_name, variables, names)
+    arrays = {key: as_array(value) for key, value in tensors_by_name.items()}
     pairs = _pairs(call, TORCH, torch_layers(arrays), variables, names, model, inputs, flatten, kwargs)
-    return _variables(call, variables, pairs), _report(arrays, pairs)
+    new = _variables(call, variables, pairs)
+    unread = verify(call, TORCH, state_dict, pairs, model, new, inputs, kwargs, expected)
+    return new, replace(_report(arrays, pairs), unread=unread)
 
 
 @overload
@@ -164,8 +178,9 @@ def to_torch_model(
         return {key: v for theirs, name in names.items() for key, v in to_torch(*ours[name], prefix=theirs).items()}
     arrays = {key: as_array(value) for key, value in tensors(call, state_dict).items()}
     pairs = _pairs(call, TORCH, torch_layers(arrays), variables, names, model, inputs, flatten, kwargs)
+    unread = compare(call, TORCH, state_dict, pairs)
     converted = _weights(pairs)
-    return {key: converted[key] for key in arrays}, _report(arrays, pairs)
+    return {key: converted[key] for key in arrays}, replace(_report(arrays, pairs), unread=unread)
 
 
 def from_keras_model(
@@ -176,18 +191,19 @@ def from_keras_model(
     model: Any = None,
     inputs: Any = (),
     flatten: Mapping[str, tuple[int, ...]] | None = None,
+    expected: Any = None,
     **kwargs: Any,
 ) -> tuple[dict[str, Any], Report]:
     """Convert a Keras model to the variables of a Linen or NNX model.
 
-    Layers are matched as in `from_torch_model`, in the order of Keras's `model.weights`. They are Dense, Embedding,
-    Conv, DepthwiseConv, SeparableConv (two convolutions in Flax), ConvTranspose, and normalizations. Images have their
-    channels last in both libraries.
+    Layers are matched and their options compared as in `from_torch_model`, in the order of Keras's `model.weights`.
+    They are Dense, Embedding, Conv, DepthwiseConv, SeparableConv (two convolutions in Flax), ConvTranspose, and
+    normalizations. Images have their channels last in both libraries.
 
     Args:
       weights: the Keras model, or its arrays by path ("block/dense/kernel"), as a mapping or a sequence of pairs.
       names: by the path of a Keras layer ("block/dense"), the path of the Flax layer, for layers to match by name.
-      variables, model, inputs, flatten, **kwargs: as in `from_torch_model`.
+      variables, model, inputs, flatten, expected, **kwargs: as in `from_torch_model`.
 
     Returns:
       variables: the new variables, in the dtypes of the old ones. Counts are 0, because Keras does not count updates.
@@ -208,7 +224,9 @@ def from_keras_model(
     call = "from_keras_model"
     arrays = keras_arrays(call, weights)
     pairs = _pairs(call, KERAS, keras_layers(arrays), variables, names, model, inputs, flatten, kwargs)
-    return _variables(call, variables, pairs), _report(arrays, pairs)
+    new = _variables(call, variables, pairs)
+    unread = verify(call, KERAS, weights, pairs, model, new, inputs, kwargs, expected)
+    return new, replace(_report(arrays, pairs), unread=unread)
 
 
 def to_keras_model(
@@ -247,8 +265,9 @@ def to_keras_model(
     call = "to_keras_model"
     arrays = keras_arrays(call, weights)
     pairs = _pairs(call, KERAS, keras_layers(arrays), variables, names, model, inputs, flatten, kwargs)
+    unread = compare(call, KERAS, weights, pairs)
     converted = _weights(pairs)
-    return [converted[key] for key in arrays], _report(arrays, pairs)
+    return [converted[key] for key in arrays], replace(_report(arrays, pairs), unread=unread)
 
 
 Pairs = list[tuple[Pair, dict[str, Move]]]
