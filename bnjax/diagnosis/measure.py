@@ -233,7 +233,8 @@ def _checks(
     if report.zero_scale is not None:
         checks.append(_Check("zero scale", "note", report.zero_scale, times_limit=1))
     if state.count is not None:
-        checks += _count_checks(_wide(state.count), settled, momentum)
+        counts = np.broadcast_to(_wide(state.count), settled.shape)  # one count may serve all features
+        checks += _count_checks(counts, settled, momentum)
     if report.batch_size is not None:
         checks.append(_Check("non-finite batch", "error", finite & ~negative & report.nonfinite))
         checks += _batch_checks(report, settled, epsilon)

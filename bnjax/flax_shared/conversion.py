@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from bnjax.core import checks
+from bnjax.variants.renorm import check_average
 
 Where = Callable[[str], object]
 
@@ -13,7 +14,7 @@ OPTIONS = ("axis_name", "axis_index_groups", "momentum", "epsilon", "unbiased_va
 VARIANTS: Mapping[str, tuple[str, ...]] = {
     "BatchNorm": (),
     "GhostBatchNorm": ("ghost_size",),
-    "RenormBatchNorm": ("r_max", "d_max"),
+    "RenormBatchNorm": ("r_max", "d_max", "average"),
 }
 
 
@@ -65,4 +66,6 @@ def _checked(name: str, value: Any) -> Any:
         value, _ = checks.momentum("convert", value)
     if name in ("unbiased_var", "frozen", "frozen_params"):
         checks.boolean("convert", name, value)
+    if name == "average":
+        check_average("convert", value)
     return value if callable(value) else getattr(value, "item", lambda: value)()

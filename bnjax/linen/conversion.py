@@ -81,7 +81,7 @@ def convert(model: nn.Module, *, to: type | None = None, where: Where | None = N
         default every layer is.
       **changes: options of `BatchNorm`: `axis_name` (None removes the model's own), `axis_index_groups`, `momentum`,
         `epsilon`, `unbiased_var`, `frozen`, `frozen_params`; of `GhostBatchNorm`: `ghost_size`; of `RenormBatchNorm`:
-        `r_max`, `d_max`. Other options stay as in the model.
+        `r_max`, `d_max`, `average`. Other options stay as in the model.
 
     Returns:
       A module of a subclass of the model's class, with the same class name.
