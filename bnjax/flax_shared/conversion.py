@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from bnjax.core import checks
+from bnjax.variants.adaptive import check_source_weight
 from bnjax.variants.renorm import check_average
 
 Where = Callable[[str], object]
@@ -13,6 +14,7 @@ OPTIONS = ("axis_name", "axis_index_groups", "momentum", "epsilon", "unbiased_va
 # their calls take an index or a label, which an existing model does not pass.
 VARIANTS: Mapping[str, tuple[str, ...]] = {
     "BatchNorm": (),
+    "AdaptiveBatchNorm": ("source_weight",),
     "GhostBatchNorm": ("ghost_size",),
     "RenormBatchNorm": ("r_max", "d_max", "average"),
 }
@@ -49,6 +51,8 @@ def conversion(library: str, to: Any, where: Any, changes: Mapping[str, Any], la
             raise TypeError(f"convert({name}=...): a {to.__name__ if to else 'BatchNorm'} has no {name}. {wanted}.")
     if "ghost_size" in own:
         checks.positive_integer("convert", "ghost_size", changes.get("ghost_size"))
+    if "source_weight" in own:
+        check_source_weight("convert", changes.get("source_weight"))
     checked = {name: _checked(name, value) for name, value in changes.items()}
     return Conversion(to, where, tuple(sorted(checked.items())))
 

@@ -10,10 +10,18 @@ from bnjax.core.deprecation import aliases
 from bnjax.linen.conversion import convert, exact_batch_norm
 from bnjax.linen.folding import fold_model
 from bnjax.linen.lstm import BNLSTM, BNLSTMCell
-from bnjax.linen.norm import BatchNorm, ConditionalBatchNorm, GhostBatchNorm, IndexedBatchNorm, RenormBatchNorm
+from bnjax.linen.norm import (
+    AdaptiveBatchNorm,
+    BatchNorm,
+    ConditionalBatchNorm,
+    GhostBatchNorm,
+    IndexedBatchNorm,
+    RenormBatchNorm,
+)
 
 __all__ = [
     "BNLSTM",
+    "AdaptiveBatchNorm",
     "BNLSTMCell",
     "BatchNorm",
     "ConditionalBatchNorm",

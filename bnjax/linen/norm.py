@@ -15,6 +15,7 @@ from bnjax.core.apply import apply as apply_plain
 from bnjax.core.records import BNParams, BNState, Collected
 from bnjax.core.schedules import Momentum
 from bnjax.flax_shared.conventions import Variables, call_layer, counts, nothing, promoting
+from bnjax.variants.adaptive import apply_adaptive
 from bnjax.variants.ghost import apply_ghost
 from bnjax.variants.indexed import apply_indexed
 from bnjax.variants.renorm import RENORM_D_MAX, RENORM_R_MAX, Limit, apply_renorm
@@ -220,6 +221,37 @@ class ConditionalBatchNorm(BatchNorm, kw_only=True):
         checks.positive_integer("ConditionalBatchNorm", "num_classes", self.num_classes)
         stacked = (self.num_classes,)
         return batch_norm(self, x, use_running_average, mask=mask, label=label, stacked_params=stacked)
+
+
+class AdaptiveBatchNorm(BatchNorm, kw_only=True):
+    """Batch normalization that in evaluation adapts to the batch: `bnjax.adaptive_bn_apply` as a layer.
+
+    In training it is `BatchNorm`. In evaluation the running statistics count as `source_weight` examples, beside those
+    of the batch, and stay as they are. A frozen layer (`frozen=True`) normalizes by the running statistics as they are
+    in training, and adapts in evaluation like any other.
+
+    Args:
+      source_weight: how many examples the running statistics count as, >= 0.
+      **others: as in `BatchNorm`. `axis_name` is used in evaluation too.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> import bnjax.linen
+      >>> layer = bnjax.linen.AdaptiveBatchNorm(source_weight=2, use_running_average=True)
+      >>> y, _ = layer.init_with_output(jax.random.key(0), jnp.array([[3.0], [5.0]]))
+      >>> y[:, 0].round(3).tolist()
+      [1.0, 3.0...]
+    """
+
+    source_weight: float | Array
+
+    @nn.compact
+    def __call__(self, x: Any, use_running_average: bool | None = None, *, mask: Any = None) -> Array:
+        """As `BatchNorm`."""
+        apply = partial(apply_adaptive, source_weight=self.source_weight)
+        if self.frozen and not nn.merge_param("use_running_average", self.use_running_average, use_running_average):
+            apply = apply_plain
+        return batch_norm(self, x, use_running_average, mask=mask, apply=apply)
 
 
 def batch_norm(

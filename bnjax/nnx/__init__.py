@@ -11,6 +11,7 @@ from bnjax.nnx.conversion import convert
 from bnjax.nnx.folding import Identity, fold_model, fold_report
 from bnjax.nnx.lstm import BNLSTMCell
 from bnjax.nnx.norm import (
+    AdaptiveBatchNorm,
     BatchMoments,
     BatchNorm,
     ConditionalBatchNorm,
@@ -21,6 +22,7 @@ from bnjax.nnx.norm import (
 from bnjax.nnx.pure import functional
 
 __all__ = [
+    "AdaptiveBatchNorm",
     "BNLSTMCell",
     "BatchMoments",
     "BatchNorm",

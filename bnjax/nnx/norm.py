@@ -18,6 +18,7 @@ from bnjax.core.moments import wider
 from bnjax.core.records import BNParams, BNState, Collected
 from bnjax.core.schedules import Momentum
 from bnjax.flax_shared.conventions import Variables, call_layer, counts, promoting
+from bnjax.variants.adaptive import apply_adaptive
 from bnjax.variants.ghost import apply_ghost
 from bnjax.variants.indexed import apply_indexed
 from bnjax.variants.renorm import RENORM_D_MAX, RENORM_R_MAX, Limit, apply_renorm
@@ -341,6 +342,39 @@ class ConditionalBatchNorm(BatchNorm):
     ) -> Array:
         """As `BatchNorm`, with `label`, the class of each example: integers of shape (batch,)."""
         return self._call(x, use_running_average, mask, label=label)
+
+
+class AdaptiveBatchNorm(BatchNorm):
+    """Batch normalization that in evaluation adapts to the batch: `bnjax.adaptive_bn_apply` as a layer.
+
+    In training it is `BatchNorm`. In evaluation the running statistics count as `source_weight` examples, beside those
+    of the batch, and stay as they are. A frozen layer (`frozen=True`) normalizes by the running statistics as they are
+    in training, and adapts in evaluation like any other.
+
+    Args:
+      num_features: number of features.
+      source_weight: how many examples the running statistics count as, >= 0.
+      **options: as in `BatchNorm`. `axis_name` is used in evaluation too.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> import bnjax.nnx
+      >>> layer = bnjax.nnx.AdaptiveBatchNorm(1, source_weight=2, use_running_average=True, rngs=nnx.Rngs(0))
+      >>> layer(jnp.array([[3.0], [5.0]]))[:, 0].round(3).tolist()
+      [1.0, 3.0...]
+    """
+
+    def __init__(self, num_features: int, *, source_weight: float | Array, **options: Any):
+        super().__init__(num_features, **options)
+        self.source_weight = source_weight
+
+    def __call__(self, x: Any, use_running_average: bool | None = None, *, mask: Any = None) -> Array:
+        """As `BatchNorm`."""
+        apply = partial(apply_adaptive, source_weight=self.source_weight)
+        if self.frozen and not (self.use_running_average if use_running_average is None else use_running_average):
+            apply = apply_plain
+        return self._call(x, use_running_average, mask, apply)
 
 
 def _stack(layer, number, names):
