@@ -3,6 +3,8 @@
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from jax.core import Tracer
+
 from bnjax.core import checks
 from bnjax.variants.adaptive import check_source_weight
 from bnjax.variants.renorm import check_average
@@ -59,6 +61,11 @@ def conversion(library: str, to: Any, where: Any, changes: Mapping[str, Any], la
 
 def _checked(name: str, value: Any) -> Any:
     """The value of a change, checked, in a hashable form that is equal for equal values."""
+    if isinstance(value, Tracer):
+        raise TypeError(
+            f"convert({name}=...): the value is traced, but the options of a converted model are static. Pass a "
+            "number, or write the model with bnjax's layers, which take traced values."
+        )
     if name == "axis_index_groups":
         return checks.index_groups("convert", value)
     if name == "axis_name":

@@ -46,8 +46,8 @@ def adaptive_bn_apply(
     normalization (Nado et al., 2020); a large N, or infinity, is evaluation by the running statistics.
 
     The variance is averaged as in the paper, without the spread of the two means, N n |running mean - batch mean|^2 /
-    (N + n)^2. With it, var would be that of source and target put together, which is not what is normalized: the output
-    of a batch of the target alone would become the smaller the farther the two are apart.
+    (N + n)^2. With it, var would be the variance of source and target put together. A batch of the target alone has not
+    that variance: its output would become the smaller, the farther the two are apart.
 
     Args:
       source_weight: how many examples the running statistics count as, >= 0. A number, which may be traced, so that a
@@ -143,7 +143,10 @@ def _examples(batch: Batch, weight: Array, options: Options) -> Array:
     if batch.mask is None:  # the moments know of all devices already
         examples, elements = (total_weight(s, None, batch.axes, weight) for s in (shape, batch.x.shape))
         return weight * divided(examples, elements)
-    mask = jnp.max(jnp.where(batch.mask > 0, batch.mask, jnp.zeros_like(batch.mask)), inner, keepdims=True)
+    if is_real(batch.mask):
+        mask = jnp.max(jnp.where(batch.mask > 0, batch.mask, 0), inner, keepdims=True, initial=0)
+    else:
+        mask = jnp.any(batch.mask, inner, keepdims=True)
     total = total_weight(shape, mask, batch.axes, weight)
     zeros = jnp.zeros_like(weight)
     counted = Collected(Moments(total, zeros, zeros), support_of(total, shape, mask, batch.axes))
