@@ -248,9 +248,8 @@ class AdaptiveBatchNorm(BatchNorm, kw_only=True):
     @nn.compact
     def __call__(self, x: Any, use_running_average: bool | None = None, *, mask: Any = None) -> Array:
         """As `BatchNorm`."""
-        apply = partial(apply_adaptive, source_weight=self.source_weight)
-        if self.frozen and not nn.merge_param("use_running_average", self.use_running_average, use_running_average):
-            apply = apply_plain
+        evaluates = nn.merge_param("use_running_average", self.use_running_average, use_running_average)
+        apply = partial(apply_adaptive, source_weight=self.source_weight, adapts=not self.frozen or evaluates)
         return batch_norm(self, x, use_running_average, mask=mask, apply=apply)
 
 

@@ -371,9 +371,8 @@ class AdaptiveBatchNorm(BatchNorm):
 
     def __call__(self, x: Any, use_running_average: bool | None = None, *, mask: Any = None) -> Array:
         """As `BatchNorm`."""
-        apply = partial(apply_adaptive, source_weight=self.source_weight)
-        if self.frozen and not (self.use_running_average if use_running_average is None else use_running_average):
-            apply = apply_plain
+        evaluates = self.use_running_average if use_running_average is None else use_running_average
+        apply = partial(apply_adaptive, source_weight=self.source_weight, adapts=not self.frozen or evaluates)
         return self._call(x, use_running_average, mask, apply)
 
 

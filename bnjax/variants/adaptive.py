@@ -51,8 +51,8 @@ def adaptive_bn_apply(
 
     Args:
       source_weight: how many examples the running statistics count as, >= 0. A number, which may be traced, so that a
-        sweep compiles once; a value that is known only at run time is raised to 0. The paper takes 16 for batches of
-        some ten examples, and more for smaller ones.
+        sweep compiles once; a value that is known only at run time is raised to 0. The smaller it is, the more the
+        batch decides; the larger, the less does the noise of a small batch.
       state: running statistics, which normalize alone where a feature has no valid value in the batch. None is an
         error, because there would be nothing to adapt.
       mask: as in `bnjax.bn_apply`. An example counts for a feature if any of its elements is valid, however many are,
@@ -104,11 +104,15 @@ def apply_adaptive(
     momentum: Any,
     mask: Array | None,
     source_weight: Any,
+    adapts: Any = True,
     earlier: Collected | None = None,
 ) -> tuple[Array, Any, Collected | None]:
-    """`adaptive_bn_apply` with checked options, as `bnjax.core.apply.apply` is `bn_apply`, which it is in training."""
+    """`adaptive_bn_apply` with checked options, as `bnjax.core.apply.apply` is `bn_apply`.
+
+    It is `bn_apply` in training, and wherever `adapts` is False.
+    """
     source_weight = check_source_weight(options.call, source_weight)
-    if options.train:
+    if options.train or not adapts:
         return apply(params, state, x, options, momentum=momentum, mask=mask, earlier=earlier)
     if state is None:
         raise ValueError(

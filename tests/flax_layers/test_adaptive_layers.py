@@ -148,6 +148,7 @@ def test_an_adaptive_nnx_layer_is_named_and_not_folded(caplog):
     assert [type(model.layers[i]).__name__ for i in (1, 3)] == ["AdaptiveBatchNorm", "Identity"]
 
 
+@pytest.mark.slow
 def test_training_recalibration_and_diagnosis_take_adaptive_models():
     """As with plain layers; the evaluation step adapts."""
     model, variables = linen_model()
@@ -184,6 +185,15 @@ def test_a_layer_takes_a_traced_source_weight():
     mean, var = reference.adapted(X, np.zeros(3), np.ones(3), 5)
     for y in (jax.jit(call)(5.0), nnx.jit(lambda layer, x: layer(x))(layer, X)):
         close(y, reference.normalize(X, mean, var, 1, 0))
+
+
+def test_a_traced_mode_is_an_error_of_ours_in_a_frozen_layer_too():
+    layer = bnjax.linen.AdaptiveBatchNorm(source_weight=1, frozen=True)
+    variables = layer.init(KEY, X, use_running_average=True)
+    nnx_layer = bnjax.nnx.AdaptiveBatchNorm(3, source_weight=1, frozen=True, rngs=nnx.Rngs(0))
+    for call in (lambda mode: layer.apply(variables, X, mode), lambda mode: nnx_layer(X, mode)):
+        with pytest.raises(TypeError, match=r"AdaptiveBatchNorm\(use_running_average=...\): expected a Python bool"):
+            jax.eval_shape(call, True)
 
 
 @pytest.mark.parametrize("library", ["linen", "nnx"])

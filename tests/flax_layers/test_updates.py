@@ -37,7 +37,7 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n == "BNLSTM" else n for n in MODELS])
 def test_a_training_call_without_mutable_statistics_normalizes_and_writes_nothing(name):
     """The output is that of the call which updates; where the mean is known it is that of the batch."""
     model, x, call = MODELS[name]
