@@ -131,8 +131,14 @@ def test_an_adaptive_linen_layer_is_named_and_not_folded(caplog):
     folded, interceptor = bnjax.linen.fold_model(plain, variables, X)
     assert "batch_stats" not in folded
     close(interceptor.model.apply(folded, X), model.apply(variables, X))
-    written = nn.Sequential([nn.Dense(3), bnjax.linen.AdaptiveBatchNorm(source_weight=1, use_running_average=True)])
-    report = bnjax.linen.fold_model(written, written.init(KEY, X), X)[1].report
+    written = nn.Sequential(
+        [nn.Dense(4, use_bias=False), bnjax.linen.AdaptiveBatchNorm(source_weight=1, use_running_average=True)]
+    )
+    own = {
+        group: {f"layers_{i}": v[name] for i, name in enumerate(("Dense_0", "BatchNorm_0")) if name in v}
+        for group, v in variables.items()
+    }
+    report = bnjax.linen.fold_model(written, own, X)[1].report
     assert (report.folded, list(report.unfolded)) == ([], ["layers_1"])
 
 

@@ -88,8 +88,11 @@ def nnx_counts(layer, options, count, steps):
 
 
 @pytest.mark.parametrize("run", [linen_counts, nnx_counts])
-@pytest.mark.parametrize("count", [5, np.array([5, 5, 5], np.int32)], ids=["one", "each"])
-@pytest.mark.parametrize(("layer", "scheduled"), [("BatchNorm", False), ("BatchNorm", True), ("RenormBatchNorm", True)])
+@pytest.mark.parametrize(
+    ("layer", "scheduled", "count"),
+    [("BatchNorm", False, 5), ("BatchNorm", True, np.array([5, 5, 5], np.int32)), ("RenormBatchNorm", True, 5)],
+    ids=["plain", "a count for each feature", "renormalized"],
+)
 def test_a_count_that_came_with_the_statistics_goes_on(layer, scheduled, count, run):
     """Whatever the momentum is; a schedule takes it from there."""
     options = {"momentum": bnjax.cumulative_average} if scheduled else {}
