@@ -103,7 +103,7 @@ def test_batches_of_no_values_and_of_one(shape):
         close(y, oracle(np.ones((1, 3)), 4)[0])
 
 
-@pytest.mark.parametrize("masked", ["no", "weights"])
+@pytest.mark.parametrize("masked", [pytest.param("no", marks=pytest.mark.slow), "weights"])
 def test_examples_of_all_devices_count(masked):
     """Shards of unequal weight; one of four shards is empty. Under vmap an example needs its batch axis."""
     mask = MASKS[masked]
