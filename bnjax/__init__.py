@@ -3,7 +3,7 @@
 The package consists of these parts, each of which imports only from the parts above it:
 
     core          the mathematics: moments, normalization, the layer as a function, schedules, checks
-    variants      ghost, renormalized, indexed, conditional and recurrent batch normalization
+    variants      adaptive, ghost, renormalized, indexed, conditional and recurrent batch normalization
     deploy        layers folded into adjacent linear layers; recalibrated running statistics
     diagnosis     faults of running statistics, as a table and a figure
     interop       conversion of weights from and to PyTorch and Keras
@@ -21,6 +21,7 @@ from bnjax.core.schedules import cumulative_average, debiased, linear_ramp
 from bnjax.deploy.affine import Affine, fold, fold_into_next, fold_into_previous
 from bnjax.deploy.recalibration import recalibrate
 from bnjax.diagnosis.measure import Diagnosis, diagnose
+from bnjax.variants.adaptive import adaptive_bn_apply
 from bnjax.variants.conditional import conditional_params
 from bnjax.variants.ghost import ghost_bn_apply
 from bnjax.variants.indexed import indexed_bn_apply, indexed_bn_init
@@ -41,6 +42,7 @@ __all__ = [
     "Diagnosis",
     "Moments",
     "UnboundAxisNameError",
+    "adaptive_bn_apply",
     "batch_moments",
     "bn_apply",
     "bn_init",

@@ -287,7 +287,8 @@ def variables(call: str, params: Any, state: Any, x: Array, features: tuple[int,
             )
     if state is not None:
         for name, value in state._asdict().items():
-            if np.shape(value) != shape:
+            one_count = name == "count" and not np.ndim(value)  # for all features, as PyTorch counts
+            if np.shape(value) != shape and not one_count:
                 raise ValueError(
                     f"{call}(x=...): x has shape {x.shape} and so features {shape} on axis {axis}, but state.{name} "
                     f"has shape {np.shape(value)}. Pass the axis that bn_init was given, or initialize with "

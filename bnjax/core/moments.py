@@ -270,7 +270,7 @@ def merge_over_axes(collected: Collected, names: tuple[Hashable, ...], groups: G
 def autodiff_collect(batch: Batch, names: tuple[Hashable, ...] = (), groups: Groups = None) -> Collected:
     """`collect` by two reads, without its derivative rule: the tests' oracle for that rule."""
     moments = two_read_moments(batch.x, batch.mask, batch.axes)
-    collected = Collected(moments, _support(moments.weight, batch.x.shape, batch.mask, batch.axes))
+    collected = Collected(moments, support_of(moments.weight, batch.x.shape, batch.mask, batch.axes))
     return _merge_over(collected, names, groups, is_real(batch.mask)) if names else collected
 
 
@@ -285,7 +285,7 @@ def _collect(x, mask, shift, axes, names, groups, reading):
         weights = () if mask is None else (mask,)
         read = guarded_moments if reading.guarded else unguarded_moments
         moments = Moments(*read(x.astype(reading.dtype), shift, *weights, axes=axes))
-    collected = Collected(moments, _support(moments.weight, x.shape, mask, axes))
+    collected = Collected(moments, support_of(moments.weight, x.shape, mask, axes))
     return _merge_over(collected, names, groups, is_real(mask)) if names else collected
 
 
@@ -309,7 +309,7 @@ def _collect_jvp(axes, names, groups, reading, primals, tangents):
     return collected, Collected(dmoments, jax.tree.map(jnp.zeros_like, collected.support))
 
 
-def _support(weight, shape, mask, axes):
+def support_of(weight: Array, shape: tuple[int, ...], mask: Any, axes: tuple[int, ...]) -> Support:
     """The support of an array of this shape whose mask sums up to `weight`."""
     if not is_real(mask):
         return _unit_support(weight)

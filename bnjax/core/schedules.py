@@ -78,17 +78,21 @@ class linear_ramp:  # noqa: N801  a function with its parameters bound, which ha
 
         value = low + (high - low) clip((count - start) / (stop - start), 0, 1)
 
+    With start = stop it is a step: `low` before this count, `high` from it on.
+
     Args:
       low, high: the first and the last value.
-      start, stop: the counts of updates between which the value rises; start < stop.
+      start, stop: the counts of updates between which the value rises; start <= stop.
 
     Raises:
-      ValueError: unless start < stop.
+      ValueError: if start > stop.
 
     Example:
       >>> import bnjax, jax.numpy as jnp
       >>> bnjax.RENORM_R_MAX(jnp.array([0, 5_000, 22_500, 40_000, 50_000])).tolist()
       [1.0, 1.0, 2.0, 3.0, 3.0]
+      >>> bnjax.linear_ramp(1.0, 3.0, 40, 40)(jnp.array([39, 40])).tolist()
+      [1.0, 3.0]
     """
 
     low: float
@@ -97,11 +101,16 @@ class linear_ramp:  # noqa: N801  a function with its parameters bound, which ha
     stop: int
 
     def __post_init__(self) -> None:
-        if not self.start < self.stop:
-            raise ValueError(f"linear_ramp(start={self.start}, stop={self.stop}): expected start < stop.")
+        if not self.start <= self.stop:
+            raise ValueError(
+                f"linear_ramp(start={self.start}, stop={self.stop}): expected start <= stop. Pass the counts in order."
+            )
 
     def __call__(self, count: Array) -> Array:
-        rise = jnp.clip((jnp.asarray(count).astype(float) - self.start) / (self.stop - self.start), 0, 1)
+        count = jnp.asarray(count).astype(float)
+        if self.start == self.stop:  # the quotient would be 0 / 0
+            return jnp.where(count < self.start, self.low, self.high).astype(count.dtype)
+        rise = jnp.clip((count - self.start) / (self.stop - self.start), 0, 1)
         return self.low + (self.high - self.low) * rise
 
 

@@ -54,6 +54,7 @@ class TracedLayer(NamedTuple):
     axis: Any = -1  # feature axis of a norm
     ranks: frozenset[int] = frozenset()  # of the inputs
     evaluates: bool = True  # whether every call uses the running statistics
+    adapts: bool = False  # whether the batch enters the statistics in evaluation too
 
     def merged(self, earlier: "TracedLayer | None") -> "TracedLayer":
         """This call together with the earlier calls of the same layer."""
@@ -314,6 +315,11 @@ def _check(call, pair, linear, norm, layer, neighbours):
     """Check that the two layers are adjacent, if the model was traced, and the norm an affine map of the last axis."""
     if neighbours is not None and (why := neighbours.between(*pair) or neighbours.kernel_conflict(linear)):
         raise ValueError(f"{call}: {why}.")
+    if layer.adapts:
+        raise ValueError(
+            f"{call}: {norm!r} adapts to each batch, so that it is not one affine map in evaluation. Serve it "
+            "unfolded, or turn it into a plain layer first: convert(model, to=BatchNorm)."
+        )
     if not layer.evaluates:
         raise ValueError(
             f"{call}: {norm!r} normalizes by its batch in this trace. Pass the argument that puts the model in "

@@ -106,7 +106,8 @@ def recalibrate(
         pairs = {"mean": (mean, state.mean), "var": (var, state.var)}
         new[name] = {key: select(enough, value.astype(old.dtype), old) for key, (value, old) in pairs.items()}
         if name in counts:
-            new[name]["count"] = select(enough, counts[name], state.count)
+            some = enough if state.count.ndim else jnp.any(enough)  # one count may serve all features
+            new[name]["count"] = select(some, counts[name], state.count)
     return {**variables, "batch_stats": trees.replaced(variables["batch_stats"], new)}
 
 

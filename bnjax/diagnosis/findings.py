@@ -114,7 +114,8 @@ def checks(layer: Layer, report: LayerReport, epsilon: float, momentum: float | 
     if report.zero_scale is not None:
         table.append(Check("zero scale", "note", report.zero_scale, times_limit=1))
     if state.count is not None:
-        table += _count_checks(wide(state.count), settled, momentum)
+        counts = np.broadcast_to(wide(state.count), settled.shape)  # one count may serve all features
+        table += _count_checks(counts, settled, momentum)
     if report.batch_size is None and layer.moments:
         table.append(Check("evaluation mode", "note", np.full(var.shape, not initial.all()), times_limit=1))
     if report.batch_size is not None:

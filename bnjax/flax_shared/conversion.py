@@ -3,7 +3,11 @@
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from jax.core import Tracer
+
 from bnjax.core import checks
+from bnjax.variants.adaptive import check_source_weight
+from bnjax.variants.renorm import check_average
 
 Where = Callable[[str], object]
 
@@ -12,8 +16,9 @@ OPTIONS = ("axis_name", "axis_index_groups", "momentum", "epsilon", "unbiased_va
 # their calls take an index or a label, which an existing model does not pass.
 VARIANTS: Mapping[str, tuple[str, ...]] = {
     "BatchNorm": (),
+    "AdaptiveBatchNorm": ("source_weight",),
     "GhostBatchNorm": ("ghost_size",),
-    "RenormBatchNorm": ("r_max", "d_max"),
+    "RenormBatchNorm": ("r_max", "d_max", "average"),
 }
 
 
@@ -48,12 +53,19 @@ def conversion(library: str, to: Any, where: Any, changes: Mapping[str, Any], la
             raise TypeError(f"convert({name}=...): a {to.__name__ if to else 'BatchNorm'} has no {name}. {wanted}.")
     if "ghost_size" in own:
         checks.positive_integer("convert", "ghost_size", changes.get("ghost_size"))
+    if "source_weight" in own:
+        check_source_weight("convert", changes.get("source_weight"))
     checked = {name: _checked(name, value) for name, value in changes.items()}
     return Conversion(to, where, tuple(sorted(checked.items())))
 
 
 def _checked(name: str, value: Any) -> Any:
     """The value of a change, checked, in a hashable form that is equal for equal values."""
+    if isinstance(value, Tracer):
+        raise TypeError(
+            f"convert({name}=...): the value is traced, but the options of a converted model are static. Pass a "
+            "number, or write the model with bnjax's layers, which take traced values."
+        )
     if name == "axis_index_groups":
         return checks.index_groups("convert", value)
     if name == "axis_name":
@@ -65,4 +77,6 @@ def _checked(name: str, value: Any) -> Any:
         value, _ = checks.momentum("convert", value)
     if name in ("unbiased_var", "frozen", "frozen_params"):
         checks.boolean("convert", name, value)
+    if name == "average":
+        check_average("convert", value)
     return value if callable(value) else getattr(value, "item", lambda: value)()

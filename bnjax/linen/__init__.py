@@ -7,10 +7,18 @@ their own BatchNorm layers compute through bnjax. `fold_model` removes the layer
 from bnjax.linen.conversion import convert, exact_batch_norm
 from bnjax.linen.folding import fold_model
 from bnjax.linen.lstm import BNLSTM, BNLSTMCell
-from bnjax.linen.norm import BatchNorm, ConditionalBatchNorm, GhostBatchNorm, IndexedBatchNorm, RenormBatchNorm
+from bnjax.linen.norm import (
+    AdaptiveBatchNorm,
+    BatchNorm,
+    ConditionalBatchNorm,
+    GhostBatchNorm,
+    IndexedBatchNorm,
+    RenormBatchNorm,
+)
 
 __all__ = [
     "BNLSTM",
+    "AdaptiveBatchNorm",
     "BNLSTMCell",
     "BatchNorm",
     "ConditionalBatchNorm",

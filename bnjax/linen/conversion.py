@@ -75,13 +75,14 @@ def convert(model: nn.Module, *, to: type | None = None, where: Where | None = N
 
     Args:
       model: an unbound Linen module, or, inside another module's method, a submodule that was just created.
-      to: the class to convert to, `BatchNorm`, `GhostBatchNorm` or `RenormBatchNorm`; by default each layer keeps its
-        kind.
+      to: the class to convert to, `BatchNorm`, `AdaptiveBatchNorm`, `GhostBatchNorm` or `RenormBatchNorm`; by default
+        each layer keeps its kind.
       where: function from a layer's path in the variables, such as "block/BatchNorm_0", to whether it is converted; by
         default every layer is.
       **changes: options of `BatchNorm`: `axis_name` (None removes the model's own), `axis_index_groups`, `momentum`,
-        `epsilon`, `unbiased_var`, `frozen`, `frozen_params`; of `GhostBatchNorm`: `ghost_size`; of `RenormBatchNorm`:
-        `r_max`, `d_max`. Other options stay as in the model.
+        `epsilon`, `unbiased_var`, `frozen`, `frozen_params`; of `AdaptiveBatchNorm`:
+        `source_weight`; of `GhostBatchNorm`: `ghost_size`; of `RenormBatchNorm`: `r_max`, `d_max`, `average`. Other
+        options stay as in the model.
 
     Returns:
       A module of a subclass of the model's class, with the same class name.

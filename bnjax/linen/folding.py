@@ -24,10 +24,10 @@ from bnjax.deploy.neighbours import (
     named_call,
 )
 from bnjax.linen.conversion import check_model, class_of, contexts, converted, wrapped
-from bnjax.linen.norm import BatchNorm, GhostBatchNorm, RenormBatchNorm
+from bnjax.linen.norm import AdaptiveBatchNorm, BatchNorm, GhostBatchNorm, RenormBatchNorm
 
 _LINEAR = (nn.Dense, nn.Conv, nn.ConvTranspose)
-_NORM = (nn.BatchNorm, BatchNorm, GhostBatchNorm, RenormBatchNorm)
+_NORM = (nn.BatchNorm, AdaptiveBatchNorm, BatchNorm, GhostBatchNorm, RenormBatchNorm)
 
 
 def fold_model(
@@ -176,7 +176,8 @@ def _traced(model, variables, args, kwargs):
             average = kwargs.get("use_running_average", args[1] if len(args) > 1 else None)
             average = options.use_running_average if average is None else average
             evaluates = bool(average) or getattr(options, "frozen", False)
-            layer = TracedLayer(kind, None, options.axis, frozenset({jnp.ndim(x)}), evaluates)
+            adapts = isinstance(options, AdaptiveBatchNorm)
+            layer = TracedLayer(kind, None, options.axis, frozenset({jnp.ndim(x)}), evaluates, adapts)
         else:
             kernel = nn.meta.unbox(module.get_variable("params", "kernel"))
             layer = TracedLayer(kind, module.clone(parent=None))  # a bound module would hold tracers after the trace

@@ -15,6 +15,7 @@ from bnjax.core.apply import apply as apply_plain
 from bnjax.core.records import BNParams, BNState, Collected
 from bnjax.core.schedules import Momentum
 from bnjax.flax_shared.conventions import Variables, call_layer, counts, nothing, promoting
+from bnjax.variants.adaptive import apply_adaptive
 from bnjax.variants.ghost import apply_ghost
 from bnjax.variants.indexed import apply_indexed
 from bnjax.variants.renorm import RENORM_D_MAX, RENORM_R_MAX, Limit, apply_renorm
@@ -38,13 +39,16 @@ class BatchNorm(nn.BatchNorm):
     * A mask that is not boolean holds weights >= 0. Flax treats every number but 0 as True.
     * Running statistics normalize in the dtype in which they are stored. With `force_float32_reductions=False` Flax
       first casts them to `param_dtype`, which may be narrower.
+    * With `use_running_average=False`, `apply` without `mutable=["batch_stats"]` normalizes by the batch and writes
+      nothing. Flax raises an error.
     * Bad arguments are errors while tracing: a momentum outside [0, 1], an epsilon that is not positive in float32, an
       axis out of range.
 
     Args:
       momentum: weight of the OLD value, or a function of the number of updates, such as `bnjax.cumulative_average` or
         `bnjax.debiased(0.99)`. Only a function adds a variable `count`, of the shape of the features, to `batch_stats`;
-        statistics that come to `apply` without one start at 0.
+        statistics that come to `apply` without one start at 0. A count that is there already, of this shape or one
+        number for all features, goes on with any momentum.
       axis: the feature axis, or several.
       axis_name: mapped axis, or several, whose devices or examples share statistics.
       unbiased_var: whether the running variance is divided by n - 1, as in PyTorch; the output is normalized by the
@@ -127,6 +131,7 @@ class RenormBatchNorm(BatchNorm, kw_only=True):
     Args:
       r_max, d_max: bounds of the correction, numbers or functions of the number of updates; by default the paper's
         schedule. A function adds the variable `count`.
+      average: "std" averages standard deviations, as in the paper, and "var" variances.
       **others: as in `BatchNorm`.
 
     Example:
@@ -140,11 +145,12 @@ class RenormBatchNorm(BatchNorm, kw_only=True):
 
     r_max: Limit = RENORM_R_MAX
     d_max: Limit = RENORM_D_MAX
+    average: str = "std"
 
     @nn.compact
     def __call__(self, x: Any, use_running_average: bool | None = None, *, mask: Any = None) -> Array:
         """As `BatchNorm`."""
-        apply = partial(apply_renorm, r_max=self.r_max, d_max=self.d_max)
+        apply = partial(apply_renorm, r_max=self.r_max, d_max=self.d_max, average=self.average)
         return batch_norm(self, x, use_running_average, mask=mask, apply=apply)
 
 
@@ -217,6 +223,36 @@ class ConditionalBatchNorm(BatchNorm, kw_only=True):
         return batch_norm(self, x, use_running_average, mask=mask, label=label, stacked_params=stacked)
 
 
+class AdaptiveBatchNorm(BatchNorm, kw_only=True):
+    """Batch normalization that in evaluation adapts to the batch: `bnjax.adaptive_bn_apply` as a layer.
+
+    In training it is `BatchNorm`. In evaluation the running statistics count as `source_weight` examples, beside those
+    of the batch, and stay as they are. A frozen layer (`frozen=True`) normalizes by the running statistics as they are
+    in training, and adapts in evaluation like any other.
+
+    Args:
+      source_weight: how many examples the running statistics count as, >= 0.
+      **others: as in `BatchNorm`. `axis_name` is used in evaluation too.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> import bnjax.linen
+      >>> layer = bnjax.linen.AdaptiveBatchNorm(source_weight=2, use_running_average=True)
+      >>> y, _ = layer.init_with_output(jax.random.key(0), jnp.array([[3.0], [5.0]]))
+      >>> y[:, 0].round(3).tolist()
+      [1.0, 3.0...]
+    """
+
+    source_weight: float | Array
+
+    @nn.compact
+    def __call__(self, x: Any, use_running_average: bool | None = None, *, mask: Any = None) -> Array:
+        """As `BatchNorm`."""
+        evaluates = nn.merge_param("use_running_average", self.use_running_average, use_running_average)
+        apply = partial(apply_adaptive, source_weight=self.source_weight, adapts=not self.frozen or evaluates)
+        return batch_norm(self, x, use_running_average, mask=mask, apply=apply)
+
+
 def batch_norm(
     layer: Any,
     x: Any,
@@ -253,12 +289,18 @@ class _Storage:
     stacked_params: tuple[int, ...]
     remedy = "Pass an x with the features of these variables, or initialize the layer with this x."
 
+    def moving(self) -> bool:
+        """Whether the running statistics may be written: an update needs `mutable=["batch_stats"]`."""
+        return self.layer.is_mutable_collection("batch_stats")
+
     def read(self, x: Array, features: list[int], train: bool) -> Variables:
         layer, shape = self.layer, [*self.stacked_stats, *features]
         stored = jnp.float32 if layer.force_float32_reductions else layer.param_dtype
         self.mean = layer.variable("batch_stats", "mean", jnp.zeros, shape, stored)
         self.var = layer.variable("batch_stats", "var", jnp.ones, shape, stored)
-        counting = counts(layer) and (train or layer.is_initializing())
+        # A count that is there goes on in any case: it would be wrong once an option becomes a function of it.
+        counting = layer.has_variable("batch_stats", "count") or (counts(layer) and self.moving())
+        counting &= train or layer.is_initializing()
         self.count = layer.variable("batch_stats", "count", jnp.zeros, shape, jnp.int32) if counting else None
         shape = [*self.stacked_params, *features]
         scale = layer.param("scale", layer.scale_init, shape, layer.param_dtype) if layer.use_scale else None
@@ -287,7 +329,7 @@ class _Storage:
             return x, variables.params, canonicalize_dtype(x, *variables.params, dtype=self.layer.dtype)
 
     def write(self, variables: Variables, state: BNState, collected: Collected | None, train: bool) -> None:
-        if train and not self.layer.is_initializing():
+        if train and self.moving() and not self.layer.is_initializing():
             self.mean.value, self.var.value = state.mean, state.var
             if self.count is not None:
                 self.count.value = state.count

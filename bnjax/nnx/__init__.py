@@ -8,6 +8,7 @@ from bnjax.nnx.conversion import convert
 from bnjax.nnx.folding import Identity, fold_model, fold_report
 from bnjax.nnx.lstm import BNLSTMCell
 from bnjax.nnx.norm import (
+    AdaptiveBatchNorm,
     BatchMoments,
     BatchNorm,
     ConditionalBatchNorm,
@@ -18,6 +19,7 @@ from bnjax.nnx.norm import (
 from bnjax.nnx.pure import functional
 
 __all__ = [
+    "AdaptiveBatchNorm",
     "BNLSTMCell",
     "BatchMoments",
     "BatchNorm",

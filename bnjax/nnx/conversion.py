@@ -22,13 +22,14 @@ def convert(model: Model, *, to: type | None = None, where: Where | None = None,
 
     Args:
       model: an NNX module, or any container of modules.
-      to: the class to convert to, `BatchNorm`, `GhostBatchNorm` or `RenormBatchNorm`; by default a layer of bnjax keeps
-        its class. Layers with an index or a label always keep theirs.
+      to: the class to convert to, `BatchNorm`, `AdaptiveBatchNorm`, `GhostBatchNorm` or `RenormBatchNorm`; by default a
+        layer of bnjax keeps its class. Layers with an index or a label always keep theirs.
       where: function from a layer's path in the model, such as "blocks/0/bn", to whether it is converted; by default
         every layer is. A shared layer has one path.
       **changes: options of `BatchNorm`: `axis_name` (None removes the model's own), `axis_index_groups`, `momentum`,
-        `epsilon`, `unbiased_var`, `frozen`, `frozen_params`; of `GhostBatchNorm`: `ghost_size`; of `RenormBatchNorm`:
-        `r_max`, `d_max`. Other options stay as in the model.
+        `epsilon`, `unbiased_var`, `frozen`, `frozen_params`; of `AdaptiveBatchNorm`:
+        `source_weight`; of `GhostBatchNorm`: `ghost_size`; of `RenormBatchNorm`: `r_max`, `d_max`, `average`. Other
+        options stay as in the model.
 
     Returns:
       `model` itself.
@@ -83,9 +84,10 @@ def check_model(call: str, model: Any, *, containers: bool = True) -> None:
 
 def _become(layer, kind):
     """Change a layer's class: remove the options of the old class, and set the defaults of the new one."""
-    for name in ("ghost_size", "r_max", "d_max"):
+    for name in (option for options in VARIANTS.values() for option in options):
         if hasattr(layer, name):
             delattr(layer, name)
     layer.__class__ = kind
     if kind is norm_module.RenormBatchNorm:
         layer.r_max, layer.d_max = norm_module.RENORM_R_MAX, norm_module.RENORM_D_MAX
+        layer.average = "std"

@@ -22,12 +22,12 @@ from bnjax.deploy.neighbours import (
     named_call,
 )
 from bnjax.nnx.conversion import check_model
-from bnjax.nnx.norm import BatchNorm, GhostBatchNorm, RenormBatchNorm
+from bnjax.nnx.norm import AdaptiveBatchNorm, BatchNorm, GhostBatchNorm, RenormBatchNorm
 
 Model = TypeVar("Model")
 
 _LINEAR = (nnx.Linear, nnx.Conv, nnx.ConvTranspose)
-_NORM = (nnx.BatchNorm, BatchNorm, GhostBatchNorm, RenormBatchNorm)
+_NORM = (nnx.BatchNorm, AdaptiveBatchNorm, BatchNorm, GhostBatchNorm, RenormBatchNorm)
 
 
 class Identity(nnx.Module):
@@ -120,7 +120,7 @@ def _fold(model: Any, pairs: Any, args: Any, kwargs: Mapping[str, Any]) -> FoldR
     elif pairs is None:
         raise ValueError("fold_model(...): no arguments of the model. Pass an example input, with which it is traced.")
     else:
-        layers = {name: TracedLayer(type(node), node, getattr(node, "axis", -1)) for name, node in nodes.items()}
+        layers = {name: _as_traced(node) for name, node in nodes.items()}
         neighbours = None
     holders = Counter(id(v) for _, module in nnx.iter_modules(model) for v in vars(module).values())
     norms: dict[str, Any] = {}  # by path, the dtype to which the norm's variables promote
@@ -154,11 +154,15 @@ def _fold(model: Any, pairs: Any, args: Any, kwargs: Mapping[str, Any]) -> FoldR
     return report
 
 
+def _as_traced(node):
+    return TracedLayer(type(node), node, getattr(node, "axis", -1), adapts=isinstance(node, AdaptiveBatchNorm))
+
+
 def _traced(model, args, kwargs):
     """The layers of a model by path, and the trace of its call."""
     graphdef, state = nnx.split(model)
     nodes = {"/".join(map(str, path)): node for path, node in nnx.iter_modules(model)}
-    layers = {path: TracedLayer(type(node), node, getattr(node, "axis", -1)) for path, node in nodes.items()}
+    layers = {path: _as_traced(node) for path, node in nodes.items()}
     called: dict[str, TracedLayer] = {}
 
     def call(state, args, kwargs):

@@ -18,6 +18,7 @@ from bnjax.core.moments import wider
 from bnjax.core.records import BNParams, BNState, Collected
 from bnjax.core.schedules import Momentum
 from bnjax.flax_shared.conventions import Variables, call_layer, counts, promoting
+from bnjax.variants.adaptive import apply_adaptive
 from bnjax.variants.ghost import apply_ghost
 from bnjax.variants.indexed import apply_indexed
 from bnjax.variants.renorm import RENORM_D_MAX, RENORM_R_MAX, Limit, apply_renorm
@@ -54,7 +55,8 @@ class BatchNorm(nnx.BatchNorm):
       num_features: number of features.
       momentum: weight of the OLD value, or a function of the number of updates, such as `bnjax.cumulative_average` or
         `bnjax.debiased(0.99)`. Only a function adds a `BatchStat` `count`, of shape (num_features,), which starts at 0;
-        if it is set later, on a layer that exists, the first call adds it.
+        if it is set later, on a layer that exists, the first call adds it. A count that is there goes on with any
+        momentum.
       axis_name: mapped axis, or several, whose devices or examples share statistics.
       unbiased_var: whether the running variance is divided by n - 1, as in PyTorch; the output is normalized by the
         biased variance.
@@ -167,9 +169,10 @@ class _Storage:
 
     def read(self, x: Array, features: list[int], train: bool) -> Variables:
         layer = self.layer
-        counting = train and counts(layer)
-        if counting and not hasattr(layer, "count"):
+        if train and counts(layer) and not hasattr(layer, "count"):
             add_count(layer)
+        # A count that is there goes on in any case: it would be wrong once an option becomes a function of it.
+        counting = train and hasattr(layer, "count")
         params = BNParams(*(None if v is None else v[...] for v in (layer.scale, layer.bias)))
         count = layer.count[...] if counting else None
         earlier = None if layer.batch_moments is None else layer.batch_moments.get_value()
@@ -245,6 +248,7 @@ class RenormBatchNorm(BatchNorm):
       num_features: number of features.
       r_max, d_max: bounds of the correction, numbers or functions of the number of updates; by default the paper's
         schedule. A function adds the `BatchStat` `count`.
+      average: "std" averages standard deviations, as in the paper, and "var" variances.
       **options: as in `BatchNorm`.
 
     Example:
@@ -256,16 +260,25 @@ class RenormBatchNorm(BatchNorm):
       [-0.5, 1.5...]
     """
 
-    def __init__(self, num_features: int, *, r_max: Limit = RENORM_R_MAX, d_max: Limit = RENORM_D_MAX, **options: Any):
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        r_max: Limit = RENORM_R_MAX,
+        d_max: Limit = RENORM_D_MAX,
+        average: str = "std",
+        **options: Any,
+    ):
         super().__init__(num_features, **options)
         self.r_max: Limit = r_max
         self.d_max: Limit = d_max
+        self.average = average
         if callable(r_max) or callable(d_max):
             add_count(self)
 
     def __call__(self, x: Any, use_running_average: bool | None = None, *, mask: Any = None) -> Array:
         """As `BatchNorm`."""
-        apply = partial(apply_renorm, r_max=self.r_max, d_max=self.d_max)
+        apply = partial(apply_renorm, r_max=self.r_max, d_max=self.d_max, average=self.average)
         return self._call(x, use_running_average, mask, apply)
 
 
@@ -329,6 +342,38 @@ class ConditionalBatchNorm(BatchNorm):
     ) -> Array:
         """As `BatchNorm`, with `label`, the class of each example: integers of shape (batch,)."""
         return self._call(x, use_running_average, mask, label=label)
+
+
+class AdaptiveBatchNorm(BatchNorm):
+    """Batch normalization that in evaluation adapts to the batch: `bnjax.adaptive_bn_apply` as a layer.
+
+    In training it is `BatchNorm`. In evaluation the running statistics count as `source_weight` examples, beside those
+    of the batch, and stay as they are. A frozen layer (`frozen=True`) normalizes by the running statistics as they are
+    in training, and adapts in evaluation like any other.
+
+    Args:
+      num_features: number of features.
+      source_weight: how many examples the running statistics count as, >= 0.
+      **options: as in `BatchNorm`. `axis_name` is used in evaluation too.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> import bnjax.nnx
+      >>> layer = bnjax.nnx.AdaptiveBatchNorm(1, source_weight=2, use_running_average=True, rngs=nnx.Rngs(0))
+      >>> layer(jnp.array([[3.0], [5.0]]))[:, 0].round(3).tolist()
+      [1.0, 3.0...]
+    """
+
+    def __init__(self, num_features: int, *, source_weight: float | Array, **options: Any):
+        super().__init__(num_features, **options)
+        self.source_weight = source_weight
+
+    def __call__(self, x: Any, use_running_average: bool | None = None, *, mask: Any = None) -> Array:
+        """As `BatchNorm`."""
+        evaluates = self.use_running_average if use_running_average is None else use_running_average
+        apply = partial(apply_adaptive, source_weight=self.source_weight, adapts=not self.frozen or evaluates)
+        return self._call(x, use_running_average, mask, apply)
 
 
 def _stack(layer, number, names):

@@ -165,8 +165,9 @@ def _normalize_groups(params, batch, state, examples, size, options):
     groups = Batch(grouped(batch.x), grouped(batch.mask), features, batch.dtype)
     statistics = collect(groups, (), None, sharded=False)
     if state is not None:
-        running = (jnp.expand_dims(v, position) for v in state)
-        state = BNState(*(jnp.broadcast_to(v, statistics.moments.weight.shape) for v in running))
+        running = (jnp.expand_dims(v, position) for v in (state.mean, state.var))
+        mean, var = (jnp.broadcast_to(v, statistics.moments.weight.shape) for v in running)
+        state = BNState(mean, var, state.count)
     mean, var = choose_statistics(statistics.moments, state, groups)
     y = normalize_by(mean, var, grouped(params.scale), grouped(params.bias), groups, options)
     return y.reshape(shape), merge_parts(statistics, position)

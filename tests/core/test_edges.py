@@ -295,6 +295,7 @@ def test_keywords_that_are_not_there_are_named_with_their_call():
 
 LAYERS = {
     "BatchNorm": ({}, {}),
+    "AdaptiveBatchNorm": ({"source_weight": 2}, {}),
     "GhostBatchNorm": ({"ghost_size": 2}, {}),
     "RenormBatchNorm": ({}, {}),
     "IndexedBatchNorm": ({"num_indices": 2}, {"index": 1}),

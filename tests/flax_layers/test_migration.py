@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from flax.errors import ModifyScopeVariableError
 
 import bnjax
 import bnjax.linen
@@ -210,6 +211,19 @@ def bad_arguments(framework, rng):
     assert "axis=2" not in str(raised.value)
 
 
+def training_without_an_update(framework, rng):
+    x = data(rng)
+    for number, cls in enumerate(LAYERS[framework]):
+        layer = cls()
+        variables = layer.init(jax.random.key(0), x, use_running_average=True)
+        if number == 0:
+            with pytest.raises(ModifyScopeVariableError, match="batch_stats"):
+                layer.apply(variables, x, use_running_average=False)
+            continue
+        y = layer.apply(variables, x, use_running_average=False)
+        np.testing.assert_allclose(y, normalized(x, x.mean(0), x.var(0)), atol=1e-5)
+
+
 def momentum_as_a_function(framework, rng):
     flax, ours = LAYERS[framework]
     x = data(rng)
@@ -233,6 +247,7 @@ CASES = {
     "cast to `dtype`": cast_to_dtype,
     "complex `x` loses its imaginary part": complex_mean,
     "A momentum outside [0, 1]": bad_arguments,
+    "is an error unless `batch_stats` is mutable": training_without_an_update,
     "Momentum is a number": momentum_as_a_function,
 }
 

@@ -50,7 +50,12 @@ ERRORS = {
         ValueError,
         r"r_max=\.\.\..*\(3,\).*\(5,\)",
     ),
-    "ramp": (lambda: bnjax.linear_ramp(1.0, 3.0, 10, 10), ValueError, "start < stop"),
+    "ramp": (lambda: bnjax.linear_ramp(1.0, 3.0, 11, 10), ValueError, r"start=11, stop=10\): expected start <= stop"),
+    "average": (
+        lambda: bnjax.renorm_bn_apply(PARAMS, STATE, X, False, r_max=1, d_max=0, average="variance"),
+        ValueError,
+        r"renorm_bn_apply\(average='variance'\): expected \"std\".*or \"var\"",
+    ),
     "class tables": (
         lambda: bnjax.conditional_params(bnjax.BNParams(jnp.ones((4, 1)), None), jnp.zeros(4, int), X),
         ValueError,
