@@ -275,7 +275,8 @@ def _nnx_class(module):
     active, recording, make = _active.value, _recording.get(), module.nnx_class
 
     def made(*args, **kwargs):
-        path = _Place(active.path, active.prefix).of(module.path)
+        placed = recording is None or active.conversion.where is not None
+        path = (_Place(active.path, active.prefix) if placed else recording[1]).of(module.path)
         prefix = tuple(path.split("/")) if path else ()
         found = Found("", active.conversion) if recording is None else recording[0]
         return other_library("nnx").convert_part(make(*args, **kwargs), active.conversion, prefix, found)

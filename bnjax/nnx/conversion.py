@@ -113,7 +113,7 @@ def _target(layer, to):
     written = getattr(layer, "_written", type(layer))  # a converted subclass has the class that its author wrote
     ours: Any = next((c for c in written.__mro__ if vars(norm_module).get(c.__name__) is c), None)
     if ours is not None and to in (None, ours):
-        return type(layer), ""
+        return type(layer) if to is None else written, ""
     kind, base = to or BatchNorm, ours or nnx.BatchNorm
     if base.__name__ in VARIANTS and written is base:
         return kind, ""
