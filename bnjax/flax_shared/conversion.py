@@ -30,6 +30,11 @@ class Conversion(NamedTuple):
         """Whether the layer of this path is converted."""
         return self.where is None or bool(self.where(path))
 
+    def followed_by(self, later: "Conversion") -> "Conversion":
+        """This conversion and a later one of the same layers in one."""
+        changes = tuple(sorted({**dict(self.changes), **dict(later.changes)}.items(), key=lambda change: change[0]))
+        return later._replace(to=self.to if later.to is None else later.to, changes=changes)
+
 
 def conversion(library: str, to: Any, where: Any, changes: Mapping[str, Any], layers: Mapping[str, type]) -> Conversion:
     """Check the arguments of `convert`; `layers` are the library's classes by name."""

@@ -51,7 +51,7 @@ class Found:
         left = {path: reason for path, reason in self.left.items() if path not in self.told}
         named = "; ".join(f"{path or 'the model itself'!r}: {reason}" for path, reason in left.items())
         if everything and self.conversion.where is not None and not any(self.layers.values()):
-            paths = ", ".join(repr(path) for path in self.layers)
+            paths = ", ".join(repr(path) for path in sorted(self.layers))
             has = f"Its layers are: {paths}." if paths else "It has no BatchNorm layer of Flax or bnjax."
             has += f" Layers that cannot be converted: {named}." if named else ""
             raise ValueError(f"convert(where=...): where matches no layer of {self.model}. {has}")

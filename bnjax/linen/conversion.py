@@ -71,7 +71,16 @@ def convert(model: nn.Module, *, to: type | None = None, where: Where | None = N
 
     `init`, `apply`, `bind`, `tabulate`, names, variables and checkpoints stay the same, except for a variable `count`
     if the momentum or a limit is a function. Options of bnjax's own layers in the model are changed as well. A subclass
-    of `flax.linen.BatchNorm` is converted where it calls `super().__call__`.
+    of `flax.linen.BatchNorm` is converted where it calls `super().__call__`, and so are NNX layers through
+    `flax.nnx.bridge.to_linen`. Modules that are taken out of a converted model, such as `model.layers[0]`, stay
+    converted. Converting a model again adds changes to the earlier ones.
+
+    A layer that `where` leaves out stays as it is: Flax's, if it is Flax's. To convert every layer and change the
+    options of some, convert twice: `convert(convert(model), frozen=True, where=...)`.
+
+    A module creates its layers in its call, so that only the first call of the model (`init`, `apply`, or tracing them)
+    shows what is converted. That call warns if nothing was, and names modules with a running mean and variance that are
+    not Flax's and subclasses that override `__call__` without `super().__call__`.
 
     The original and the converted model may be compiled in either order: the converted one is another object of another
     class, and its blocks under `flax.linen.jit` are compiled separately. Two conversions with equal arguments are
@@ -81,8 +90,8 @@ def convert(model: nn.Module, *, to: type | None = None, where: Where | None = N
       model: an unbound Linen module, or, inside another module's method, a submodule that was just created.
       to: the class to convert to, `BatchNorm`, `GhostBatchNorm` or `RenormBatchNorm`; by default each layer keeps its
         kind.
-      where: function from a layer's path in the variables, such as "block/BatchNorm_0", to whether it is converted; by
-        default every layer is.
+      where: function from a layer's path in the variables of this model, such as "block/BatchNorm_0", to whether it is
+        converted; by default every layer is.
       **changes: options of `BatchNorm`: `axis_name` (None removes the model's own), `axis_index_groups`, `momentum`,
         `epsilon`, `unbiased_var`, `frozen`, `frozen_params`; of `GhostBatchNorm`: `ghost_size`; of `RenormBatchNorm`:
         `r_max`, `d_max`. Other options stay as in the model.
@@ -93,6 +102,7 @@ def convert(model: nn.Module, *, to: type | None = None, where: Where | None = N
     Raises:
       TypeError, ValueError: for an object that is not a Linen module, a bound module, an option that the layers do not
         have, or a value that the option does not accept.
+      ValueError: in the first call of the model, if `where` matches none of its layers.
 
     Example:
       >>> import flax.linen as nn, jax, jax.numpy as jnp
@@ -119,7 +129,7 @@ def convert(model: nn.Module, *, to: type | None = None, where: Where | None = N
             )
         model = _part(model, changed, {})
     else:  # its parent's method, now running, created it
-        model = wrapped(model, *(c for c in contexts(model) if not isinstance(c, _Converting)), changed)
+        model = wrapped(model, *_entered(model, changed))
     object.__setattr__(model, "_found", Found(type(model).__name__, changed.conversion, waiting={()}))
     return model
 
@@ -134,15 +144,23 @@ def convert_part(model: nn.Module, changed: Conversion, prefix: tuple[str, ...],
 
 def _part(module, changed, memo):
     """A copy of an unbound module that is converted, as are the modules in its fields: they can be taken out of it."""
-    entered = contexts(module)
     if module._id not in memo:
         copied = memo[module._id] = module.clone()
         for field in dataclasses.fields(copied):
             if field.init and field.name not in ("parent", "name"):
                 value = _parts(getattr(copied, field.name), field.name, changed, memo)
                 object.__setattr__(copied, field.name, value)
-        wrapped(copied, *(c for c in entered if not isinstance(c, _Converting)), changed)
+        wrapped(copied, *_entered(module, changed))
     return memo[module._id]
+
+
+def _entered(module, changed):
+    """The contexts of a module that is converted, perhaps again: what an earlier conversion changed stays changed."""
+    entered = contexts(module)
+    earlier = entered[-1] if entered else None
+    if isinstance(earlier, _Converting) and earlier.merges_with(changed):
+        return *entered[:-1], changed._replace(conversion=earlier.conversion.followed_by(changed.conversion))
+    return *entered, changed
 
 
 def _parts(value, name, changed, memo):
@@ -175,7 +193,7 @@ def check_model(call: str, model: Any) -> None:
 
 
 class _Converting(NamedTuple):
-    """The context in which layers are converted; the innermost one decides.
+    """The context in which layers are converted; of several that change an option, the innermost one decides.
 
     `prefix` is the path of the module in the converted model, of which it may be a `part`. A part that is `bridged` is
     called by an NNX module, as a model of its own.
@@ -190,10 +208,18 @@ class _Converting(NamedTuple):
         """The context of a submodule. Without `where` a path has no effect, and equal contexts share a class."""
         return _Converting(self.conversion, self.prefix + (name,) * (self.conversion.where is not None), part=True)
 
+    def merges_with(self, later: "_Converting") -> bool:
+        """Whether a later conversion is of the same layers."""
+        return self[1:] == later[1:] and self.conversion.where == later.conversion.where
+
+    def within(self, parent: nn.Module) -> bool:
+        """Whether it is the context of a part of the parent."""
+        return self.part and self.conversion in [c.conversion for c in contexts(parent) if isinstance(c, _Converting)]
+
     @contextmanager
     def active_in(self, module: nn.Module, method: str) -> Generator[None, None, None]:
         """The context for a call of a method of the module."""
-        if self.part and not self.bridged and getattr(_active.value, "conversion", None) == self.conversion:
+        if self.part and not self.bridged and any(active.conversion == self.conversion for active in _active.value):
             yield  # inside of the whole model
             return
         place = _Place(() if module.scope is None else module.path, self.prefix)
@@ -203,10 +229,10 @@ class _Converting(NamedTuple):
         starts = outer is None and found is not None and found.waiting and method != "setup" and bool(module.scope)
         recording = (found, place) if starts else (outer[0], place) if outer and self.bridged else None
         with ExitStack() as stack:
-            if _active.value is None:
+            if not _active.value:
                 stack.enter_context(nn.intercept_methods(_intercept))
-            if _active.value != active:
-                stack.enter_context(_active(active))
+            if active not in _active.value:
+                stack.enter_context(_active((*_active.value, active)))
             if recording:
                 stack.callback(_recording.reset, _recording.set(recording))
             yield
@@ -231,8 +257,12 @@ class _Active(NamedTuple):
     path: tuple[str, ...]
     prefix: tuple[str, ...]
 
+    def of(self, path: tuple[str, ...]) -> str:
+        """The path in the converted model of a path in the model that runs."""
+        return _Place(self.path, self.prefix).of(path)
 
-_active = jax.make_user_context(None)
+
+_active = jax.make_user_context(())
 # What the running model finds, if nobody has been told so far, and the place to which paths are relative.
 _recording: ContextVar[Any] = ContextVar("recording", default=None)
 
@@ -253,33 +283,44 @@ def _intercept(next_function, args, kwargs, context):
     return y
 
 
+def _conversions(module):
+    """The conversions of the module that is called, the one that decides last."""
+    return [active.conversion for active in _active.value if active.conversion.converts(active.of(module.path))]
+
+
 def _kind(context):
     """The layer that computes the call, or None if the call is not converted."""
-    active, kind = _active.value, _KINDS.get(getattr(context.orig_method, "func", None))
-    if active is None or kind is None:
+    kind = _KINDS.get(getattr(context.orig_method, "func", None))
+    changed = _conversions(context.module) if kind is not None else []
+    if kind is None or not changed:
         return None
-    changed = active.conversion
-    if not changed.converts(_Place(active.path, active.prefix).of(context.module.path)):
-        return None
-    return changed.to if changed.to is not None and kind.__name__ in VARIANTS else kind
+    kinds = [c.to for c in changed if c.to is not None]
+    return kinds[-1] if kinds and kind.__name__ in VARIANTS else kind
 
 
 def converted(context: nn.module.InterceptorContext) -> Any:
     """The module that is called, with the options that a conversion changes."""
     kind = _kind(context)
-    return context.module if kind is None else _Changed(context.module, kind, dict(_active.value.conversion.changes))
+    if kind is None:
+        return context.module
+    changes = {name: value for c in _conversions(context.module) for name, value in c.changes}
+    return _Changed(context.module, kind, changes)
 
 
 def _nnx_class(module):
     """The class of an NNX module inside of a Linen one, so that it makes converted modules."""
-    active, recording, make = _active.value, _recording.get(), module.nnx_class
+    recording: Any = _recording.get()
+    conversions, make = _active.value, module.nnx_class
 
     def made(*args, **kwargs):
-        placed = recording is None or active.conversion.where is not None
-        path = (_Place(active.path, active.prefix) if placed else recording[1]).of(module.path)
-        prefix = tuple(path.split("/")) if path else ()
-        found = Found("", active.conversion) if recording is None else recording[0]
-        return other_library("nnx").convert_part(make(*args, **kwargs), active.conversion, prefix, found)
+        made_module = make(*args, **kwargs)
+        for active in conversions:
+            place = active if recording is None or active.conversion.where is not None else recording[1]
+            path = place.of(module.path)
+            found = Found("", active.conversion) if recording is None else recording[0]
+            prefix = tuple(path.split("/")) if path else ()
+            other_library("nnx").convert_part(made_module, active.conversion, prefix, found)
+        return made_module
 
     return made
 
@@ -289,7 +330,7 @@ def _record(module, layer, kind):
     found, place = _recording.get()
     path = place.of(module.path)
     if layer is not None:
-        found.layers[path] = kind is not None
+        found.layers[path] = kind is not None and found.conversion.converts(path)
         found.left.pop(path, None)
         if kind is not None and found.conversion.to is not None and found.conversion.to.__name__ != kind.__name__:
             found.leave(path, f"{layer.__name__} keeps its class, since its call is not that of BatchNorm")

@@ -28,7 +28,7 @@ def wrapped(module: nn.Module, *entered: Any) -> Any:
     """Change the module's class to one whose methods run in contexts, and return the module.
 
     A context has `active()` or, if it depends on the place in the model, `active_in(module, method)`, `below(name)` for
-    a submodule, and `part`, whether it comes from the model that the module is a part of.
+    a submodule, and `within(parent)`, whether it comes from that of a parent.
     """
     object.__setattr__(module, "__class__", _class(class_of(module), entered))
     return module
@@ -97,7 +97,10 @@ class _Wrapped:
         for module in jax.tree.leaves(self.__dict__[name], is_leaf=lambda leaf: isinstance(leaf, nn.Module)):
             if not isinstance(module, nn.Module) or module.parent is not self:
                 continue
-            if all(getattr(c, "part", c in self._contexts) for c in contexts(module)):  # it has none of its own
+            of_own = [
+                c for c in contexts(module) if not (c.within(self) if hasattr(c, "within") else c in self._contexts)
+            ]
+            if not of_own:
                 wrapped(module, *(c.below(module.name) if hasattr(c, "below") else c for c in self._contexts))
 
     def __reduce_ex__(self, protocol: Any) -> Any:

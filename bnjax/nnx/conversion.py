@@ -22,8 +22,17 @@ def convert(model: Model, *, to: type | None = None, where: Where | None = None,
 
     PyTorch's counterpart is `SyncBatchNorm.convert_sync_batchnorm`. Each layer stays the same object and changes its
     class; values, options and metadata are kept, in lists, vmapped stacks and shared layers as well. Options of bnjax's
-    own layers are changed as well. Instances of other subclasses of `flax.nnx.BatchNorm` are not converted. Call
-    `convert` outside of transforms, and before `nnx.view` and `nnx.cached_partial`, which store the layers' classes.
+    own layers are changed as well. A layer of a subclass gets a subclass of that class, of the same name, whose
+    `super().__call__` is bnjax's. Linen layers through `flax.nnx.bridge.ToNNX` are converted as in
+    `bnjax.linen.convert`. Call `convert` outside of transforms, and before `nnx.view` and `nnx.cached_partial`, which
+    store the layers' classes.
+
+    A layer that `where` leaves out stays as it is: Flax's, if it is Flax's. To convert every layer and change the
+    options of some, convert twice.
+
+    A warning says that nothing was converted, or names what could not be: modules with a running mean and variance that
+    are not Flax's, and subclasses that override `__call__` without `super().__call__`. Of Linen layers the first call
+    of the model tells.
 
     Args:
       model: an NNX module, or any container of modules.
@@ -40,7 +49,7 @@ def convert(model: Model, *, to: type | None = None, where: Where | None = None,
 
     Raises:
       TypeError, ValueError: for an object that neither is an NNX module nor holds one, an option that the layers do not
-        have, or a value that the option does not accept. The model is then unchanged.
+        have, a value that the option does not accept, or a `where` that matches no layer. The model is then unchanged.
 
     Example:
       >>> from flax import nnx
@@ -66,7 +75,7 @@ def convert_part(model: Any, changed: Conversion, prefix: tuple[str, ...], found
         changed = changed._replace(to=getattr(norm_module, changed.to.__name__))
     part = Found(found.model, changed)
     _carry_out(_plan(model, prefix, part), part)
-    found.layers.update(part.layers)
+    found.layers.update({path: found.conversion.converts(path) for path in part.layers})
     found.left.update(part.left)
     return model
 

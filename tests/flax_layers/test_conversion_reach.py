@@ -348,3 +348,23 @@ def test_conversions_leave_no_classes(far):
         jax.eval_shape(bnjax.linen.convert(Coder(), where=lambda path: True).init, KEY, far)
     gc.collect()
     assert [len(kind.__subclasses__()) for kind in kinds] == before
+
+
+def test_conversions_of_a_linen_model_add_up(far):
+    model = nn.Sequential([NORM(), NORM()])
+    both = bnjax.linen.convert(bnjax.linen.convert(model, momentum=0.5), epsilon=0.1)
+    assert both == bnjax.linen.convert(model, momentum=0.5, epsilon=0.1)
+    one = bnjax.linen.convert(
+        bnjax.linen.convert(model, momentum=0.5), momentum=0.0, where=lambda path: path[-1] == "0"
+    )
+    _, updates = one.apply(one.init(KEY, far), far, mutable=["batch_stats"])
+    means = far.astype(np.float64).mean(0)
+    np.testing.assert_allclose(updates["batch_stats"]["layers_0"]["mean"], means, rtol=1e-6)
+    np.testing.assert_allclose(updates["batch_stats"]["layers_1"]["var"], 0.5 + 0.5 * 1, rtol=1e-4)  # of what is normal
+    # A part keeps what was changed in the whole, in another model and after another conversion.
+    part = bnjax.linen.convert(nn.Sequential(one.layers[:1]), unbiased_var=True)
+    _, updates = part.apply(part.init(KEY, far), far, mutable=["batch_stats"])
+    np.testing.assert_allclose(updates["batch_stats"]["layers_0"]["mean"], means, rtol=1e-6)
+    np.testing.assert_allclose(
+        updates["batch_stats"]["layers_0"]["var"], far.astype(np.float64).var(0, ddof=1), rtol=1e-4
+    )
