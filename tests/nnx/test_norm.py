@@ -273,7 +273,8 @@ def test_conversion_reaches_lists_stacks_and_shared_layers(rng):
 
     special = Special(3, rngs=nnx.Rngs(0))
     models = bnjax.nnx.convert([special, {"a": nnx.BatchNorm(3, rngs=nnx.Rngs(0))}])
-    assert type(models[0]) is Special
+    assert isinstance(models[0], Special)
+    assert isinstance(models[0], bnjax.nnx.BatchNorm)
     assert type(models[1]["a"]) is bnjax.nnx.BatchNorm
     assert type(bnjax.nnx.convert(nnx.BatchNorm(3, rngs=nnx.Rngs(0)))) is bnjax.nnx.BatchNorm
 
