@@ -212,9 +212,9 @@ def collect(
     return collected
 
 
-def merge_parts(parts: Collected, over: int | Domains) -> Collected:
+def merge_parts(parts: Collected, axis: int | Domains) -> Collected:
     """The moments and the support of all parts of a batch, which lie along an array axis, or of each domain."""
-    over = (over,) if isinstance(over, int) else over
+    over = (axis,) if isinstance(axis, int) else axis
     moments = merged_moments(parts.moments, over)
     weight, unit = relative(parts.moments.weight, over)
     own = divided(weighted_sum(parts.support.mean_weight, weight, over), moments.weight / unit)

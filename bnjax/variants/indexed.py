@@ -210,8 +210,8 @@ def _apply_to_each(params, state, x, mask, momentum, earlier, index, *, options)
         statistics = collect(examples, names, groups, sharded=False, domains=domains)
         mean, var = choose_statistics(statistics.moments, state, batch)
         state, collected = update(state, statistics, earlier, momentum, options)
-    shared = (_varying(aligned(v, batch.x, features), batch.x) for v in tables(params, rows))
-    return normalize_by(rows(mean), rows(var), *shared, batch, options), state, collected
+    scale, bias = (_varying(aligned(v, batch.x, features), batch.x) for v in tables(params, rows))
+    return normalize_by(rows(mean), rows(var), scale, bias, batch, options), state, collected
 
 
 def _varying(v, x):
@@ -243,7 +243,7 @@ def _check_index(call, index, number, x, features):
     if isinstance(index, bool) or not (isinstance(index, int) or hasattr(index, "dtype")):
         raise TypeError(
             f"{call}(index=...): expected an integer or an integer array, got {index!r}. "
-            "Convert a list with jnp.asarray(index)."
+            "Pass an integer for all examples, or jnp.asarray of a list with one for each."
         )
     if not jnp.issubdtype(jnp.result_type(index), jnp.integer):
         raise TypeError(
