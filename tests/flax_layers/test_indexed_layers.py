@@ -46,10 +46,10 @@ def nnx_run(x):
 def test_each_index_is_normalized_by_its_own_examples(run, x):
     y, stats, evaluated = run(x)
     for k in 0, 2, 3:
-        own = x[INDEX == k]
+        own = x[k == INDEX]
         expected, mean, var = reference.train(own, ONES, ZEROS, 0, 1, momentum=0.8)
-        close((y[INDEX == k], stats["mean"][k], stats["var"][k]), (expected, mean, var))
-        close(evaluated[INDEX == k], reference.normalize(own, mean, var, ONES, ZEROS), 1e-4)
+        close((y[k == INDEX], stats["mean"][k], stats["var"][k]), (expected, mean, var))
+        close(evaluated[k == INDEX], reference.normalize(own, mean, var, ONES, ZEROS), 1e-4)
     close((stats["mean"][1], stats["var"][1]), (ZEROS, ONES), 0)
 
 
@@ -64,7 +64,7 @@ def test_moments_of_parts_with_different_indices_are_those_of_the_whole(x):
     first = collect(variables, x[:4], INDEX[:4])
     both = collect({**variables, "batch_moments": first["batch_moments"]}, x[4:], INDEX[4:])
     for k in 0, 2, 3:
-        _, mean, var = reference.train(x[INDEX == k], ONES, ZEROS, 0, 1, momentum=0.8)
+        _, mean, var = reference.train(x[k == INDEX], ONES, ZEROS, 0, 1, momentum=0.8)
         close((both["batch_stats"]["mean"][k], both["batch_stats"]["var"][k]), (mean, var))
     np.testing.assert_array_equal(both["batch_moments"]["moments"].weight[:, 0], [2, 0, 4, 2])
 
@@ -91,7 +91,7 @@ def test_an_index_for_each_example_accumulates_and_recalibrates(x):
     recalibrated = bnjax.recalibrate(apply, variables, halves)["batch_stats"]["IndexedBatchNorm_0"]
     accumulated = state.batch_stats["IndexedBatchNorm_0"]
     for k in 0, 2, 3:
-        _, mean, var = reference.train(x[INDEX == k], ONES, ZEROS, 0, 1, momentum=0.8)
+        _, mean, var = reference.train(x[k == INDEX], ONES, ZEROS, 0, 1, momentum=0.8)
         close((accumulated["mean"][k], accumulated["var"][k]), (mean, var))
-        close((recalibrated["mean"][k], recalibrated["var"][k]), reference.moments(x[INDEX == k])[1:])
+        close((recalibrated["mean"][k], recalibrated["var"][k]), reference.moments(x[k == INDEX])[1:])
     close((recalibrated["mean"][1], recalibrated["var"][1]), (ZEROS, ONES), 0)
