@@ -174,8 +174,8 @@ def derivatives(apply, params, state, x, tangent):
 def differentiated(shape, indexed, rng):
     params, state = bnjax.indexed_bn_init(3, NUMBER, indexed_params=indexed, dtype=jnp.float64)
     params = jax.tree.map(lambda v: v + rng.normal(size=v.shape), params)
-    x = rng.normal(2, 3, shape)
-    tangent = jax.tree.map(lambda v: rng.normal(size=v.shape), (params, state.mean, state.var, x))
+    x = jnp.asarray(rng.normal(2, 3, shape))
+    tangent = jax.tree.map(lambda v: jnp.asarray(rng.normal(size=v.shape)), (params, state.mean, state.var, x))
     return params, state, x, tangent
 
 
