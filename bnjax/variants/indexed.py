@@ -88,11 +88,11 @@ def indexed_bn_apply(
     batch normalization (Chang et al., 2019); with one for clean and one for adversarial examples, AdvProp (Xie et al.,
     2020).
 
-    With an index for each example, `x` is read once, each example around the mean of its own first sixteenth, and twice
-    under a mask or if `x` has no axes but examples and features. The examples' moments are then merged by index (Chan,
-    Golub & LeVeque, 1983), which reads nothing of x's size but in the latter case, where it is two more reads. Over
-    axis_name the forward pass gathers 3 x num_indices x features numbers (5 with real-valued weights), and the backward
-    pass has one psum of 2 x num_indices x features for the statistics.
+    With an index for each example, `x` is read once for its statistics, each example around the mean of its own first
+    sixteenth, and twice under a mask. The examples' moments are then merged by index (Chan, Golub & LeVeque, 1983) in
+    six sums over arrays of batch x features numbers, whatever num_indices is. If `x` has no other axes these arrays are
+    as large as `x`. Over axis_name the forward pass gathers 3 x num_indices x features numbers (5 with real-valued
+    weights), and the backward pass has one psum of 2 x num_indices x features for the statistics.
 
     Args:
       params, state: the variables from `indexed_bn_init`. A scale or bias of the state's shape has a row for each
