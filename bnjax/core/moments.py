@@ -27,6 +27,7 @@ from bnjax.core import checks
 from bnjax.core.array_moments import guarded_moments, merged_moments, two_read_moments, unguarded_moments
 from bnjax.core.checkpoint import named
 from bnjax.core.collectives import Groups, gather, kinds_of_axes, sum_over
+from bnjax.core.domains import Domains, summed
 from bnjax.core.records import Collected, Moments, Support
 from bnjax.core.reductions import sums
 from bnjax.core.sharding import sharded_as
@@ -206,7 +207,13 @@ class Reading(NamedTuple):
 
 @jax.named_scope("bnjax.moments")
 def collect(
-    batch: Batch, names: tuple[Hashable, ...], groups: Groups, *, shift: Array | None = None, sharded: bool = True
+    batch: Batch,
+    names: tuple[Hashable, ...],
+    groups: Groups,
+    *,
+    shift: Array | None = None,
+    sharded: bool = True,
+    domains: Domains | None = None,
 ) -> Collected:
     """The moments of a batch and their support, over the named axes too.
 
@@ -216,6 +223,8 @@ def collect(
       shift: a guess of the mean, of the shape of the features, such as the running mean; None is 0. It changes how
         often `x` is read, never the result.
       sharded: whether the reduced axes may be sharded over devices.
+      domains: the domains that the examples belong to, for the moments of each. The examples are then one of the
+        feature axes of the batch, and in the result the domains are the first axis.
     """
     x, axes = batch.x, batch.axes
     on_mesh, on_vmap = kinds_of_axes(names, groups)
@@ -224,7 +233,7 @@ def collect(
     shift = shift if jnp.iscomplexobj(x) else shift.real
     shift = sharded_as(x, jnp.expand_dims(lax.stop_gradient(shift).astype(x.dtype), axes))
     reading = Reading(batch.dtype, guarded=sharded and not on_vmap)
-    collected = _collect(x, batch.mask, shift, axes, on_mesh, groups if on_mesh else None, reading)
+    collected = _collect(x, batch.mask, shift, domains, axes, on_mesh, groups if on_mesh else None, reading)
     if on_vmap:
         # Merged outside the custom JVP, because the names of vmap axes are unbound when jit traces that rule. No data
         # move along these axes, so that autodiff may transpose the merge as it likes.
@@ -246,12 +255,13 @@ def _overflow_as_nan(collected: Collected) -> Collected:
     )
 
 
-def merge_parts(parts: Collected, axis: int) -> Collected:
-    """The moments and the support of all parts of a batch, which lie along an array axis."""
-    moments = merged_moments(parts.moments, (axis,))
-    weight, unit = relative(parts.moments.weight, (axis,))
-    own = divided(weighted_sum(parts.support.mean_weight, weight, (axis,)), moments.weight / unit)
-    return Collected(moments, Support(jnp.sum(parts.support.valid, axis), own))
+def merge_parts(parts: Collected, axis: int | Domains) -> Collected:
+    """The moments and the support of all parts of a batch, which lie along an array axis, or of each domain."""
+    over = (axis,) if isinstance(axis, int) else axis
+    moments = merged_moments(parts.moments, over)
+    weight, unit = relative(parts.moments.weight, over)
+    own = divided(weighted_sum(parts.support.mean_weight, weight, over), moments.weight / unit)
+    return Collected(moments, Support(summed(parts.support.valid, over), own))
 
 
 def merge_together(*parts: Collected) -> Collected:
@@ -274,8 +284,8 @@ def autodiff_collect(batch: Batch, names: tuple[Hashable, ...] = (), groups: Gro
     return _merge_over(collected, names, groups, is_real(batch.mask)) if names else collected
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(3, 4, 5, 6))
-def _collect(x, mask, shift, axes, names, groups, reading):
+@partial(jax.custom_jvp, nondiff_argnums=(4, 5, 6, 7))
+def _collect(x, mask, shift, domains, axes, names, groups, reading):
     """`collect` over mesh axes."""
     elements = math.prod(x.shape[a] for a in axes)
     one_element = isinstance(elements, int) and elements < 2
@@ -286,6 +296,8 @@ def _collect(x, mask, shift, axes, names, groups, reading):
         read = guarded_moments if reading.guarded else unguarded_moments
         moments = Moments(*read(x.astype(reading.dtype), shift, *weights, axes=axes))
     collected = Collected(moments, support_of(moments.weight, x.shape, mask, axes))
+    if domains is not None:
+        collected = _of_each_domain(collected, domains, is_real(mask))
     return _merge_over(collected, names, groups, is_real(mask)) if names else collected
 
 
@@ -293,17 +305,24 @@ def _collect(x, mask, shift, axes, names, groups, reading):
 def _collect_jvp(axes, names, groups, reading, primals, tangents):
     # dmean = E[dx] and dvar = 2 E[Re(conj(x - mean) dx)]. The shift that the sums were taken around drops out, and the
     # two sums transpose to one elementwise pass. They travel in one psum, forward and, transposed, backward.
-    x, mask, _ = primals
+    # With domains, sums over one are sums over its examples of sums over the other axes.
+    x, mask, _, domains = primals
     collected = named(_collect(*primals, axes, names, groups, reading))
     dx, *_ = tangents
     weight, mean, _ = collected.moments
-    mean = jnp.expand_dims(mean, axes)
+
+    def at_elements(v):
+        return jnp.expand_dims(v if domains is None else domains.rows(v), axes)
+
+    mean = at_elements(mean)
     if mask is not None:
         x = jnp.where(valid(mask, x), x, mean)  # a masked NaN times a zero cotangent would be a NaN
     total = nonzero(weight)
     if is_real(mask):  # products with large or small weights may leave the floating range, those with shares do not
-        mask, total = mask / jnp.expand_dims(total, axes), jnp.ones_like(total)
+        mask, total = mask / at_elements(total), jnp.ones_like(total)
     both = [jnp.squeeze(t, axes).astype(x.dtype) for t in sums(weigh(mask, dx), x, mean, axes)]
+    if domains is not None:
+        both = [domains.sum(t) for t in both]
     dmean, dvar = (t / total.astype(x.dtype) for t in sum_over(both, names, groups))
     dmoments = Moments(jnp.zeros_like(weight), dmean, 2 * dvar.real)
     return collected, Collected(dmoments, jax.tree.map(jnp.zeros_like, collected.support))
@@ -331,4 +350,12 @@ def _merge_over(collected, names, groups, weighted):
     if weighted:
         return merge_parts(gather(collected, names, groups), 0)
     moments = merged_moments(gather(collected.moments, names, groups), (0,))
+    return Collected(moments, _unit_support(moments.weight))
+
+
+def _of_each_domain(collected, domains, weighted):
+    """The moments and support of each domain's examples together."""
+    if weighted:
+        return merge_parts(collected, domains)
+    moments = merged_moments(collected.moments, domains)
     return Collected(moments, _unit_support(moments.weight))

@@ -180,7 +180,10 @@ class IndexedBatchNorm(BatchNorm, kw_only=True):
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]  what has no index is no such layer
         self, x: Any, use_running_average: bool | None = None, *, index: Any, mask: Any = None
     ) -> Array:
-        """As `BatchNorm`, with the statistics of `index`, an integer or a scalar integer array, which is clamped."""
+        """As `BatchNorm`, with the statistics of `index`: an integer, or an integer array, which is clamped.
+
+        An array is a scalar, or has shape (batch,), with an index for each example.
+        """
         checks.positive_integer("IndexedBatchNorm", "num_indices", self.num_indices)
         checks.boolean("IndexedBatchNorm", "indexed_params", self.indexed_params)
         return batch_norm(

@@ -310,7 +310,10 @@ class IndexedBatchNorm(BatchNorm):
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]  what has no index is no such layer
         self, x: Any, use_running_average: bool | None = None, *, index: Any, mask: Any = None
     ) -> Array:
-        """As `BatchNorm`, with the statistics of `index`, an integer or a scalar integer array, which is clamped."""
+        """As `BatchNorm`, with the statistics of `index`: an integer, or an integer array, which is clamped.
+
+        An array is a scalar, or has shape (batch,), with an index for each example.
+        """
         return self._call(x, use_running_average, mask, partial(apply_indexed, index=index))
 
 
