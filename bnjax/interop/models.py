@@ -8,10 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from bnjax.core import trees
-from bnjax.interop.arrays import as_array, check_floating, checked, keras_arrays, plain, tensors, updates
-from bnjax.interop.kernels import KERAS, NORM, TORCH, Move, moves
+from bnjax.interop.arrays import check_floating, checked, keras_arrays, plain, tensors, updates
+from bnjax.interop.keras_models import check_axes, library, renorm_weights, renormalized
+from bnjax.interop.kernels import NORM, TORCH, Move, moves
 from bnjax.interop.layers import from_torch, to_torch
-from bnjax.interop.match import Moved, Pair, Report, keras_layers, match, own_layers, torch_layers, uncalled
+from bnjax.interop.match import Moved, Pair, Report, keras_layers, match, own_layers, uncalled
+from bnjax.interop.torch_modules import check_untracked, model_layers
 
 
 class Unmatched(NamedTuple):
@@ -104,12 +106,12 @@ def from_torch_model(
       bn1.running_var   (3,)    layers_1/var     (3,)    as it is           shape
     """
     call = "from_torch_model"
-    state_dict = tensors(call, state_dict)
     if names is not None and model is None:
         _no_model(call, None, inputs, flatten, kwargs)
         return _named_norms(state_dict, variables, names)
-    arrays = {key: as_array(value) for key, value in state_dict.items()}
-    pairs = _pairs(call, TORCH, torch_layers(arrays), variables, names, model, inputs, flatten, kwargs)
+    arrays, theirs = model_layers(call, state_dict, variables)
+    pairs = _pairs(call, TORCH, theirs, variables, names, model, inputs, flatten, kwargs)
+    check_untracked(call, state_dict, [pair for pair, _ in pairs])
     return _variables(call, variables, pairs), _report(arrays, pairs)
 
 
@@ -162,8 +164,9 @@ def to_torch_model(
         _no_model(call, model, inputs, flatten, kwargs)
         ours = _named(call, variables, names)
         return {key: v for theirs, name in names.items() for key, v in to_torch(*ours[name], prefix=theirs).items()}
-    arrays = {key: as_array(value) for key, value in tensors(call, state_dict).items()}
-    pairs = _pairs(call, TORCH, torch_layers(arrays), variables, names, model, inputs, flatten, kwargs)
+    arrays, theirs = model_layers(call, state_dict, variables)
+    pairs = _pairs(call, TORCH, theirs, variables, names, model, inputs, flatten, kwargs)
+    check_untracked(call, state_dict, [pair for pair, _ in pairs])
     converted = _weights(pairs)
     return {key: converted[key] for key in arrays}, _report(arrays, pairs)
 
@@ -207,7 +210,10 @@ def from_keras_model(
     """
     call = "from_keras_model"
     arrays = keras_arrays(call, weights)
-    pairs = _pairs(call, KERAS, keras_layers(arrays), variables, names, model, inputs, flatten, kwargs)
+    renorm = renormalized(arrays)
+    theirs = keras_layers({path: array for path, array in arrays.items() if path not in renorm})
+    pairs = _pairs(call, library(call, weights), theirs, variables, names, model, inputs, flatten, kwargs)
+    check_axes(call, weights, [pair for pair, _ in pairs])
     return _variables(call, variables, pairs), _report(arrays, pairs)
 
 
@@ -246,8 +252,12 @@ def to_keras_model(
     """
     call = "to_keras_model"
     arrays = keras_arrays(call, weights)
-    pairs = _pairs(call, KERAS, keras_layers(arrays), variables, names, model, inputs, flatten, kwargs)
+    renorm = renormalized(arrays)
+    theirs = keras_layers({path: array for path, array in arrays.items() if path not in renorm})
+    pairs = _pairs(call, library(call, weights), theirs, variables, names, model, inputs, flatten, kwargs)
+    check_axes(call, weights, [pair for pair, _ in pairs])
     converted = _weights(pairs)
+    converted |= renorm_weights(call, weights, converted, renorm)
     return [converted[key] for key in arrays], _report(arrays, pairs)
 
 
@@ -300,7 +310,7 @@ def _variables(call, variables, pairs: Pairs) -> dict[str, Any]:
         for name, move in array_moves.items():
             check_floating(call, theirs.keys[name], theirs.arrays[name])
             values[name] = jnp.array(move.forward(theirs.arrays[name]), ours.arrays[name].dtype)
-        if "count" in ours.arrays:
+        if "count" in ours.arrays and "mean" in values:
             own = ours.arrays["count"]
             values["count"] = jnp.full(own.shape, int(theirs.arrays.get("count", 0)), own.dtype)
         for name, value in values.items():
@@ -322,8 +332,8 @@ def _weights(pairs: Pairs) -> dict[str, np.ndarray]:
 
 
 def _report(arrays, pairs: Pairs) -> Report:
-    """The report, in the order of the other library's arrays."""
-    rows = {}
+    """The report, in the order of the other library's arrays. Arrays of ours without a counterpart there are last."""
+    rows, left = {}, []
     for (theirs, ours, by), array_moves in pairs:
         for name, move in array_moves.items():
             rows[theirs.keys[name]] = Moved(theirs.keys[name], move.theirs, ours.keys[name], move.ours, str(move), by)
@@ -331,7 +341,11 @@ def _report(arrays, pairs: Pairs) -> Report:
             own = ours.arrays.get("count")
             done = ("", (), "not counted here") if own is None else (ours.keys["count"], own.shape, "for each feature")
             rows[key] = Moved(key, (), *done, by)
-    return Report(tuple(rows[key] for key in arrays))
+        for name in [name for name in ours.keys if name not in (*array_moves, *theirs.keys)]:
+            done = "0: not counted there" if name == "count" and "mean" in array_moves else "stays: not kept there"
+            left.append(Moved("", (), ours.keys[name], ours.arrays[name].shape, done, by))
+    there = {key: Moved(key, array.shape, "", (), "only for renormalization", "") for key, array in arrays.items()}
+    return Report((*(there | rows).values(), *left))
 
 
 def _no_model(call, model, inputs, flatten, kwargs):
@@ -364,7 +378,8 @@ def _named_norms(state_dict, variables, names):
             )
         new[name] = {key: given[key].astype(own[key].dtype) for key in own_shapes}
     converted = {key: trees.replaced(tree, new) for key, tree in variables.items() if key in ("params", "batch_stats")}
-    tracked = {key.rpartition(".")[0] for key in state_dict if key.rpartition(".")[2] == "running_mean"}
+    parts = [key.rpartition(".") for key in tensors("from_torch_model", state_dict)]
+    tracked = {layer for layer, _, name in parts if name == "running_mean"}
     unmatched = Unmatched(sorted(tracked - {name.rstrip(".") for name in names}), sorted(set(ours) - set(new)))
     return {**variables, **converted}, unmatched
 

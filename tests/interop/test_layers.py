@@ -174,7 +174,7 @@ def test_from_torch_rejects(change, words):
 
 
 def test_from_keras_and_to_keras_reject():
-    with pytest.raises(ValueError, match=r"expected \['gamma', 'beta', 'moving_mean', 'moving_variance'\], got 3"):
+    with pytest.raises(ValueError, match=r"expected \['gamma', 'beta', 'moving_mean', 'moving_variance'\].*got 3"):
         interop.from_keras([np.zeros(3)] * 3)
     with pytest.raises(ValueError, match="negative variance"):
         interop.from_keras([np.zeros(3), -np.ones(3)], False, False)
