@@ -33,7 +33,7 @@ class Pair(NamedTuple):
 
 
 class Moved(NamedTuple):
-    """A tensor that was converted."""
+    """A tensor that was converted, or that has no counterpart in the other model, where name and shape are empty."""
 
     theirs: str  # its name in the other library's model
     their_shape: tuple[int, ...]
@@ -45,7 +45,7 @@ class Moved(NamedTuple):
 
 @dataclass(frozen=True)
 class Report:
-    """Every tensor that was converted. It prints as a table."""
+    """Every tensor that was converted, and what has no counterpart. It prints as a table."""
 
     tensors: tuple[Moved, ...]
 

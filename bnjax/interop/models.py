@@ -62,7 +62,9 @@ def from_torch_model(
     (1, 1)) in Flax, which with strides differs from "SAME"; its `ConvTranspose(k, padding=p)` is padding k - 1 - p.
 
     Args:
-      state_dict: state_dict of the PyTorch model, or the model itself.
+      state_dict: state_dict of the PyTorch model, or the model itself, which tells more: the kinds of its layers, and
+        those without any tensor, such as a BatchNorm with neither `affine` nor `track_running_stats`. Weights that
+        PyTorch computes at each call (weight_norm, spectral_norm, pruning) must be put back first.
       variables: `params` and `batch_stats`, from `init` of a Linen model, or from `bnjax.nnx.functional(model)` of an
         NNX model, into which `nnx.update(model, *variables.values())` puts the result.
       names: by a layer's name in the state_dict ("layer1.0.bn2"), its path in the variables ("Block_0/BatchNorm_1",
@@ -78,10 +80,12 @@ def from_torch_model(
       **kwargs: keyword arguments of the model's call, such as train=False.
 
     Returns:
-      variables: the new variables, in the dtypes of the old ones. A count is set if the model has one. With `names`
-        alone, a layer with `track_running_stats=False` leaves the model's running statistics unchanged.
-      report: a `Report` of every tensor, which prints as a table. With `names` alone, `Unmatched`: the layers with
-        running statistics that `names` does not contain.
+      variables: the new variables, in the dtypes of the old ones. A count is set if the model has one. A layer with
+        `track_running_stats=False` leaves the model's running statistics as they are. Since a state_dict alone cannot
+        tell it from a LayerNorm, pass the PyTorch model, or name the layer.
+      report: a `Report` of every tensor, which prints as a table; statistics and counts that PyTorch does not keep are
+        its last rows. With `names` alone, `Unmatched`: the layers with running statistics that `names` does not
+        contain.
 
     Raises:
       ValueError: if a layer has no counterpart, its match is ambiguous, it is named twice, or its shapes or parameters
@@ -184,20 +188,26 @@ def from_keras_model(
     """Convert a Keras model to the variables of a Linen or NNX model.
 
     Layers are matched as in `from_torch_model`, in the order of Keras's `model.weights`. They are Dense, Embedding,
-    Conv, DepthwiseConv, SeparableConv (two convolutions in Flax), ConvTranspose, and normalizations. Images have their
-    channels last in both libraries.
+    Conv, DepthwiseConv, SeparableConv (two convolutions in Flax), ConvTranspose, and normalizations. A renormalized
+    layer gives its moving mean and variance.
+
+    A Keras model may have its channels first. A plain `Flatten` then flattens (channels, height, width), and features
+    are reordered as for PyTorch. The axes of normalizations and dense layers are compared with those of the Flax model.
+    None of this is known if only arrays are passed, which are taken to have their channels last.
 
     Args:
-      weights: the Keras model, or its arrays by path ("block/dense/kernel"), as a mapping or a sequence of pairs.
+      weights: the Keras model, or its arrays by path ("block/dense/kernel"), as a mapping or a sequence of pairs. With
+        arrays alone, axes are not compared.
       names: by the path of a Keras layer ("block/dense"), the path of the Flax layer, for layers to match by name.
       variables, model, inputs, flatten, **kwargs: as in `from_torch_model`.
 
     Returns:
       variables: the new variables, in the dtypes of the old ones. Counts are 0, because Keras does not count updates.
-      report: a `Report` of every array, which prints as a table.
+      report: a `Report` of every array, which prints as a table; counts are its last rows.
 
     Raises:
-      ValueError: as `from_torch_model`, and for a Keras model with channels first.
+      ValueError: as `from_torch_model`; if a layer has its features on another axis than the Flax layer; and if images
+        of two data formats, or a Flatten that moves channels and a Reshape that does not, leave an order unclear.
 
     Example:
       >>> import flax.linen as nn, jax, jax.numpy as jnp, numpy as np
@@ -230,7 +240,9 @@ def to_keras_model(
     """Convert the variables of a Linen or NNX model to weights, for `set_weights` of a Keras model.
 
     Args:
-      weights: the Keras model or its arrays, as in `from_keras_model`, for their paths, shapes and order.
+      weights: the Keras model or its arrays, as in `from_keras_model`, for their paths, shapes and order. A model with
+        a renormalized layer must be passed itself, because that layer's arrays depend on its epsilon; renormalization
+        then starts from the running statistics.
       variables, names, model, inputs, flatten, **kwargs: as in `from_keras_model`.
 
     Returns:
