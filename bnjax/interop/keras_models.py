@@ -1,20 +1,27 @@
 """What a Keras model tells about its layers beside their arrays: the places of their axes, and renormalization."""
 
 import re
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from bnjax.interop.arrays import Arrays
-from bnjax.interop.kernels import KERAS, Library
-from bnjax.interop.match import Pair
+from bnjax.interop.arrays import Arrays, keras_arrays
+from bnjax.interop.kernels import KERAS, Layer, Library
+from bnjax.interop.match import Pair, keras_layers
 
 RENORM: tuple[str, ...] = ("moving_stddev", "renorm_mean", "renorm_stddev")
 """What a Keras layer with renorm=True has beside its moving mean and variance, in the order of its weights."""
 
 
-def library(call: str, source: Any) -> Library:
+def model_layers(call: str, source: Any) -> tuple[Arrays, Library, list[Layer]]:
+    """The arrays of a Keras model by path, the library with the order of its axes, and its layers."""
+    arrays = keras_arrays(call, source)
+    renorm = _renormalized(arrays)
+    layers = keras_layers({path: array for path, array in arrays.items() if path not in renorm})
+    return arrays, _library(call, source), layers
+
+
+def _library(call, source):
     """Keras with the order in which the model flattens images. Arrays alone are taken to be of channels last.
 
     In a model with channels first, `Flatten` of the default format flattens (channels, height, width), as PyTorch does,
@@ -52,7 +59,7 @@ def library(call: str, source: Any) -> Library:
 
 def check_axes(call: str, source: Any, pairs: list[Pair]) -> None:
     """Check that layers of a Keras model and of the Flax model have their features on the same axis."""
-    layers = by_path(source)
+    layers = _by_path(source)
     images = {_rank(layer) for layer in layers.values() if getattr(layer, "data_format", None) == "channels_first"}
     for theirs, ours, _ in pairs:
         layer = layers.get(theirs.name)
@@ -64,28 +71,35 @@ def check_axes(call: str, source: Any, pairs: list[Pair]) -> None:
             place = rank - 1 if place == 1 else place - 1
         own = int(ours.called.kind.removeprefix("norm")) if ours.called.kind.startswith("norm") else -1
         if place - rank != own:
-            by_path_remedy = (
+            moved = (
                 " If the Keras model moves its axes before, pass its arrays by path, [(w.path, w) for w in "
                 "model.weights], whose axes are not compared."
             )
             raise ValueError(
                 f"{call}(weights=...): the features of {theirs.name!r} are on axis {axis[0]} of {rank}, which is axis "
                 f"{place - rank} with channels last, but those of {ours.name!r} are on axis {own}. Give both layers "
-                f"the same axis.{'' if images else by_path_remedy}"
+                f"the same axis.{'' if images else moved}"
             )
 
 
-def renormalized(arrays: Mapping[str, Any]) -> set[str]:
+def _renormalized(arrays):
     """The paths of what only renormalization has."""
     layers = {path.rpartition("/")[0] for path in arrays if _name(path) == RENORM[0]}
     return {path for path in arrays if path.rpartition("/")[0] in layers and _name(path) in RENORM}
 
 
-def renorm_weights(call: str, source: Any, converted: Arrays, paths: set[str]) -> Arrays:
-    """The arrays at these paths, which make renormalization start from the running statistics."""
-    layers = by_path(source)
+def renorm_weights(call: str, source: Any, arrays: Arrays, converted: Arrays) -> Arrays:
+    """What only renormalization has, so that it starts from the running statistics.
+
+    Args:
+      call: the function called, for errors.
+      source: the Keras model.
+      arrays: all its arrays.
+      converted: the new arrays, without those of renormalization.
+    """
+    layers = _by_path(source)
     found = {}
-    for path in paths:
+    for path in _renormalized(arrays):
         prefix = path.rpartition("/")[0]
         if prefix not in layers:
             raise ValueError(
@@ -103,7 +117,7 @@ def renorm_statistics(mean: np.ndarray, var: np.ndarray, epsilon: float) -> list
     return [std, mean, std]
 
 
-def by_path(source: Any) -> dict[str, Any]:
+def _by_path(source):
     """The layers of a Keras model by the path of their weights."""
     return {w.path.rpartition("/")[0]: layer for layer in _layers(source) for w in getattr(layer, "weights", [])}
 

@@ -8,12 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from bnjax.core import trees
-from bnjax.interop.arrays import check_floating, checked, keras_arrays, plain, tensors, updates
-from bnjax.interop.keras_models import check_axes, library, renorm_weights, renormalized
+from bnjax.interop import keras_models, torch_modules
+from bnjax.interop.arrays import check_floating, checked, plain, tensors, updates
 from bnjax.interop.kernels import NORM, TORCH, Move, moves
 from bnjax.interop.layers import from_torch, to_torch
-from bnjax.interop.match import Moved, Pair, Report, keras_layers, match, own_layers, uncalled
-from bnjax.interop.torch_modules import check_untracked, model_layers
+from bnjax.interop.match import Moved, Pair, Report, match, own_layers, uncalled
 
 
 class Unmatched(NamedTuple):
@@ -62,9 +61,8 @@ def from_torch_model(
     (1, 1)) in Flax, which with strides differs from "SAME"; its `ConvTranspose(k, padding=p)` is padding k - 1 - p.
 
     Args:
-      state_dict: state_dict of the PyTorch model, or the model itself, which tells more: the kinds of its layers, and
-        those without any tensor, such as a BatchNorm with neither `affine` nor `track_running_stats`. Weights that
-        PyTorch computes at each call (weight_norm, spectral_norm, pruning) must be put back first.
+      state_dict: state_dict of the PyTorch model, or the model itself, which tells the kinds of its layers too, and the
+        layers without tensors. Weights that PyTorch computes at each call, as weight_norm does, must be put back first.
       variables: `params` and `batch_stats`, from `init` of a Linen model, or from `bnjax.nnx.functional(model)` of an
         NNX model, into which `nnx.update(model, *variables.values())` puts the result.
       names: by a layer's name in the state_dict ("layer1.0.bn2"), its path in the variables ("Block_0/BatchNorm_1",
@@ -83,9 +81,8 @@ def from_torch_model(
       variables: the new variables, in the dtypes of the old ones. A count is set if the model has one. A layer with
         `track_running_stats=False` leaves the model's running statistics as they are. Since a state_dict alone cannot
         tell it from a LayerNorm, pass the PyTorch model, or name the layer.
-      report: a `Report` of every tensor, which prints as a table; statistics and counts that PyTorch does not keep are
-        its last rows. With `names` alone, `Unmatched`: the layers with running statistics that `names` does not
-        contain.
+      report: a `Report` of every tensor, which prints as a table, with what PyTorch does not keep in its last rows.
+        With `names` alone, `Unmatched`: the layers with running statistics that `names` does not contain.
 
     Raises:
       ValueError: if a layer has no counterpart, its match is ambiguous, it is named twice, or its shapes or parameters
@@ -113,9 +110,9 @@ def from_torch_model(
     if names is not None and model is None:
         _no_model(call, None, inputs, flatten, kwargs)
         return _named_norms(state_dict, variables, names)
-    arrays, theirs = model_layers(call, state_dict, variables)
+    arrays, theirs = torch_modules.model_layers(call, state_dict, variables)
     pairs = _pairs(call, TORCH, theirs, variables, names, model, inputs, flatten, kwargs)
-    check_untracked(call, state_dict, [pair for pair, _ in pairs])
+    torch_modules.check_untracked(call, state_dict, [pair for pair, _ in pairs])
     return _variables(call, variables, pairs), _report(arrays, pairs)
 
 
@@ -168,9 +165,9 @@ def to_torch_model(
         _no_model(call, model, inputs, flatten, kwargs)
         ours = _named(call, variables, names)
         return {key: v for theirs, name in names.items() for key, v in to_torch(*ours[name], prefix=theirs).items()}
-    arrays, theirs = model_layers(call, state_dict, variables)
+    arrays, theirs = torch_modules.model_layers(call, state_dict, variables)
     pairs = _pairs(call, TORCH, theirs, variables, names, model, inputs, flatten, kwargs)
-    check_untracked(call, state_dict, [pair for pair, _ in pairs])
+    torch_modules.check_untracked(call, state_dict, [pair for pair, _ in pairs])
     converted = _weights(pairs)
     return {key: converted[key] for key in arrays}, _report(arrays, pairs)
 
@@ -196,8 +193,7 @@ def from_keras_model(
     None of this is known if only arrays are passed, which are taken to have their channels last.
 
     Args:
-      weights: the Keras model, or its arrays by path ("block/dense/kernel"), as a mapping or a sequence of pairs. With
-        arrays alone, axes are not compared.
+      weights: the Keras model, or its arrays by path ("block/dense/kernel"), as a mapping or a sequence of pairs.
       names: by the path of a Keras layer ("block/dense"), the path of the Flax layer, for layers to match by name.
       variables, model, inputs, flatten, **kwargs: as in `from_torch_model`.
 
@@ -219,11 +215,9 @@ def from_keras_model(
       [[1.0, 1.0, 1.0], [1.0, 1.0, 1.0]]
     """
     call = "from_keras_model"
-    arrays = keras_arrays(call, weights)
-    renorm = renormalized(arrays)
-    theirs = keras_layers({path: array for path, array in arrays.items() if path not in renorm})
-    pairs = _pairs(call, library(call, weights), theirs, variables, names, model, inputs, flatten, kwargs)
-    check_axes(call, weights, [pair for pair, _ in pairs])
+    arrays, library, theirs = keras_models.model_layers(call, weights)
+    pairs = _pairs(call, library, theirs, variables, names, model, inputs, flatten, kwargs)
+    keras_models.check_axes(call, weights, [pair for pair, _ in pairs])
     return _variables(call, variables, pairs), _report(arrays, pairs)
 
 
@@ -240,9 +234,8 @@ def to_keras_model(
     """Convert the variables of a Linen or NNX model to weights, for `set_weights` of a Keras model.
 
     Args:
-      weights: the Keras model or its arrays, as in `from_keras_model`, for their paths, shapes and order. A model with
-        a renormalized layer must be passed itself, because that layer's arrays depend on its epsilon; renormalization
-        then starts from the running statistics.
+      weights: the Keras model or its arrays, as in `from_keras_model`, for their paths, shapes and order. With a
+        renormalized layer it must be the model. Its renormalization then starts from the running statistics.
       variables, names, model, inputs, flatten, **kwargs: as in `from_keras_model`.
 
     Returns:
@@ -263,13 +256,11 @@ def to_keras_model(
       [(2, 3), (3,)]
     """
     call = "to_keras_model"
-    arrays = keras_arrays(call, weights)
-    renorm = renormalized(arrays)
-    theirs = keras_layers({path: array for path, array in arrays.items() if path not in renorm})
-    pairs = _pairs(call, library(call, weights), theirs, variables, names, model, inputs, flatten, kwargs)
-    check_axes(call, weights, [pair for pair, _ in pairs])
+    arrays, library, theirs = keras_models.model_layers(call, weights)
+    pairs = _pairs(call, library, theirs, variables, names, model, inputs, flatten, kwargs)
+    keras_models.check_axes(call, weights, [pair for pair, _ in pairs])
     converted = _weights(pairs)
-    converted |= renorm_weights(call, weights, converted, renorm)
+    converted |= keras_models.renorm_weights(call, weights, arrays, converted)
     return [converted[key] for key in arrays], _report(arrays, pairs)
 
 

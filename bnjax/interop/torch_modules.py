@@ -54,8 +54,9 @@ def model_layers(call: str, source: Any, variables: Any) -> tuple[Arrays, list[L
     check_computed(call, state_dict)
     arrays = as_arrays(f"{call}(state_dict=...)", state_dict)
     layers, named = torch_layers(arrays), modules(source)
-    stats = variables.get("batch_stats", {}) if isinstance(variables, Mapping) else {}
-    if any(params == (None, None) for params, _ in trees.norms(variables.get("params", {}), stats).values()):
+    own = variables if isinstance(variables, Mapping) else {}
+    norms = trees.norms(own.get("params", {}), own.get("batch_stats", {}))
+    if any(params == (None, None) for params, _ in norms.values()):
         bare = [name for name, module in named.items() if is_batch_norm(module) and not module.state_dict()]
         layers += [Layer(name, NORM, {}, {}) for name in bare]
         places = {name: i for i, name in enumerate(named)}
