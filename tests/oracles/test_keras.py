@@ -96,7 +96,9 @@ def test_keras_round_trip_is_exact(agree, dtype, scale, center):
     params, state = interop.from_keras(module.get_weights(), scale, center)
     fresh = layer(LAST[2], dtype, scale=scale, center=center)
     fresh.set_weights(interop.to_keras(params, state, fresh))
-    for our, their in zip(jax.tree.leaves(interop.from_keras(fresh)), jax.tree.leaves((params, state)), strict=True):
+    again, back = interop.from_keras(fresh)
+    leaves = (jax.tree.leaves(values) for values in ((again, back[:2]), (params, state[:2])))
+    for our, their in zip(*leaves, strict=True):
         agree("round trip", our, their, growth=0)
     assert len(fresh.get_weights()) == 2 + scale + center
     for our, their in zip(fresh.get_weights(), module.get_weights(), strict=True):
