@@ -6,6 +6,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.core import Tracer
@@ -132,8 +133,8 @@ def _kind(module, shapes, x):
     if set(shapes) == {"embedding"} and len(shapes["embedding"]) == 2:
         return "embed"
     if {"scale", "mean"} & set(shapes) and all(len(shape) == 1 for shape in shapes.values()):
-        axis = getattr(module, "axis", -1)
-        return f"norm{axis if isinstance(axis, int) else -1}"
+        axes = np.ravel(getattr(module, "axis", getattr(module, "feature_axes", -1)))
+        return f"norm{axes[0] % x.ndim - x.ndim if axes.size == 1 else -1}"
     return "other"
 
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from bnjax.interop.kernels import CONVOLUTION, MATRIX, NORM, TENSOR, Layer, Library, needed
+from bnjax.interop.kernels import CONVOLUTION, MATRIX, NORM, TENSOR, Layer, Library, Move, needed
 from bnjax.interop.layout import Called
 from bnjax.interop.names import compare
 
@@ -34,8 +34,12 @@ class Pair(NamedTuple):
     by: str
 
 
+Pairs = list[tuple[Pair, dict[str, Move]]]
+"""Layers that belong together, with the moves of their arrays."""
+
+
 class Moved(NamedTuple):
-    """A tensor that was converted."""
+    """A tensor that was converted, or that has no counterpart in the other model, where name and shape are empty."""
 
     theirs: str  # its name in the other library's model
     their_shape: tuple[int, ...]
@@ -47,7 +51,7 @@ class Moved(NamedTuple):
 
 @dataclass(frozen=True)
 class Report:
-    """Every tensor that was converted. It prints as a table."""
+    """Every tensor that was converted, and what has no counterpart. It prints as a table."""
 
     tensors: tuple[Moved, ...]
     unread: tuple[str, ...] = ()  # options that were not compared, and why

@@ -9,11 +9,9 @@ from typing import Any
 
 from jax import lax
 
-from bnjax.interop.kernels import TENSOR, TORCH, Layer, Library, Move
-from bnjax.interop.match import Pair
+from bnjax.interop.kernels import TENSOR, TORCH, Layer, Library
+from bnjax.interop.match import Pairs
 from bnjax.interop.readers import Convolution, Normalization, Unread, read_flax, read_keras, read_torch
-
-Pairs = list[tuple[Pair, dict[str, Move]]]
 
 
 def compare(call: str, library: Library, model: Any, pairs: Pairs, verified: bool = False) -> tuple[str, ...]:

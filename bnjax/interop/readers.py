@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
+from bnjax.interop.keras_models import layers_by_path
+
 Padding = str | Sequence[tuple[int, int]]
 
 
@@ -58,12 +60,6 @@ def read_keras(model: Any) -> dict[str, Options]:
             ones = (1,) * len(options.strides)
             found |= {f"{path}/depthwise": options, f"{path}/pointwise": Convolution(ones, ones, "VALID")}
     return found
-
-
-def layers_by_path(model: Any) -> dict[str, Any]:
-    """The layers of a Keras model by the paths of their weights."""
-    layers = model._flatten_layers()  # each comes after the one that contains it, and has the last word on its weights
-    return {weight.path.rpartition("/")[0]: layer for layer in layers for weight in layer.weights}
 
 
 def read_flax(module: Any, shapes: Mapping[str, Sequence[int]]) -> Options:

@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from bnjax.interop.arrays import as_array, plain
+from bnjax.interop.keras_models import layers_by_path
 from bnjax.interop.kernels import TORCH, Library
-from bnjax.interop.options import Pairs, compare, differences
-from bnjax.interop.readers import layers_by_path
+from bnjax.interop.match import Pairs
+from bnjax.interop.options import compare, differences
 
 Seen = dict[str, list[tuple[Any, Any]]]  # inputs and outputs of a layer's calls
 
