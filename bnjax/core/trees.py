@@ -5,7 +5,7 @@ The last part of a path names the variable: scale, bias, mean, var or count. A t
 tuples or NNX states.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -53,21 +53,48 @@ def collected(batch_moments: Any) -> dict[str, Collected]:
     }
 
 
+def others(variables: Mapping[str, Any], handled: Iterable[str]) -> list[str]:
+    """The layers that own a running mean and variance, under whatever names and in any collection, but are not handled.
+
+    Such is a project's own batch normalization, with a `running_mean` and a `running_var` say.
+    """
+    owned: dict[str, list[str]] = {}
+    for collection, tree in variables.items():
+        if collection not in _NO_STATISTICS:
+            for layer, arrays in leaves(tree).items():
+                owned.setdefault(layer, []).extend(name.lower() for name in arrays)
+    known = set(handled)
+    return [layer for layer, names in owned.items() if layer not in known and _mean_and_variance(names)]
+
+
+_NO_STATISTICS = ("params", "batch_moments", "intermediates", "perturbations")
+
+
+def _mean_and_variance(names):
+    """Whether one of these names is a mean's, and another one a variance's or a standard deviation's."""
+    return any("mean" in name for name in names) and any("var" in name or "std" in name for name in names)
+
+
+def named(layers: Iterable[str]) -> str:
+    """The names of layers, for a message."""
+    return ", ".join(layer or "the model itself" for layer in layers)
+
+
 def check_collected(call: str, batch_stats: Any, batch_moments: Any) -> None:
     """Check that every layer with running statistics collected the moments of the batch."""
     given = collected(batch_moments)
     missing = [layer for layer in norms({}, batch_stats) if layer not in given]
     if missing:
         raise ValueError(
-            f"{call}: layers with running statistics that gave no moments of the batch: "
-            f"{', '.join(layer or 'the model itself' for layer in missing)}. "
-            "For a model written with Flax's BatchNorm use bnjax.linen.convert or bnjax.nnx.convert; for bnjax's, list "
-            "the collection batch_moments beside batch_stats in nn.scan and nn.vmap."
+            f"{call}: layers with running statistics that gave no moments of the batch: {named(missing)}. Flax's own "
+            "layers give none, and convert(..., where=...) leaves them where it does not match: convert the whole "
+            "model, by bnjax.linen.convert or bnjax.nnx.convert. A layer of another class has to compute through "
+            "bnjax's. For bnjax's layers, list the collection batch_moments beside batch_stats in nn.scan and nn.vmap."
         )
 
 
 def _names(path):
-    whole = jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value")  # of an NNX variable
+    whole = jax.tree_util.keystr(path, simple=True, separator="/").lstrip("/").removesuffix("/value")  # of NNX
     layer, _, name = whole.rpartition("/")
     return layer, name
 

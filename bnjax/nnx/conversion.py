@@ -87,5 +87,6 @@ def _become(layer, kind):
         if hasattr(layer, name):
             delattr(layer, name)
     layer.__class__ = kind
+    norm_module.collect_for_linen(layer)
     if kind is norm_module.RenormBatchNorm:
         layer.r_max, layer.d_max = norm_module.RENORM_R_MAX, norm_module.RENORM_D_MAX
