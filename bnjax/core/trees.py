@@ -5,6 +5,7 @@ The last part of a path names the variable: scale, bias, mean, var or count. A t
 tuples or NNX states.
 """
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -58,21 +59,32 @@ def others(variables: Mapping[str, Any], handled: Iterable[str]) -> list[str]:
 
     Such is a project's own batch normalization, with a `running_mean` and a `running_var` say.
     """
-    owned: dict[str, list[str]] = {}
-    for collection, tree in variables.items():
-        if collection not in _NO_STATISTICS:
-            for layer, arrays in leaves(tree).items():
-                owned.setdefault(layer, []).extend(name.lower() for name in arrays)
     known = set(handled)
-    return [layer for layer, names in owned.items() if layer not in known and _mean_and_variance(names)]
+    found: dict[str, None] = {}
+    for collection, tree in variables.items():
+        if collection != "batch_moments":
+            for layer, arrays in leaves(tree).items():
+                ranks = {name: getattr(array, "ndim", 0) for name, array in arrays.items()}
+                if layer not in known and owns_statistics(collection, ranks):
+                    found[layer] = None
+    return list(found)
 
 
-_NO_STATISTICS = ("params", "batch_moments", "intermediates", "perturbations")
+_MEAN = re.compile(r"(?<![a-z])(mean|mu)(?![a-z])")
+_SPREAD = re.compile(r"(?<![a-z])(var|variance|std|stddev|sigma)(?![a-z])")
+_RUNNING = re.compile(r"(?<![a-z])(running|moving|ra|ema|pop|population|average|avg)(?![a-z])")
 
 
-def _mean_and_variance(names):
-    """Whether one of these names is a mean's, and another one a variance's or a standard deviation's."""
-    return any("mean" in name for name in names) and any("var" in name or "std" in name for name in names)
+def owns_statistics(collection: str, ranks: Mapping[str, int]) -> bool:
+    """Whether variables of one module, by the rank of each name, hold a running mean and variance of features.
+
+    Plain names such as `mean` and `var` count in a collection of statistics only: elsewhere they may be parameters of a
+    distribution, or constants of a data set. Scalars, such as the statistics of a reward, have no features.
+    """
+    names = {re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower() for name, rank in ranks.items() if rank > 0}
+    means, spreads = ({rule.sub("", n) for n in names if rule.search(n)} for rule in (_MEAN, _SPREAD))
+    stems = means & spreads
+    return bool(stems) if "stat" in collection.lower() else any(_RUNNING.search(stem) for stem in stems)
 
 
 def named(layers: Iterable[str]) -> str:

@@ -40,7 +40,7 @@ def _register(kind):
                 deserialize_auxdata=lambda written: ast.literal_eval(written.decode()),
             )
         except ValueError as error:
-            if "for type" in str(error):
+            if "registration for type" in str(error):  # by whoever it was
                 return
             number += 1
         else:
