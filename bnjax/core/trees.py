@@ -99,9 +99,10 @@ def check_collected(call: str, batch_stats: Any, batch_moments: Any) -> None:
     if missing:
         raise ValueError(
             f"{call}: layers with running statistics that gave no moments of the batch: {named(missing)}. Flax's own "
-            "layers give none, and convert(..., where=...) leaves them where it does not match: convert the whole "
-            "model, by bnjax.linen.convert or bnjax.nnx.convert. A layer of another class has to compute through "
-            "bnjax's. For bnjax's layers, list the collection batch_moments beside batch_stats in nn.scan and nn.vmap."
+            "layers give none: convert the model, by bnjax.linen.convert or bnjax.nnx.convert. If convert(..., "
+            "where=...) left them out, call convert(model) too in NNX; in Linen, where the last conversion counts, use "
+            "bnjax.linen.BatchNorm in the model. Layers of other classes have to compute through bnjax's. For bnjax's "
+            "own, list the collection batch_moments beside batch_stats in nn.scan and nn.vmap."
         )
 
 

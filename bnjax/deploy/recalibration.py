@@ -148,7 +148,7 @@ def _output_shapes(update, variables, batch):
     """The shapes that `update` returns. If it fails on a tuple or a dictionary, the error says what to pass."""
     try:
         return jax.eval_shape(update, variables, batch)
-    except (TypeError, AttributeError) as error:  # what calling an array's methods on something else raises
+    except (TypeError, AttributeError, IndexError) as error:  # what arrays' functions raise for something else
         if hasattr(batch, "shape"):
             raise
         raise TypeError(

@@ -3,7 +3,7 @@
 import functools
 from collections import Counter
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import jax.numpy as jnp
 from flax import nnx
@@ -148,7 +148,9 @@ def _fold(model: Any, pairs: Any, args: Any, kwargs: Mapping[str, Any]) -> FoldR
     def fold_one(call, linear, norm, previous):
         layer, bn = nodes[linear], nodes[norm]
         if any(v is not None and holders[id(v)] > 1 for v in (layer.kernel, layer.bias)):
-            raise NotFoldedError(f"{call}: {linear!r} shares its kernel or bias with another layer. Leave this pair out.")
+            raise NotFoldedError(
+                f"{call}: {linear!r} shares its kernel or bias with another layer. Leave this pair out."
+            )
         kernel, bias = linears.get(linear) or (layer.kernel[...], None if layer.bias is None else layer.bias[...])
         stored = BNParams(*(None if v is None else v[...] for v in (bn.scale, bn.bias)))
         statistics = BNState(bn.mean[...], bn.var[...], jnp.zeros(()))
@@ -202,8 +204,8 @@ def _traced(model, args, kwargs):
 
     def call(state, args, kwargs):
         traced = nnx.merge(graphdef, state)
-        for path, node in nnx.iter_modules(traced):
-            path = "/".join(map(str, path))
+        for names, module in nnx.iter_modules(traced):
+            path, node = "/".join(map(str, names)), cast(Any, module)
             if layers[path].kind in _LINEAR + _NORM:
                 node.__class__ = _recording(layers[path].kind)
                 node.fold_recorder, node.fold_path = recorder, path
@@ -212,7 +214,7 @@ def _traced(model, args, kwargs):
 
     neighbours = Neighbours(call, (state, args, kwargs), {})
     called, training = recorder.called, recorder.training
-    recorder.__init__({})  # the caches of jax.jit keep it
+    recorder.layers = recorder.called = {}  # the caches of jax.jit keep the recorder
     if training:
         raise ValueError(
             f"fold_model(model=...): {trees.named(training)}: in training mode. Folding is for evaluation: call "

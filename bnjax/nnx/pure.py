@@ -165,8 +165,8 @@ def _collected(model):
     found: dict[str, dict[str, Any]] = {}
     for names, node in nnx.iter_graph(model):
         if isinstance(node, BatchMoments):
-            *path, name = names
-            found.setdefault("/".join(map(str, path)), {})[name] = node.get_value()
+            *path, name = map(str, names)
+            found.setdefault("/".join(path), {})[name] = node.get_value()
     return {path: Collected(**parts) for path, parts in found.items()}
 
 
