@@ -83,10 +83,10 @@ def check_model(call: str, model: Any, *, containers: bool = True) -> None:
 
 def _become(layer, kind):
     """Change a layer's class: remove the options of the old class, and set the defaults of the new one."""
+    norm_module.collect_for_linen(layer)
     for name in ("ghost_size", "r_max", "d_max"):
         if hasattr(layer, name):
             delattr(layer, name)
     layer.__class__ = kind
-    norm_module.collect_for_linen(layer)
     if kind is norm_module.RenormBatchNorm:
         layer.r_max, layer.d_max = norm_module.RENORM_R_MAX, norm_module.RENORM_D_MAX
