@@ -98,9 +98,9 @@ def check_collected(call: str, batch_stats: Any, batch_moments: Any) -> None:
     missing = [layer for layer in norms({}, batch_stats) if layer not in given]
     if missing:
         raise ValueError(
-            f"{call}: layers with running statistics that gave no moments of the batch: {named(missing)}. Flax's own "
-            "layers give none: convert the model, by bnjax.linen.convert or bnjax.nnx.convert. If convert(..., "
-            "where=...) left them out, call convert(model) too in NNX; in Linen, where the last conversion counts, use "
+            f"{call}: layers with running statistics that gave no moments of the batch: {named(missing)}. For a model "
+            "written with Flax's BatchNorm use bnjax.linen.convert or bnjax.nnx.convert. If convert(..., where=...) "
+            "left these layers out, call convert(model) too in NNX; in Linen, where the last conversion counts, use "
             "bnjax.linen.BatchNorm in the model. Layers of other classes have to compute through bnjax's. For bnjax's "
             "own, list the collection batch_moments beside batch_stats in nn.scan and nn.vmap."
         )
