@@ -6,7 +6,6 @@ from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
-from flax.core.scope import DenyList
 from flax.linen.dtypes import canonicalize_dtype
 from jax import Array
 
@@ -14,6 +13,7 @@ from bnjax.core import checks
 from bnjax.core.apply import apply as apply_plain
 from bnjax.core.records import BNParams, BNState, Collected
 from bnjax.core.schedules import Momentum
+from bnjax.flax_shared.bridge import collects
 from bnjax.flax_shared.conventions import Variables, call_layer, counts, nothing, promoting
 from bnjax.variants.adaptive import apply_adaptive
 from bnjax.variants.ghost import apply_ghost
@@ -315,12 +315,7 @@ class _Storage:
                 new = jnp.promote_types(new if jnp.issubdtype(new, jnp.inexact) else jnp.float32, stored)
                 mean = mean.astype(jnp.promote_types(mean.dtype, new))
                 var = var.astype(jnp.promote_types(var.dtype, jnp.finfo(new).dtype))
-        # By name only: with mutable=True, a program that passes back all collections would accumulate moments unawares.
-        collect = (
-            not layer.is_initializing()
-            and not isinstance(layer.scope.mutable, bool | DenyList)
-            and layer.is_mutable_collection("batch_moments")
-        )
+        collect = collects(layer)
         earlier = None
         if collect and layer.has_variable("batch_moments", "moments"):
             earlier = Collected(*(layer.get_variable("batch_moments", name) for name in Collected._fields))

@@ -207,6 +207,7 @@ def check_model(call: str, model: Any, *, containers: bool = True) -> None:
 
 def _become(layer, kind):
     """Change a layer's class: remove the options of the old class, and set the defaults of the new one."""
+    norm_module.collect_for_linen(layer)
     for name in (option for options in VARIANTS.values() for option in options):
         if hasattr(layer, name):
             delattr(layer, name)

@@ -17,7 +17,8 @@ from bnjax.core.apply import apply as apply_plain
 from bnjax.core.moments import wider
 from bnjax.core.records import BNParams, BNState, Collected
 from bnjax.core.schedules import Momentum
-from bnjax.flax_shared.conventions import Variables, call_layer, counts, promoting
+from bnjax.flax_shared.bridge import linen_collects
+from bnjax.flax_shared.conventions import Variables, call_layer, counts, nothing, promoting
 from bnjax.variants.adaptive import apply_adaptive
 from bnjax.variants.ghost import apply_ghost
 from bnjax.variants.indexed import apply_indexed
@@ -28,6 +29,10 @@ _zeros, _ones = initializers.zeros_init(), initializers.ones_init()
 
 class BatchMoments(nnx.Variable[Any]):
     """The moments of the batch, where someone asks for them."""
+
+
+# The name of the collection in a Linen model, to and from which `flax.nnx.bridge` moves variables of this type.
+nnx.register_variable_name("batch_moments", BatchMoments, overwrite=True)
 
 
 class BatchNorm(nnx.BatchNorm):
@@ -74,8 +79,9 @@ class BatchNorm(nnx.BatchNorm):
       ([[-1.0, -1.0], [1.0, 1.0]], [0.2..., 2.0])
     """
 
-    # A layer with this variable writes its moments there; `functional` gives it one.
-    batch_moments: BatchMoments | None = None
+    # A layer with these variables writes its `bnjax.Collected` there; `collect` gives it them.
+    moments: BatchMoments | None = None
+    support: BatchMoments | None = None
     unbiased_var: bool = False
     frozen: bool = False
     frozen_params: bool = False
@@ -130,6 +136,7 @@ class BatchNorm(nnx.BatchNorm):
         self.unbiased_var, self.frozen, self.frozen_params = unbiased_var, frozen, frozen_params
         if callable(momentum):
             add_count(self)
+        collect_for_linen(self)
 
     def __call__(self, x: Any, use_running_average: bool | None = None, *, mask: Any = None) -> Array:
         """Normalize `x`.
@@ -175,9 +182,7 @@ class _Storage:
         counting = train and hasattr(layer, "count")
         params = BNParams(*(None if v is None else v[...] for v in (layer.scale, layer.bias)))
         count = layer.count[...] if counting else None
-        earlier = None if layer.batch_moments is None else layer.batch_moments.get_value()
-        collect = train and layer.batch_moments is not None
-        return Variables(params, layer.mean[...], layer.var[...], count, collect, earlier)
+        return Variables(params, layer.mean[...], layer.var[...], count, layer.moments is not None, _earlier(layer))
 
     def promoted(self, x: Array, variables: Variables) -> tuple[Array, BNParams, Any]:
         layer = self.layer
@@ -198,8 +203,35 @@ class _Storage:
             _store(layer.var, state.var)
             if variables.count is not None:
                 _store(layer.count, state.count)
-        if collected is not None and layer.batch_moments is not None:
-            layer.batch_moments.set_value(collected)  # pyright: ignore[reportArgumentType]
+        if variables.collect:
+            # In evaluation nothing is added.
+            _keep(layer, collected or variables.earlier or nothing(variables.mean, variables.var))
+
+
+def collect(layer: Any, earlier: Collected | None = None) -> None:
+    """Let the layer collect the moments of the batch, merged into these."""
+    layer.moments, layer.support = (BatchMoments(part) for part in earlier or (None, None))
+
+
+def collect_for_linen(layer: Any) -> None:
+    """Let a layer that is made in the call of a Linen model collect the moments for which that asks.
+
+    The bridge puts the model's values into the variables of a new layer, so these have to be there from the start.
+    """
+    if linen_collects():
+        collect(layer)
+
+
+def _keep(layer, collected):
+    layer.moments.set_value(collected.moments)
+    layer.support.set_value(collected.support)
+
+
+def _earlier(layer):
+    """The moments that a layer has collected already."""
+    if layer.moments is None or layer.moments.get_value() is None:
+        return None
+    return Collected(layer.moments.get_value(), layer.support.get_value())
 
 
 def add_count(layer: BatchNorm) -> None:
