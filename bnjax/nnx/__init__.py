@@ -7,16 +7,15 @@
 from bnjax.nnx.conversion import convert
 from bnjax.nnx.folding import Identity, fold_model, fold_report
 from bnjax.nnx.lstm import BNLSTMCell
-from bnjax.nnx.norm import (
+from bnjax.nnx.norm import BatchMoments, BatchNorm
+from bnjax.nnx.pure import functional
+from bnjax.nnx.variants import (
     AdaptiveBatchNorm,
-    BatchMoments,
-    BatchNorm,
     ConditionalBatchNorm,
     GhostBatchNorm,
     IndexedBatchNorm,
     RenormBatchNorm,
 )
-from bnjax.nnx.pure import functional
 
 __all__ = [
     "AdaptiveBatchNorm",

@@ -11,10 +11,13 @@ from flax.nnx import bridge
 from bnjax.flax_shared.conventions import counts
 from bnjax.flax_shared.conversion import VARIANTS, Conversion, Where, conversion, instead, other_library
 from bnjax.flax_shared.found import Found, owns_statistics
-from bnjax.nnx import norm as norm_module
-from bnjax.nnx.norm import BatchNorm
+from bnjax.nnx import variants
+from bnjax.nnx.norm import BatchNorm, add_count, collect_for_linen
 
 Model = TypeVar("Model")
+_LAYERS = {
+    name: kind for name, kind in vars(variants).items() if isinstance(kind, type) and issubclass(kind, BatchNorm)
+}
 
 
 def convert(model: Model, *, to: type | None = None, where: Where | None = None, **changes: Any) -> Model:
@@ -61,7 +64,7 @@ def convert(model: Model, *, to: type | None = None, where: Where | None = None,
       (True, 0.9)
     """
     check_model("convert", model)
-    kinds = {name: getattr(norm_module, name) for name in VARIANTS}
+    kinds = {name: _LAYERS[name] for name in VARIANTS}
     changed = conversion("nnx", to, where, changes, kinds)
     found = Found(type(model).__name__, changed)
     planned = _plan(model, (), found)
@@ -73,7 +76,7 @@ def convert(model: Model, *, to: type | None = None, where: Where | None = None,
 def convert_part(model: Any, changed: Conversion, prefix: tuple[str, ...], found: Found) -> Any:
     """An NNX model inside of a Linen model, converted in place; `changed` is that of the Linen model."""
     if changed.to is not None:
-        changed = changed._replace(to=getattr(norm_module, changed.to.__name__))
+        changed = changed._replace(to=_LAYERS[changed.to.__name__])
     part = Found(found.model, changed)
     _carry_out(_plan(model, prefix, part), part)
     found.layers.update({path: found.conversion.converts(path) for path in part.layers})
@@ -115,13 +118,13 @@ def _carry_out(planned, found):
         for name, value in found.conversion.changes:
             setattr(node, name, value)
         if counts(node) and not hasattr(node, "count"):
-            norm_module.add_count(node)
+            add_count(node)
 
 
 def _target(layer, to):
     """The class that a layer gets, None if it cannot be converted; and what is not as asked."""
     written = getattr(layer, "_written", type(layer))  # a converted subclass has the class that its author wrote
-    ours: Any = next((c for c in written.__mro__ if vars(norm_module).get(c.__name__) is c), None)
+    ours: Any = next((c for c in written.__mro__ if _LAYERS.get(c.__name__) is c), None)
     if ours is not None and to in (None, ours):
         return type(layer) if to is None else written, ""
     kind, base = to or BatchNorm, ours or nnx.BatchNorm
@@ -207,11 +210,11 @@ def check_model(call: str, model: Any, *, containers: bool = True) -> None:
 
 def _become(layer, kind):
     """Change a layer's class: remove the options of the old class, and set the defaults of the new one."""
-    norm_module.collect_for_linen(layer)
+    collect_for_linen(layer)
     for name in (option for options in VARIANTS.values() for option in options):
         if hasattr(layer, name):
             delattr(layer, name)
     layer.__class__ = kind
-    if issubclass(kind, norm_module.RenormBatchNorm):
-        layer.r_max, layer.d_max = norm_module.RENORM_R_MAX, norm_module.RENORM_D_MAX
+    if issubclass(kind, variants.RenormBatchNorm):
+        layer.r_max, layer.d_max = variants.RENORM_R_MAX, variants.RENORM_D_MAX
         layer.average = "std"

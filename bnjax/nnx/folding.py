@@ -25,7 +25,8 @@ from bnjax.deploy.pairs import (
     log,
 )
 from bnjax.nnx.conversion import check_model
-from bnjax.nnx.norm import AdaptiveBatchNorm, BatchNorm, GhostBatchNorm, RenormBatchNorm
+from bnjax.nnx.norm import BatchNorm
+from bnjax.nnx.variants import AdaptiveBatchNorm, GhostBatchNorm, RenormBatchNorm
 
 Model = TypeVar("Model")
 
