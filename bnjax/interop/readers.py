@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from bnjax.interop.keras_models import layers_by_path
+from bnjax.interop.torch_modules import modules
 
 Padding = str | Sequence[tuple[int, int]]
 
@@ -45,9 +46,9 @@ Options = Convolution | Normalization | Unread | None  # None for a layer withou
 
 def read_torch(model: Any) -> dict[str, Options]:
     """The options of the layers of a PyTorch module, by their names."""
-    modules = dict(model.named_modules())
-    pads = _pads_elsewhere(modules.values())
-    return {name: _torch(module, pads) for name, module in modules.items()}
+    named = modules(model)
+    pads = _pads_elsewhere(named.values())
+    return {name: _torch(module, pads) for name, module in named.items()}
 
 
 def read_keras(model: Any) -> dict[str, Options]:

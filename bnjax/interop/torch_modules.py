@@ -56,7 +56,7 @@ def model_layers(call: str, source: Any, variables: Any) -> tuple[Arrays, list[L
     layers, named = torch_layers(arrays), modules(source)
     own = variables if isinstance(variables, Mapping) else {}
     norms = trees.norms(own.get("params", {}), own.get("batch_stats", {}))
-    if any(params == (None, None) for params, _ in norms.values()):
+    if any(params.scale is None and params.bias is None for params, _ in norms.values()):
         bare = [name for name, module in named.items() if is_batch_norm(module) and not module.state_dict()]
         layers += [Layer(name, NORM, {}, {}) for name in bare]
         places = {name: i for i, name in enumerate(named)}

@@ -41,7 +41,7 @@ class Model(Fake):
     def state_dict(self):
         return ARRAYS
 
-    def named_modules(self):
+    def named_modules(self, remove_duplicate):
         return [("", self), ("conv", self.conv), ("bn", self.bn), *getattr(self, "more", [])]
 
 
