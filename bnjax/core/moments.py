@@ -238,21 +238,21 @@ def collect(
         # Merged outside the custom JVP, because the names of vmap axes are unbound when jit traces that rule. No data
         # move along these axes, so that autodiff may transpose the merge as it likes.
         collected = named(_merge_over(collected, on_vmap, groups, is_real(batch.mask)))
-    return _overflow_as_nan(collected)
+    return _overflow_as_nan(collected, is_real(batch.mask))
 
 
-def _overflow_as_nan(collected: Collected) -> Collected:
+def _overflow_as_nan(collected: Collected, weighted: bool) -> Collected:
     """The moments with NaN for a variance whose sum of squares, valid elements x var, is near the end of the range.
 
     Some ways of reading x overflow to infinity there, others to NaN, and others not yet. Normalized by an infinite
     variance, a feature would silently become `bias`. Below the limit 1 / (valid x var), a factor of the gradient, is a
     normal number.
     """
-    moments, support = collected
-    limit = jnp.finfo(moments.var.dtype).max / 4
-    return collected._replace(
-        moments=moments._replace(var=jnp.where(support.valid * moments.var <= limit, moments.var, jnp.nan))
-    )
+    weight, _, var = collected.moments
+    # Both are the number of elements without real-valued weights. The weight is a residual of the backward pass anyway.
+    valid = collected.support.valid if weighted else weight
+    var = jnp.where(valid * var <= jnp.finfo(var.dtype).max / 4, var, jnp.nan)
+    return collected._replace(moments=collected.moments._replace(var=var))
 
 
 def merge_parts(parts: Collected, axis: int | Domains) -> Collected:
