@@ -6,6 +6,7 @@ how dtypes promote: an adapter, `Storage`, does that.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Any, Protocol
 
 import jax
@@ -93,7 +94,7 @@ def call_layer(
       x: floating, complex or integer.
       use_running_average: whether the running statistics normalize.
       axis_name: mapped axis, or several, whose devices share statistics here.
-      mask: broadcastable to `x`, of any rank up to x's.
+      mask: broadcastable to `x`. One of lower rank than `x` may not reach a feature axis.
       label: the class of each example, for conditional parameters.
       apply: `bnjax.core.apply.apply`, or a variant's function in its place.
     """
@@ -136,7 +137,7 @@ def call_layer(
         x,
         options,
         momentum=layer.momentum,
-        mask=None if mask is None else _of_rank(jnp.asarray(mask), x, call),
+        mask=None if mask is None else _of_rank(mask, x, axes, call),
         earlier=variables.earlier,
     )
     if real:  # complex scale and bias do not make the mean complex
@@ -157,14 +158,36 @@ def _computed(x, mean, params):
     return x if wide == wider(x.dtype) else x.astype(wide), mean
 
 
-def _of_rank(mask, x, call):
-    """The mask with x's rank; like a NumPy operand it may lack leading axes."""
-    if not checks.broadcasts(mask.shape, x.shape):
-        raise ValueError(
-            f"{call}(mask=...): mask has shape {mask.shape}, which does not broadcast to that of x, {x.shape}. "
-            "Reshape it so that its last axes are x's."
-        )
-    return mask.reshape((1,) * (x.ndim - mask.ndim) + mask.shape)
+def _of_rank(mask, x, axes, call):
+    """The mask with x's rank. It may lack leading axes, as in NumPy, where it can only mean that."""
+    mask = mask if isinstance(mask, np.ndarray) else jnp.asarray(mask)  # NumPy's stay known under jit
+    if mask.shape == x.shape:
+        return mask
+    shape = (1,) * (x.ndim - mask.ndim) + mask.shape
+    fits = checks.broadcasts(mask.shape, x.shape)
+    # One size for each example would mask features wherever a batch has as many examples as features.
+    by_feature = any(shape[a] != 1 for a in axes)
+    leading = mask.shape == x.shape[: mask.ndim] and any(n != 1 for n in mask.shape)
+    if fits and (mask.ndim == x.ndim or not (by_feature or leading)):
+        return mask.reshape(shape)
+    problem = "does not broadcast to x"
+    if fits:
+        problem = "could mask features" if by_feature else "fits the first axes of x as well as the last"
+    places = combinations(range(x.ndim), mask.ndim)
+    meant = [p for p in places if all(n in (1, x.shape[a]) for n, a in zip(mask.shape, p, strict=True))]
+    remedies = [
+        f"{_index(p, x.ndim)} for {'axis' if len(p) == 1 else 'axes'} {str(p).strip('(,)')} of x" for p in meant
+    ]
+    raise ValueError(
+        f"{call}(mask=...): mask has shape {mask.shape}, which {problem}: x has shape {x.shape}, features on axis "
+        f"{axes[0] if len(axes) == 1 else axes}, and sizes are aligned from the last axis, as in NumPy. Pass "
+        f"{', or '.join(remedies) or 'a mask with each size 1 or that of x'}."
+    )
+
+
+def _index(places, ndim):
+    """The expression that puts the axes of a mask at these places among `ndim`."""
+    return f"mask[{', '.join(':' if a in places else 'None' for a in range(ndim))}]"
 
 
 def counts(layer: Any) -> bool:

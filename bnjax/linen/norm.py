@@ -36,6 +36,8 @@ class BatchNorm(nn.BatchNorm):
       statistics. A feature without a valid value is normalized by the running statistics; Flax returns NaN.
     * Devices are merged by weight, so that unequal and empty shards are exact. Flax takes the mean of means.
     * A mask that is not boolean holds weights >= 0. Flax treats every number but 0 as True.
+    * A mask of lower rank than `x` that could mask features is an error: Flax aligns one value per example with the
+      features where a batch has as many examples as features.
     * Running statistics normalize in the dtype in which they are stored. With `force_float32_reductions=False` Flax
       first casts them to `param_dtype`, which may be narrower.
     * Bad arguments are errors while tracing: a momentum outside [0, 1], an epsilon that is not positive in float32, an
@@ -87,7 +89,8 @@ class BatchNorm(nn.BatchNorm):
           use_running_average: True normalizes by the running statistics, False by the batch's, which the running
             statistics absorb unless the module is initializing. Given here or to the constructor.
           mask: broadcastable to `x`, boolean or weights >= 0. Masked elements (weight 0), even NaN, do not affect any
-            other element, nor the statistics.
+            other element, nor the statistics. Sizes are aligned from the last axis; a mask of lower rank than `x` may
+            not reach the features, nor fit the first axes of `x` as well.
 
         Returns:
           The normalized array, of x's shape. Its dtype is `dtype`; if that is None, the dtype to which
