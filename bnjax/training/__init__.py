@@ -1,0 +1,7 @@
+"""Training with optax: a training state with running statistics, gradient accumulation, and rematerialization."""
+
+from bnjax.training.decay import decay_mask
+from bnjax.training.state import TrainState
+from bnjax.training.step import Model, eval_step, save_statistics, train_step
+
+__all__ = ["Model", "TrainState", "decay_mask", "eval_step", "save_statistics", "train_step"]
