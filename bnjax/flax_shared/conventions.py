@@ -21,6 +21,7 @@ from bnjax.core.moments import wider
 from bnjax.core.options import checked
 from bnjax.core.records import BNParams, BNState, Collected, Moments, Support
 from bnjax.variants.conditional import chosen_params
+from bnjax.variants.indexed import apply_indexed
 
 
 @dataclass
@@ -105,6 +106,7 @@ def call_layer(
     axes = feature_axes(x, layer.axis, call)
     features = tuple(x.shape[a] for a in axes)
     variables = storage.read(x, list(features), train)
+    _check_ones(call, variables, features, getattr(apply, "func", None) is apply_indexed)
     lead = variables.mean.ndim - len(features)  # statistics of several indices lead with an axis of them
     if variables.mean.shape[lead:] != features:
         sizes = features[0] if len(features) == 1 else features
@@ -144,6 +146,17 @@ def call_layer(
         state = state._replace(mean=state.mean.real)
     storage.write(variables, state, collected, train)
     return y
+
+
+def _check_ones(call, variables, features, indexed):
+    """Check that statistics which fit the features up to axes of size 1, as other libraries keep them, have none."""
+    for name, value in (("mean", variables.mean), ("var", variables.var)):
+        shape = value.shape[1:] if indexed and value.ndim > len(features) else value.shape
+        if shape != features and [n for n in shape if n != 1] == [n for n in features if n != 1]:
+            raise ValueError(
+                f"{call}(...): the layer's {name} has shape {value.shape}, but the features have the shape {features}. "
+                f"Their sizes agree: pass the statistics without axes of size 1, {name}.reshape({features})."
+            )
 
 
 def _computed(x, mean, params):

@@ -12,6 +12,8 @@ from flax.training import train_state
 from jax import Array
 from jax.core import Tracer
 
+from bnjax.core import trees
+
 _OUTPUTS = ("intermediates", "batch_moments")
 
 
@@ -50,6 +52,8 @@ class TrainState(train_state.TrainState):
     @classmethod
     def create(cls, *, apply_fn: Any, params: Any, tx: Any, **kwargs: Any) -> "TrainState":
         """A state at step 0, which holds copies. Without them a step that donates the state would delete `params`."""
+        for name, tree in {"params": params, **kwargs}.items():
+            trees.check_no_report("TrainState.create", name, tree)
         check_alive("TrainState.create(...)", {"params": params, **kwargs})
         others = set(kwargs) - set(cls.__dataclass_fields__)
         given = {name: kwargs.pop(name) for name in sorted(others)}
