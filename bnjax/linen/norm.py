@@ -10,7 +10,7 @@ from flax.core.scope import DenyList
 from flax.linen.dtypes import canonicalize_dtype
 from jax import Array
 
-from bnjax.core import checks
+from bnjax.core import checks, frozen
 from bnjax.core.apply import apply as apply_plain
 from bnjax.core.records import BNParams, BNState, Collected
 from bnjax.core.schedules import Momentum
@@ -52,7 +52,8 @@ class BatchNorm(nn.BatchNorm):
       unbiased_var: whether the running variance is divided by n - 1, as in PyTorch; the output is normalized by the
         biased variance.
       frozen: whether to normalize by the running statistics in training too, and to leave them unchanged.
-      frozen_params: whether scale and bias have no gradient.
+      frozen_params: whether scale and bias have no gradient. `bnjax.training.train_step` leaves them as they are; in
+        another loop weight decay changes them, unless it is masked, `bnjax.training.decay_mask`.
       **others: as in `flax.linen.BatchNorm`.
 
     In training, if `mutable` names the collection `batch_moments`, the layer writes the batch's moments there:
@@ -258,6 +259,7 @@ class _Storage:
 
     def read(self, x: Array, features: list[int], train: bool) -> Variables:
         layer, shape = self.layer, [*self.stacked_stats, *features]
+        frozen.say("/".join(layer.scope.path), getattr(layer, "frozen_params", False))
         stored = jnp.float32 if layer.force_float32_reductions else layer.param_dtype
         self.mean = layer.variable("batch_stats", "mean", jnp.zeros, shape, stored)
         self.var = layer.variable("batch_stats", "var", jnp.ones, shape, stored)

@@ -61,7 +61,8 @@ class BatchNorm(nnx.BatchNorm):
       unbiased_var: whether the running variance is divided by n - 1, as in PyTorch; the output is normalized by the
         biased variance.
       frozen: whether to normalize by the running statistics in training mode too, and to leave them unchanged.
-      frozen_params: whether scale and bias have no gradient.
+      frozen_params: whether scale and bias have no gradient. `bnjax.training.train_step` leaves them as they are; in
+        another loop weight decay changes them, unless it is masked, `bnjax.training.decay_mask`.
       **others: as in `flax.nnx.BatchNorm`.
 
     Example:

@@ -7,6 +7,7 @@ from typing import Any
 from flax import nnx
 from flax.nnx import variablelib
 
+from bnjax.core import frozen
 from bnjax.flax_shared import conventions
 from bnjax.nnx.norm import BatchMoments, BatchNorm
 
@@ -71,7 +72,10 @@ def functional(model: nnx.Module) -> tuple[Callable[..., Any], dict[str, Any]]:
             return model(*args, **kwargs)
         _put_in_training(model)
         _seed(model, keys)
-        collecting = _own_layers(model) if "batch_moments" in mutable else {}
+        layers = _own_layers(model)
+        for path, layer in layers.items():
+            frozen.say(path, layer.frozen_params)
+        collecting = layers if "batch_moments" in mutable else {}
         for path, layer in collecting.items():
             nothing = conventions.nothing(layer.mean[...], layer.var[...])
             layer.batch_moments = BatchMoments(variables.get("batch_moments", {}).get(path, nothing))

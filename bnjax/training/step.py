@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from bnjax.core import checks, trees
+from bnjax.core import checks, frozen, trees
 from bnjax.core.checkpoint import CHECKPOINT_NAME
 from bnjax.training.state import TrainState, check_alive, check_unshared
 
@@ -67,7 +67,8 @@ class Model:
             kwargs = {"rngs": self._rngs, **kwargs}
         if not self._mutable:
             return self._apply(self.variables, *args, **kwargs)
-        output, updates = self._apply(self.variables, *args, mutable=self._mutable, **kwargs)
+        with frozen.model_called():
+            output, updates = self._apply(self.variables, *args, mutable=self._mutable, **kwargs)
         self.variables = {**self.variables, **updates}
         return output
 
@@ -78,6 +79,9 @@ def train_step(
     """Make a compiled training step.
 
         gradient = sum_i gradient_i / accumulate
+
+    Scale and bias of layers with `frozen_params=True` stay as they are under every optimizer. To weight decay, their
+    gradient is 0, and it would shrink them.
 
     Args:
       loss: `loss(model, batch, train)` calls `model` like the module and returns the loss, or the loss and a dictionary
@@ -173,9 +177,11 @@ def train_step(
     def step(state, batch):
         _check_state("train_step", state)
         before = {"batch_stats": state.batch_stats, **state.collections}
-        (gradients, metrics), updated = accumulated(state, batch) if merging else one_batch(state, before, batch, 0)
+        with frozen.listening() as layers:
+            (gradients, metrics), updated = accumulated(state, batch) if merging else one_batch(state, before, batch, 0)
         changes = {"batch_stats": updated["batch_stats"], "collections": {n: updated[n] for n in state.collections}}
-        return state.apply_gradients(grads=gradients, **changes), metrics
+        new = state.apply_gradients(grads=gradients, **changes)
+        return new.replace(params=layers.unchanged(new.params, state.params)), metrics
 
     return _Step("train_step", jax.jit(step, donate_argnums=0 if donate else ()), donate)
 
