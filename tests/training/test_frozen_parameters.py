@@ -140,22 +140,19 @@ def test_a_step_leaves_the_frozen_scale_of_an_nnx_layer(accumulate, x):
 
 
 def test_parameters_that_are_frozen_in_one_call_only_learn_from_the_other(x):
-    class Shared(nn.Module):
-        def setup(self):
-            self.norm = bnjax.linen.BatchNorm(use_running_average=True, **FROZEN)
-            self.free = bnjax.linen.BatchNorm(use_running_average=True)
-            nn.share_scope(self.norm, self.free)
+    class Twice(nn.Module):
+        @nn.compact
+        def __call__(self, x, train):
+            return bnjax.linen.BatchNorm(use_running_average=not train, frozen_params=not train, name="free")(x)
 
-        def __call__(self, x):
-            return self.free(self.norm(x))
+    def both(model, batch, train):
+        return no_gradient(model, batch, True) + no_gradient(model, batch, False)
 
-    layer = {"scale": np.full(3, 3, "f"), "bias": np.full(3, 3, "f")}
-    stats = {"mean": np.zeros(3, "f"), "var": np.ones(3, "f")}
-    shared = {"params": {"norm": layer}, "batch_stats": {"norm": stats}}
-    state = training.TrainState.create(apply_fn=Shared().apply, tx=DECAY, **shared)
-    step = training.train_step(lambda model, batch, train: jax.lax.stop_gradient(model(batch)).sum())
-    state, _ = step(state, x)
-    np.testing.assert_array_equal(state.params["norm"]["scale"], 1.5)
+    given = {name: {"free": layers["free"]} for name, layers in variables().items()}
+    for loss, expected in ((both, 1.5), (lambda model, batch, train: no_gradient(model, batch, False), 3)):
+        state = training.TrainState.create(apply_fn=Twice().apply, tx=DECAY, **given)
+        state, _ = training.train_step(loss)(state, x)
+        np.testing.assert_array_equal(state.params["free"]["scale"], expected)
 
 
 @pytest.mark.parametrize("mask", [None, training.decay_mask])
