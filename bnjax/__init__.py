@@ -12,6 +12,8 @@ The package consists of these parts, each of which imports only from the parts a
     linen, nnx    the layers, and convert, fold_model and more for whole models (they need flax)
 """
 
+from typing import TYPE_CHECKING
+
 from bnjax import interop
 from bnjax.core.apply import bn_apply, bn_init
 from bnjax.core.checks import UnboundAxisNameError
@@ -65,3 +67,24 @@ __all__ = [
     "recalibrate",
     "renorm_bn_apply",
 ]
+
+if not TYPE_CHECKING:  # a type checker knows the names that exist
+    _ELSEWHERE = {
+        "linen": "BNLSTM BNLSTMCell BatchNorm ConditionalBatchNorm GhostBatchNorm IndexedBatchNorm RenormBatchNorm "
+        "convert exact_batch_norm fold_model",
+        "nnx": "BNLSTMCell BatchNorm ConditionalBatchNorm GhostBatchNorm IndexedBatchNorm RenormBatchNorm convert "
+        "fold_model fold_report functional",
+        "training": "TrainState decay_mask eval_step save_statistics train_step",
+        "interop": "from_keras from_keras_model from_torch from_torch_model to_keras to_keras_model to_torch "
+        "to_torch_model",
+    }
+
+    def __getattr__(name):
+        message = f"module 'bnjax' has no attribute {name!r}"
+        found = [module for module, names in _ELSEWHERE.items() if name in names.split()]
+        if found:
+            places = (f"bnjax.{module}.{name} after `import bnjax.{module}`" for module in found)
+            message += f". It is {', or '.join(places)}."
+        elif name in _ELSEWHERE:
+            message += f" yet. Write `import bnjax.{name}`, which needs Flax: pip install 'bnjax[flax]'."
+        raise AttributeError(message, name=name)

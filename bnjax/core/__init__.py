@@ -17,6 +17,7 @@
     running         the update of the running statistics by a batch's moments
     apply           `bn_apply`: validate, choose statistics, normalize, update
     trees           the layers in the trees of a model's variables
+    frozen          the layers whose parameters a training step leaves as they are
 
 Each module imports only from the modules above it.
 """

@@ -16,6 +16,7 @@ from bnjax.core.records import BNParams, BNState, Collected, Moments, Support
 
 def leaves(tree: Any) -> dict[str, dict[str, Any]]:
     """The arrays of a tree, by the name of the layer and the name of the variable."""
+    check_no_report("leaves", "tree", tree)
     found: dict[str, dict[str, Any]] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         layer, name = _names(path)
@@ -90,6 +91,20 @@ def owns_statistics(collection: str, ranks: Mapping[str, int]) -> bool:
 def named(layers: Iterable[str]) -> str:
     """The names of layers, for a message."""
     return ", ".join(layer or "the model itself" for layer in layers)
+
+
+def check_no_report(call: str, name: str, tree: Any) -> None:
+    """Check that variables are not the report of a conversion, nor the pair of variables and report."""
+
+    def is_report(node):
+        return type(node).__module__.startswith("bnjax.interop.")
+
+    if is_report(tree) or (isinstance(tree, tuple | list) and any(map(is_report, tree))):
+        got = "the report of a conversion" if is_report(tree) else "the variables of a conversion and its report"
+        raise TypeError(
+            f"{call}({name}=...): got {got}. Take them apart, variables, report = from_torch_model(...), and pass the "
+            "variables."
+        )
 
 
 def check_collected(call: str, batch_stats: Any, batch_moments: Any) -> None:

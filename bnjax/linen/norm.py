@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax.linen.dtypes import canonicalize_dtype
 from jax import Array
 
-from bnjax.core import checks
+from bnjax.core import checks, frozen
 from bnjax.core.apply import apply as apply_plain
 from bnjax.core.records import BNParams, BNState, Collected
 from bnjax.core.schedules import Momentum
@@ -37,6 +37,8 @@ class BatchNorm(nn.BatchNorm):
       statistics. A feature without a valid value is normalized by the running statistics; Flax returns NaN.
     * Devices are merged by weight, so that unequal and empty shards are exact. Flax takes the mean of means.
     * A mask that is not boolean holds weights >= 0. Flax treats every number but 0 as True.
+    * A mask of lower rank than `x` that could mask features is an error: Flax aligns one value per example with the
+      features where a batch has as many examples as features.
     * Running statistics normalize in the dtype in which they are stored. With `force_float32_reductions=False` Flax
       first casts them to `param_dtype`, which may be narrower.
     * With `use_running_average=False`, `apply` without `mutable=["batch_stats"]` normalizes by the batch and writes
@@ -54,7 +56,8 @@ class BatchNorm(nn.BatchNorm):
       unbiased_var: whether the running variance is divided by n - 1, as in PyTorch; the output is normalized by the
         biased variance.
       frozen: whether to normalize by the running statistics in training too, and to leave them unchanged.
-      frozen_params: whether scale and bias have no gradient.
+      frozen_params: whether scale and bias have no gradient. `bnjax.training.train_step` leaves them as they are; in
+        another loop weight decay changes them, unless it is masked, `bnjax.training.decay_mask`.
       **others: as in `flax.linen.BatchNorm`.
 
     In training, if `mutable` names the collection `batch_moments`, the layer writes the batch's moments there:
@@ -91,7 +94,8 @@ class BatchNorm(nn.BatchNorm):
           use_running_average: True normalizes by the running statistics, False by the batch's, which the running
             statistics absorb unless the module is initializing. Given here or to the constructor.
           mask: broadcastable to `x`, boolean or weights >= 0. Masked elements (weight 0), even NaN, do not affect any
-            other element, nor the statistics.
+            other element, nor the statistics. Sizes are aligned from the last axis; a mask of lower rank than `x` may
+            not reach the features, nor fit the first axes of `x` as well.
 
         Returns:
           The normalized array, of x's shape. Its dtype is `dtype`; if that is None, the dtype to which
@@ -298,6 +302,7 @@ class _Storage:
 
     def read(self, x: Array, features: list[int], train: bool) -> Variables:
         layer, shape = self.layer, [*self.stacked_stats, *features]
+        frozen.say("/".join(layer.scope.path), getattr(layer, "frozen_params", False))
         stored = jnp.float32 if layer.force_float32_reductions else layer.param_dtype
         self.mean = layer.variable("batch_stats", "mean", jnp.zeros, shape, stored)
         self.var = layer.variable("batch_stats", "var", jnp.ones, shape, stored)

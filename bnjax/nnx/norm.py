@@ -45,6 +45,8 @@ class BatchNorm(nnx.BatchNorm):
       statistics. A feature without a valid value is normalized by the running statistics; Flax returns NaN.
     * Devices are merged by weight, so that unequal and empty shards are exact. Flax takes the mean of means.
     * A mask that is not boolean holds weights >= 0. To Flax it is an error.
+    * A mask of lower rank than `x` that could mask features is an error: Flax aligns one value per example with the
+      features where a batch has as many examples as features.
     * With a half-precision `dtype` the running statistics normalize in the dtype in which they are stored. Flax rounds
       them to `dtype`.
     * The mean of complex `x` is stored as complex, so that the first call changes its dtype. Flax keeps its real part.
@@ -61,7 +63,8 @@ class BatchNorm(nnx.BatchNorm):
       unbiased_var: whether the running variance is divided by n - 1, as in PyTorch; the output is normalized by the
         biased variance.
       frozen: whether to normalize by the running statistics in training mode too, and to leave them unchanged.
-      frozen_params: whether scale and bias have no gradient.
+      frozen_params: whether scale and bias have no gradient. `bnjax.training.train_step` leaves them as they are; in
+        another loop weight decay changes them, unless it is masked, `bnjax.training.decay_mask`.
       **others: as in `flax.nnx.BatchNorm`.
 
     Example:
@@ -141,7 +144,8 @@ class BatchNorm(nnx.BatchNorm):
           use_running_average: True normalizes by the running statistics, False by the batch's, which the running
             statistics absorb. The argument of the call takes precedence over that of the constructor.
           mask: broadcastable to `x`, boolean or weights >= 0. Masked elements (weight 0), even NaN, do not affect any
-            other element, nor the statistics.
+            other element, nor the statistics. Sizes are aligned from the last axis; a mask of lower rank than `x` may
+            not reach the features, nor fit the first axes of `x` as well.
 
         Returns:
           The normalized array, of x's shape. Its dtype is `dtype`; if that is None, the dtype to which

@@ -8,6 +8,7 @@ import jax
 from flax import nnx
 from flax.nnx import bridge, variablelib
 
+from bnjax.core import frozen
 from bnjax.core.records import Collected
 from bnjax.flax_shared import conventions
 from bnjax.nnx import bridged
@@ -83,6 +84,9 @@ def functional(model: nnx.Module) -> tuple[Callable[..., Any], dict[str, Any]]:
         collecting = "batch_moments" in mutable
         if collecting:
             _collect(model, variables.get("batch_moments", {}))
+        for path, node in nnx.iter_graph(model):
+            if isinstance(node, BatchNorm):
+                frozen.say("/".join(map(str, path)), node.frozen_params)
         output = model(*args, **kwargs)
         updates: dict[str, Any] = {
             name: _like(variables.get(name), serializable(nnx.state(model, filters[name])))

@@ -130,7 +130,7 @@ def test_fold_names_other_layers_with_statistics(caplog):
     model = nn.Sequential([nn.Dense(4), OwnLinen(), Frozen(use_running_average=True)])
     _, interceptor = bnjax.linen.fold_model(model, model.init(jax.random.key(0), X), X)
     assert interceptor.report.unfolded["layers_1"].startswith("OwnLinen is none of ['AdaptiveBatchNorm', 'BatchNorm'")
-    assert interceptor.report.unfolded["layers_2"].startswith("Frozen is none of ['BatchNorm'")
+    assert interceptor.report.unfolded["layers_2"].startswith("Frozen is none of ['AdaptiveBatchNorm', 'BatchNorm'")
     assert "left layers_1: OwnLinen is none of" in caplog.text
 
 

@@ -232,6 +232,20 @@ def momentum_as_a_function(framework, rng):
     np.testing.assert_allclose(run(framework, ours, x, momentum=bnjax.cumulative_average).mean, x.mean(0), rtol=1e-5)
 
 
+def mask_of_lower_rank(framework, rng):
+    flax, ours = LAYERS[framework]
+    x, mask = data(rng, (8, 8)), np.arange(8) < 6
+    result = run(framework, flax, x, mask=mask, momentum=0.0)
+    np.testing.assert_allclose(result.mean[:6], x.mean(0)[:6], rtol=1e-5)
+    assert np.isnan(result.mean[6:]).all()
+    with pytest.raises(ValueError, match=r"has shape \(8,\), which could mask features.*mask\[:, None\]"):
+        run(framework, ours, x, mask=mask)
+    result = run(framework, ours, x, mask=mask[:, None], momentum=0.0)
+    np.testing.assert_allclose(result.mean, x[:6].mean(0), rtol=1e-5)
+    with pytest.raises((TypeError, ValueError), match="broadcast"):  # the same call with an example less
+        run(framework, flax, x[1:], mask=mask[1:])
+
+
 # The test of each row, by words of its first cell.
 CASES = {
     "The variance is E[x²] - E[x]²": fast_variance,
@@ -242,6 +256,7 @@ CASES = {
     "A feature without a valid value": no_valid_value,
     "merged by the mean of means": unequal_shards,
     "not boolean is True where it is not 0": mask_that_is_true_unless_0,
+    "A mask of lower rank than `x`": mask_of_lower_rank,
     "not boolean is an error": mask_that_is_an_error,
     "cast to `param_dtype`": cast_to_param_dtype,
     "cast to `dtype`": cast_to_dtype,

@@ -1,0 +1,151 @@
+"""A training state with running statistics: its creation, its bytes, and checks before it is donated."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import serialization, struct
+from flax.core import unfreeze
+from flax.training import train_state
+from jax import Array
+from jax.core import Tracer
+
+from bnjax.core import trees
+
+_OUTPUTS = ("intermediates", "batch_moments")
+
+
+class TrainState(train_state.TrainState):
+    """Flax's `TrainState` with running statistics, keys for random numbers, and the model's other collections.
+
+    Args:
+      apply_fn: `model.apply` of a Linen model, or the function that `bnjax.nnx.functional` returns.
+      params, tx: parameters, and the optax transformation that updates them.
+      batch_stats: running statistics.
+      rngs: None, or keys by name (`{"dropout": key}`). A key of its own is derived for every step and micro-batch.
+      collections: the model's other variables by collection, such as a cache. `create` puts every keyword that is not a
+        field of this class here, except `intermediates` and `batch_moments`, which are outputs. In training these
+        collections are mutable, as in Flax: each call of the model reads the result of the call before, from one
+        micro-batch or step to the next. In evaluation they are read only.
+
+    Example:
+      >>> import flax.linen as nn, jax, jax.numpy as jnp, optax
+      >>> import bnjax.linen
+      >>> from bnjax.training import TrainState
+      >>> model = bnjax.linen.BatchNorm()
+      >>> variables = model.init(jax.random.key(0), jnp.ones((4, 2)), use_running_average=False)
+      >>> state = TrainState.create(apply_fn=model.apply, tx=optax.sgd(0.1), **variables)
+      >>> state.batch_stats["mean"].tolist()
+      [0.0, 0.0]
+    """
+
+    batch_stats: Any = struct.field(default_factory=dict)
+    rngs: Any = None
+    collections: Any = struct.field(default_factory=dict)
+
+    def __init_subclass__(cls, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        _register(cls)
+
+    @classmethod
+    def create(cls, *, apply_fn: Any, params: Any, tx: Any, **kwargs: Any) -> "TrainState":
+        """A state at step 0, which holds copies. Without them a step that donates the state would delete `params`."""
+        for name, tree in {"params": params, **kwargs}.items():
+            trees.check_no_report("TrainState.create", name, tree)
+        check_alive("TrainState.create(...)", {"params": params, **kwargs})
+        others = set(kwargs) - set(cls.__dataclass_fields__)
+        given = {name: kwargs.pop(name) for name in sorted(others)}
+        given = {name: tree for name, tree in given.items() if name not in _OUTPUTS} | kwargs.pop("collections", {})
+        for name, tree in given.items():
+            if not isinstance(tree, Mapping):
+                raise TypeError(
+                    f"TrainState.create({name}=...): expected a collection of variables, got {type(tree).__name__}. "
+                    f"Pass the fields {sorted(cls.__dataclass_fields__)} and collections of the model."
+                )
+        kwargs["collections"] = unfreeze(given)
+        if "batch_stats" in kwargs:
+            kwargs["batch_stats"] = unfreeze(kwargs["batch_stats"])  # as steps return them, so no recompilation
+        return jax.tree.map(jnp.copy, super().create(apply_fn=apply_fn, params=params, tx=tx, **kwargs))
+
+    def apply_gradients(self, *, grads: Any, **kwargs: Any) -> "TrainState":
+        """The state after one update of the parameters by their gradients, with other fields replaced by `kwargs`."""
+        check_alive("TrainState.apply_gradients(...)", self)
+        return super().apply_gradients(grads=grads, **kwargs)
+
+
+def check_alive(call: str, state: Any) -> None:
+    """Check that no array of a state was deleted by a step that it was donated to."""
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    deleted = [path for path, leaf in leaves if _is_array(leaf) and leaf.is_deleted()]
+    if deleted:
+        raise ValueError(
+            f"{call}: {len(deleted)} of {len(leaves)} arrays are deleted, {_name(deleted[0])} first. A step that was "
+            "called with their state has given their memory to the new one. Go on with the state that the step "
+            "returned. To keep one, or its params for a moving average, copy it before the step, "
+            "jax.tree.map(jnp.copy, state), or make the step with train_step(..., donate=False)."
+        )
+
+
+def check_unshared(call: str, state: Any) -> None:
+    """Check that no array is two leaves of a state, whose memory could not be given away twice."""
+    seen: dict[int, Any] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+        other = seen.setdefault(id(leaf), path)
+        if other is not path and _is_array(leaf):
+            raise ValueError(
+                f"{call}: {_name(other)} and {_name(path)} are the same array, whose memory the step cannot reuse "
+                "twice. Copy one of them, jax.tree.map(jnp.copy, ...), or make the step with "
+                "train_step(..., donate=False)."
+            )
+
+
+def _is_array(leaf):
+    return isinstance(leaf, Array) and not isinstance(leaf, Tracer)
+
+
+def _name(path):
+    name = jax.tree_util.keystr(path)
+    return f"state{name}" if name.startswith(".") else name
+
+
+def _register(cls):
+    """Register a class of states with `flax.serialization`, whose format has no typed keys."""
+    data = [field.name for field in dataclasses.fields(cls) if field.metadata.get("pytree_node", True)]
+
+    def to_state_dict(state):
+        check_alive("to_state_dict(...)", state)
+        fields = {name: serialization.to_state_dict(getattr(state, name)) for name in data}
+        return jax.tree.map(_packed, fields)
+
+    def from_state_dict(state, stored):
+        if set(stored) != set(data):
+            raise ValueError(
+                f"from_state_dict(state={sorted(stored)}): expected the fields of {cls.__name__}, {sorted(data)}. "
+                "Restore into a state of the class that was stored."
+            )
+        fields = jax.tree.map(_unpacked, stored, is_leaf=_is_packed)
+        restored = {n: serialization.from_state_dict(getattr(state, n), fields[n], name=n) for n in data}
+        return state.replace(**restored)
+
+    serialization.register_serialization_state(cls, to_state_dict, from_state_dict, override=True)
+
+
+def _packed(leaf):
+    if not (isinstance(leaf, Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)):
+        return leaf
+    return {"key_data": jax.random.key_data(leaf), "key_impl": str(jax.random.key_impl(leaf))}
+
+
+def _is_packed(tree):
+    return isinstance(tree, Mapping) and set(tree) == {"key_data", "key_impl"}
+
+
+def _unpacked(tree):
+    if not _is_packed(tree):
+        return tree
+    return jax.random.wrap_key_data(jnp.asarray(tree["key_data"]), impl=tree["key_impl"])
+
+
+_register(TrainState)
