@@ -16,7 +16,6 @@ from bnjax.core.records import BNParams, BNState, Collected, Moments, Support
 
 def leaves(tree: Any) -> dict[str, dict[str, Any]]:
     """The arrays of a tree, by the name of the layer and the name of the variable."""
-    check_no_report("leaves", "tree", tree)
     found: dict[str, dict[str, Any]] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         layer, name = _names(path)

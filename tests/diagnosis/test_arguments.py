@@ -58,8 +58,8 @@ BAD = {
     "train state as statistics": (lambda: diagnose({}, TRAINING), TypeError, "got TrainState.*state.batch_stats"),
     "nnx model": (lambda: diagnose(MODEL, MODEL), TypeError, "got the model, Sequential.*bnjax.nnx.functional"),
     "linen model": (lambda: diagnose(nn.Dense(3), STATE), TypeError, "got the model, Dense"),
-    "report": (lambda: diagnose(PARAMS, Report(())), TypeError, r"\(batch_stats=...\): it holds Report"),
-    "pair of variables and report": (lambda: diagnose(({}, Report(())), STATE), TypeError, "it holds Report"),
+    "report": (lambda: diagnose(PARAMS, Report(())), TypeError, r"\(batch_stats=...\): got the report of a conversion"),
+    "pair of variables and report": (lambda: diagnose(({}, Report(())), STATE), TypeError, "of a conversion and its"),
     "diagnosis": (lambda: diagnose(PARAMS, STATE, diagnose(PARAMS, STATE)), TypeError, "it holds Diagnosis"),
     "shapes alone": (lambda: diagnose(PARAMS, jax.eval_shape(lambda: STATE)), TypeError, "holds ShapeDtypeStruct"),
     "params of a wider model": (
