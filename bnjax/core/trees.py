@@ -15,7 +15,7 @@ from bnjax.core.records import BNParams, BNState, Collected, Moments, Support
 
 def leaves(tree: Any) -> dict[str, dict[str, Any]]:
     """The arrays of a tree, by the name of the layer and the name of the variable."""
-    check_no_report("leaves", "tree", tree)
+    check_no_report("variables of a model", tree)
     found: dict[str, dict[str, Any]] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         layer, name = _names(path)
@@ -54,7 +54,7 @@ def collected(batch_moments: Any) -> dict[str, Collected]:
     }
 
 
-def check_no_report(call: str, name: str, tree: Any) -> None:
+def check_no_report(argument: str, tree: Any) -> None:
     """Check that variables are not the report of a conversion, nor the pair of variables and report."""
 
     def is_report(node):
@@ -63,7 +63,7 @@ def check_no_report(call: str, name: str, tree: Any) -> None:
     if is_report(tree) or (isinstance(tree, tuple | list) and any(map(is_report, tree))):
         got = "the report of a conversion" if is_report(tree) else "the variables of a conversion and its report"
         raise TypeError(
-            f"{call}({name}=...): got {got}. Take them apart, variables, report = from_torch_model(...), and pass the "
+            f"{argument}: got {got}. Take them apart, variables, report = from_torch_model(...), and pass the "
             "variables."
         )
 
