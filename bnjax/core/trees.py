@@ -92,7 +92,7 @@ def named(layers: Iterable[str]) -> str:
     return ", ".join(layer or "the model itself" for layer in layers)
 
 
-def check_no_report(call: str, name: str, tree: Any) -> None:
+def check_no_report(argument: str, tree: Any) -> None:
     """Check that variables are not the report of a conversion, nor the pair of variables and report."""
 
     def is_report(node):
@@ -101,7 +101,7 @@ def check_no_report(call: str, name: str, tree: Any) -> None:
     if is_report(tree) or (isinstance(tree, tuple | list) and any(map(is_report, tree))):
         got = "the report of a conversion" if is_report(tree) else "the variables of a conversion and its report"
         raise TypeError(
-            f"{call}({name}=...): got {got}. Take them apart, variables, report = from_torch_model(...), and pass the "
+            f"{argument}: got {got}. Take them apart, variables, report = from_torch_model(...), and pass the "
             "variables."
         )
 

@@ -74,7 +74,7 @@ def recalibrate(
       >>> variables["batch_stats"]["mean"].tolist(), variables["batch_stats"]["var"].tolist()
       ([4.0], [12.5])
     """
-    trees.check_no_report("recalibrate", "variables", variables)
+    trees.check_no_report("recalibrate(variables=...)", variables)
     if "batch_stats" not in variables:
         raise ValueError(
             f"recalibrate(variables=...): no batch_stats among {sorted(variables)}. Pass the variables that init or "

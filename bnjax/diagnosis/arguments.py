@@ -78,7 +78,7 @@ def read(params: Any, batch_stats: Any, batch_moments: Any) -> list[Layer]:
 def _check_tree(name: str, tree: Any) -> None:
     """Check that an argument is a tree of arrays with values, and one collection."""
     call, kind = f"diagnose({name}=...)", type(tree).__name__
-    trees.check_no_report("diagnose", name, tree)
+    trees.check_no_report(call, tree)
     if any(base.__name__ == "Module" and base.__module__.startswith("flax.") for base in type(tree).__mro__):
         raise TypeError(
             f"{call}: got the model, {kind}. Pass {_PASS[name]}; for an NNX model the variables are "

@@ -53,7 +53,7 @@ class TrainState(train_state.TrainState):
     def create(cls, *, apply_fn: Any, params: Any, tx: Any, **kwargs: Any) -> "TrainState":
         """A state at step 0, which holds copies. Without them a step that donates the state would delete `params`."""
         for name, tree in {"params": params, **kwargs}.items():
-            trees.check_no_report("TrainState.create", name, tree)
+            trees.check_no_report(f"TrainState.create({name}=...)", tree)
         check_alive("TrainState.create(...)", {"params": params, **kwargs})
         others = set(kwargs) - set(cls.__dataclass_fields__)
         given = {name: kwargs.pop(name) for name in sorted(others)}
@@ -75,21 +75,26 @@ class TrainState(train_state.TrainState):
         return super().apply_gradients(grads=grads, **kwargs)
 
 
-def check_alive(call: str, state: Any) -> None:
-    """Check that no array of a state was deleted by a step that it was donated to."""
-    leaves = jax.tree_util.tree_leaves_with_path(state)
-    deleted = [path for path, leaf in leaves if _is_array(leaf) and leaf.is_deleted()]
+def check_alive(call: str, state: Any) -> list[Array]:
+    """The arrays of a state, after a check that none was deleted by a step that it was donated to."""
+    arrays = [leaf for leaf in jax.tree.leaves(state) if _is_array(leaf)]
+    deleted = sum([array.is_deleted() for array in arrays])
     if deleted:
+        paths = jax.tree_util.tree_leaves_with_path(state)
+        first = next(path for path, leaf in paths if _is_array(leaf) and leaf.is_deleted())
         raise ValueError(
-            f"{call}: {len(deleted)} of {len(leaves)} arrays are deleted, {_name(deleted[0])} first. A step that was "
-            "called with their state has given their memory to the new one. Go on with the state that the step "
-            "returned. To keep one, or its params for a moving average, copy it before the step, "
-            "jax.tree.map(jnp.copy, state), or make the step with train_step(..., donate=False)."
+            f"{call}: {deleted} of {len(arrays)} arrays are deleted, {_name(first)} first. A step that was called "
+            "with their state has given their memory to the new one. Go on with the state that the step returned. To "
+            "keep one, or its params for a moving average, copy it before the step, jax.tree.map(jnp.copy, state), or "
+            "make the step with train_step(..., donate=False)."
         )
+    return arrays
 
 
-def check_unshared(call: str, state: Any) -> None:
-    """Check that no array is two leaves of a state, whose memory could not be given away twice."""
+def check_unshared(call: str, state: Any, arrays: list[Array]) -> None:
+    """Check that none of the arrays is two leaves of the state, whose memory could not be given away twice."""
+    if len(set(map(id, arrays))) == len(arrays):
+        return
     seen: dict[int, Any] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):
         other = seen.setdefault(id(leaf), path)

@@ -224,9 +224,9 @@ class _Step:
         self._call, self._compiled, self._donate = f"{call}(...)(state=...)", compiled, donate
 
     def __call__(self, state: Any, batch: Any) -> Any:
-        check_alive(self._call, state)
+        arrays = check_alive(self._call, state)
         if self._donate:
-            check_unshared(self._call, state)
+            check_unshared(self._call, state, arrays)
         return self._compiled(state, batch)
 
     def __getattr__(self, name: str) -> Any:  # of the compiled function: lower, trace, clear_cache

@@ -153,6 +153,7 @@ NETWORKS = {
     "residual, small batches": (Residual(), 32, 500),
     "nnx, long memory, small batches": (NNXPerceptron(0.99), 32, 1000),
 }
+DEAR = {"residual, small batches", "after ReLU, long memory"}
 
 
 @pytest.fixture
@@ -162,7 +163,7 @@ def healthy(digits):
     return apply, trained(variables, digits)
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in DEAR)) for name in NETWORKS])
 def test_diagnose_is_silent_on_healthy_networks(name, digits):
     _, size, steps = NETWORKS[name]
     apply, variables, trained = network(name)

@@ -50,6 +50,9 @@ TWO_MEANINGS = {
 }
 
 
+COMPUTED = ("all the same", "an image, channels first", "by feature only")
+
+
 @pytest.mark.parametrize("framework", FRAMEWORKS)
 @pytest.mark.parametrize("case", TWO_MEANINGS)
 def test_a_mask_with_two_meanings_is_refused_and_each_remedy_is_the_meaning_it_names(framework, case, rng):
@@ -64,6 +67,8 @@ def test_a_mask_with_two_meanings_is_refused_and_each_remedy_is_the_meaning_it_n
     reduced = tuple(a for a in range(len(shape)) if a != axis % len(shape))
     for expression in expressions:
         assert expression in message
+        if framework == "linen" or case not in COMPUTED:  # the code is the same, and each shape is compiled
+            continue
         full = eval(expression, {"mask": mask})
         weight = np.broadcast_to(full, shape).astype(np.float64)
         total = weight.sum(reduced)
