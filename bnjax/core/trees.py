@@ -113,10 +113,10 @@ def check_collected(call: str, batch_stats: Any, batch_moments: Any) -> None:
     if missing:
         raise ValueError(
             f"{call}: layers with running statistics that gave no moments of the batch: {named(missing)}. For a model "
-            "written with Flax's BatchNorm use bnjax.linen.convert or bnjax.nnx.convert. If convert(..., where=...) "
-            "left these layers out, call convert(model) too in NNX; in Linen, where the last conversion counts, use "
-            "bnjax.linen.BatchNorm in the model. Layers of other classes have to compute through bnjax's. For bnjax's "
-            "own, list the collection batch_moments beside batch_stats in nn.scan and nn.vmap."
+            "written with Flax's BatchNorm use bnjax.linen.convert or bnjax.nnx.convert. If convert(model, where=...) "
+            "left these layers out, convert its result once more without where=. Layers of other classes have to "
+            "compute through bnjax's. For bnjax's own, list the collection batch_moments beside batch_stats in nn.scan "
+            "and nn.vmap."
         )
 
 

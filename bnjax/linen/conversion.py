@@ -19,8 +19,9 @@ import flax.linen as nn
 import jax
 from flax.traverse_util import flatten_dict
 
+from bnjax.core.trees import owns_statistics
 from bnjax.flax_shared.conversion import VARIANTS, Conversion, Where, conversion, instead, other_library
-from bnjax.flax_shared.found import Found, owns_statistics
+from bnjax.flax_shared.found import Found
 from bnjax.linen import norm as norm_module
 from bnjax.linen.norm import BatchNorm
 from bnjax.linen.wrapping import class_of, contexts, wrapped

@@ -8,9 +8,10 @@ from typing import Any, TypeVar
 from flax import linen, nnx
 from flax.nnx import bridge
 
+from bnjax.core.trees import owns_statistics
 from bnjax.flax_shared.conventions import counts
 from bnjax.flax_shared.conversion import VARIANTS, Conversion, Where, conversion, instead, other_library
-from bnjax.flax_shared.found import Found, owns_statistics
+from bnjax.flax_shared.found import Found
 from bnjax.nnx import variants
 from bnjax.nnx.norm import BatchNorm, add_count, collect_for_linen
 
