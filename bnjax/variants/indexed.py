@@ -19,7 +19,7 @@ from bnjax.core.apply import aligned, apply, bn_init, choose_statistics, normali
 from bnjax.core.domains import Domains, row_sharding
 from bnjax.core.jax_internals import mesh_axes
 from bnjax.core.moments import collect
-from bnjax.core.options import Options, checked
+from bnjax.core.options import Options, checked, fitted
 from bnjax.core.records import BNParams, BNState, Collected
 from bnjax.core.running import momentum_argument, update
 from bnjax.core.schedules import Momentum
@@ -155,7 +155,7 @@ def apply_indexed(
     call = options.call
     if not isinstance(state, BNState):
         raise TypeError(f"{call}(state=...): expected the state of indexed_bn_init, got {type(state).__name__}.")
-    checks.inexact(call, "x", x)
+    options = fitted(options, x, mask)
     features = checks.feature_axes(call, x, options.axis)
     shape = np.shape(state.mean)
     if len(shape) != 1 + len(features):

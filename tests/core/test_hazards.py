@@ -86,17 +86,37 @@ def compilations(calls):
         for logger in loggers:
             logger.removeHandler(handler)
             logger.propagate = True
-    ours = ("compiled_apply", "_apply_ghost", "_apply_renorm", "_batch_moments")
+    ours = ("compiled_apply", "_apply_ghost", "_apply_renorm", "_apply_to_each", "_batch_moments")
     return sum("Finished XLA compilation" in name and any(f"jit({own})" in name for own in ours) for name in names)
 
 
-@pytest.mark.parametrize("name", ["plain", "renorm", "ghost", "moments"])
+INDEXED = bnjax.indexed_bn_init(4, 2)
+TAKE_A_MASK = {
+    "plain": lambda mask: bnjax.bn_apply(PARAMS, STATE, X, True, mask=mask),
+    "renorm": lambda mask: RENORM(PARAMS, STATE, X, True, mask=mask),
+    "ghost": lambda mask: GHOST(PARAMS, STATE, X, True, mask=mask),
+    "adaptive": lambda mask: bnjax.adaptive_bn_apply(PARAMS, STATE, X, source_weight=3, mask=mask),
+    "indexed": lambda mask: bnjax.indexed_bn_apply(*INDEXED, X, True, index=0, mask=mask),
+    "index per example": lambda mask: bnjax.indexed_bn_apply(*INDEXED, X, True, index=np.zeros(16, int), mask=mask),
+    "moments": lambda mask: bnjax.batch_moments(X, mask=mask),
+}
+
+
+@pytest.mark.parametrize("name", TAKE_A_MASK)
+def test_a_weight_known_to_be_negative_is_an_error_wherever_a_mask_is_taken(name):
+    for mask in (np.full((16, 1), -1), -jnp.ones((16, 1)), np.full((16, 1), np.nan)):
+        with pytest.raises(ValueError, match=r"\(mask=...\): expected booleans or weights of 0 or more, got (-1|nan)"):
+            TAKE_A_MASK[name](mask)
+
+
+@pytest.mark.parametrize("name", ["plain", "renorm", "ghost", "index per example", "moments"])
 def test_every_spelling_of_an_axis_shares_one_program(name):
     x = np.ones((8, 3, 4), np.float32)
     one = {
         "plain": lambda axis: bnjax.bn_apply(PARAMS, STATE, x, True, axis=axis),
         "renorm": lambda axis: RENORM(PARAMS, STATE, x, True, axis=axis),
         "ghost": lambda axis: bnjax.ghost_bn_apply(PARAMS, STATE, x, True, axis=axis, ghost_size=4),
+        "index per example": lambda axis: bnjax.indexed_bn_apply(*INDEXED, x, True, index=np.zeros(8, int), axis=axis),
         "moments": lambda axis: bnjax.batch_moments(x, axis=axis),
     }[name]
     spellings = -1, 2, (2,), [-1], (-1,), np.int64(2)
