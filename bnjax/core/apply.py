@@ -24,10 +24,10 @@ from jax import Array
 from bnjax.core import checks
 from bnjax.core.moments import Batch, batch_of, collect, wider
 from bnjax.core.normalize import normalize
-from bnjax.core.options import Options, checked
+from bnjax.core.options import Options, canonical, checked
 from bnjax.core.records import BNParams, BNState, Collected, Moments
 from bnjax.core.running import momentum_argument, update
-from bnjax.core.schedules import Momentum, Scheduled
+from bnjax.core.schedules import Momentum
 from bnjax.core.sharding import select, sharded_as
 
 
@@ -179,6 +179,7 @@ def apply(
     `earlier` are the moments of other parts of one larger batch. They are merged with the moments of this part: the
     state absorbs all of them, and all of them are returned. The output is normalized by the moments of this part.
     """
+    options = canonical(options, x)
     momentum = momentum_argument(options.call, momentum, state, options.train)
     return compiled_apply(params, state, x, mask, momentum, earlier, options=options)
 
@@ -189,7 +190,7 @@ def compiled_apply(
     state: BNState | None,
     x: Array,
     mask: Array | None,
-    momentum: Scheduled,
+    momentum: tuple[Any, Any],
     earlier: Collected | None,
     *,
     options: Options,
@@ -211,7 +212,7 @@ def validate(params: Any, state: BNState | None, x: Array, mask: Array | None, o
     """The batch to normalize, after all arguments have been checked."""
     checks.inexact(options.call, "x", x)
     features = checks.feature_axes(options.call, x, options.axis)
-    checks.variables(options.call, params, state, x, features, options.axis)
+    checks.variables(options.call, params, state, x, features)
     checks.weights(options.call, mask, x)
     if options.train or state is None:
         checks.bound_axes(options.call, options.axis_names, options.axis_index_groups)

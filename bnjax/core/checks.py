@@ -248,7 +248,7 @@ def rate(call: str, rate: tuple[Any, Any], like: Array) -> None:
         )
 
 
-def variables(call: str, params: Any, state: Any, x: Array, features: tuple[int, ...], axis: Axis) -> None:
+def variables(call: str, params: Any, state: Any, x: Array, features: tuple[int, ...]) -> None:
     """Check that scale, bias and running statistics fit `x` and its features, and are complex only if `x` is."""
     for name, value, fields in ("params", params, ("scale", "bias")), ("state", state, ("mean", "var", "count")):
         if not (value is None and name == "state") and not all(hasattr(value, field) for field in fields):
@@ -262,6 +262,7 @@ def variables(call: str, params: Any, state: Any, x: Array, features: tuple[int,
     for name, value in arrays.items():
         inexact(call, name, value)
     shape = tuple(x.shape[a] for a in features)
+    axis = -1 if features == (x.ndim - 1,) else _text(features)
     named = {"scale": params.scale, "bias": params.bias}
     for name, value in named.items():
         if value is not None and np.shape(value) != shape and not _broadcasts(value, x):

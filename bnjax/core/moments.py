@@ -116,15 +116,15 @@ def batch_moments(
       >>> bnjax.batch_moments(x, mask=jnp.array([[True], [True], [False]])).mean
       Array([ 2., 10.], dtype=float32)
     """
-    axis, names = checks.static_axis("batch_moments", axis), checks.axis_names("batch_moments", axis_name)
-    groups = checks.index_groups("batch_moments", axis_index_groups)
-    return _batch_moments(x, mask, axis=axis, names=names, groups=groups)
-
-
-@partial(jax.jit, static_argnames=("axis", "names", "groups"), inline=True)
-def _batch_moments(x, mask, *, axis, names, groups):
     checks.inexact("batch_moments", "x", x)
-    features = checks.feature_axes("batch_moments", x, axis)
+    axis = checks.feature_axes("batch_moments", x, axis)
+    names = checks.axis_names("batch_moments", axis_name)
+    groups = checks.index_groups("batch_moments", axis_index_groups)
+    return _batch_moments(x, mask, features=axis, names=names, groups=groups)
+
+
+@partial(jax.jit, static_argnames=("features", "names", "groups"), inline=True)
+def _batch_moments(x, mask, *, features, names, groups):
     checks.weights("batch_moments", mask, x)
     checks.bound_axes("batch_moments", names, groups)
     return collect(batch_of(x, mask, features), names, groups).moments

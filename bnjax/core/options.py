@@ -26,6 +26,12 @@ class Options(NamedTuple):
     dtype: Any
 
 
+def canonical(options: Options, x: Any) -> Options:
+    """The options with the feature axes of `x` in one spelling, so that all spellings share one compiled program."""
+    checks.inexact(options.call, "x", x)
+    return options._replace(axis=checks.feature_axes(options.call, x, options.axis))
+
+
 def checked(
     call: str,
     train: bool,

@@ -12,23 +12,23 @@ from bnjax.core import checks
 from bnjax.core.moments import merge_together, wider
 from bnjax.core.options import Options
 from bnjax.core.records import BNState, Collected
-from bnjax.core.schedules import Scheduled, scheduled
+from bnjax.core.schedules import cumulative_average, debiased, scheduled
 from bnjax.core.sharding import select, sharded_as
 
 
-def momentum_argument(call: str, momentum: Any, state: Any, train: bool) -> Scheduled:
-    """The momentum as an argument of a compiled function: a pair of the number and its complement, or a schedule."""
-    argument = scheduled(momentum, state, train)
-    if argument.schedule is not None:
-        return argument
-    return Scheduled(checks.momentum(call, argument.number), None)
+def momentum_argument(call: str, momentum: Any, state: Any, train: bool) -> tuple[Any, Any]:
+    """The weights of the old value and of the new one, at the count of the state, for a compiled function."""
+    ours = debiased(1.0) if momentum is cumulative_average else momentum
+    if isinstance(ours, debiased):
+        return scheduled(call, "momentum", ours.weights, state, train, (0.0, 1.0))
+    return checks.momentum(call, scheduled(call, "momentum", momentum, state, train, 0.0))
 
 
 def update(
     state: BNState | None,
     batch: Collected,
     earlier: Collected | None,
-    momentum: Scheduled,
+    momentum: tuple[Any, Any],
     options: Options,
     std_epsilon: float | None = None,
 ) -> tuple[BNState | None, Collected | None]:
@@ -40,11 +40,8 @@ def update(
     if earlier is not None:
         batch = merge_together(earlier, batch)
     if state is not None:
-        weights = momentum.number
-        if momentum.schedule is not None:
-            weights = checks.momentum(options.call, momentum.schedule(state.count))
-        checks.rate(options.call, weights, state.count)
-        state = absorb(state, batch, weights, options.unbiased_var, std_epsilon)
+        checks.rate(options.call, momentum, state.count)
+        state = absorb(state, batch, momentum, options.unbiased_var, std_epsilon)
     return state, batch if options.collect else None
 
 
@@ -80,8 +77,13 @@ def absorb(
     return BNState(
         select(enough, mean.astype(state.mean.dtype), state.mean),
         select(enough, var.astype(state.var.dtype), state.var),
-        state.count + enough.astype(state.count.dtype),
+        state.count + (enough & (state.count < _largest(state.count.dtype))).astype(state.count.dtype),
     )
+
+
+def _largest(dtype):
+    """The count that stays as it is: one more would be a negative number, and a schedule would start again."""
+    return jnp.iinfo(dtype).max if jnp.issubdtype(dtype, jnp.integer) else jnp.inf
 
 
 def _average(old, new, weights):

@@ -1,6 +1,7 @@
 """Numbers that may be functions of the number of updates, like an optax schedule: the momentum, and bounds."""
 
-from collections.abc import Callable, Hashable
+import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from math import log
@@ -8,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from bnjax.core import checks
@@ -20,7 +22,8 @@ def cumulative_average(count: Array) -> Array:
 
         momentum = count / (count + 1)
 
-    This is PyTorch's `momentum=None`.
+    This is PyTorch's `momentum=None`. From 2^24 updates on, where float32 cannot tell it from 1, the largest number
+    below 1 is returned. The weight of a new batch in the running statistics is 1 / (count + 1) nevertheless.
 
     Args:
       count: number of updates so far, as in `BNState.count`.
@@ -33,8 +36,7 @@ def cumulative_average(count: Array) -> Array:
       >>> bnjax.cumulative_average(jnp.array([0, 1, 3])).tolist()
       [0.0, 0.5, 0.75]
     """
-    count = jnp.asarray(count).astype(float)  # float64 where that is enabled
-    return count / (count + 1)
+    return debiased(1.0)(count)
 
 
 @dataclass(frozen=True)
@@ -65,11 +67,25 @@ class debiased:  # noqa: N801  a function with one parameter bound, which hashes
         object.__setattr__(self, "momentum", checks.momentum("debiased", value)[0])
 
     def __call__(self, count: Array) -> Array:
-        if self.momentum in (0, 1):
-            return self.momentum * cumulative_average(count)
-        # 1 - momentum^t as -expm1(t log momentum): no digit is lost where momentum is near 1.
-        count = jnp.asarray(count).astype(float)
-        return self.momentum * jnp.expm1(count * log(self.momentum)) / jnp.expm1((count + 1) * log(self.momentum))
+        return self.weights(count)[0]
+
+    def weights(self, count: Array) -> tuple[Array, Array]:
+        """The weight of the old value and that of the new one, which a difference from 1 would round."""
+        rate = log(self.momentum) if self.momentum else 0.0
+        return _weights(jnp.asarray(count), rate, kind=self.momentum if self.momentum in (0, 1) else None)
+
+
+@partial(jax.jit, static_argnames="kind", inline=True)
+def _weights(count, rate, *, kind):
+    count = count.astype(float)  # float64 where that is enabled
+    if kind == 0:
+        new = jnp.ones_like(count)
+    elif kind == 1:
+        new = 1 / (count + 1)
+    else:  # (1 - momentum) / (1 - momentum^(t + 1)), in a form that loses no digit where momentum is near 1
+        new = jnp.expm1(rate) / jnp.expm1((count + 1) * rate)
+    # An old value of weight 1 would never change again.
+    return jnp.minimum(1 - new, 1 - float(jnp.finfo(new.dtype).epsneg)), new
 
 
 @dataclass(frozen=True)
@@ -101,34 +117,68 @@ class linear_ramp:  # noqa: N801  a function with its parameters bound, which ha
             raise ValueError(f"linear_ramp(start={self.start}, stop={self.stop}): expected start < stop.")
 
     def __call__(self, count: Array) -> Array:
-        rise = jnp.clip((jnp.asarray(count).astype(float) - self.start) / (self.stop - self.start), 0, 1)
-        return self.low + (self.high - self.low) * rise
+        start, length = self.start, float(self.stop - self.start)
+        exact = isinstance(start, int | np.integer) and abs(start) < 2**30
+        return _ramp(jnp.asarray(count), self.low, self.high, start if exact else float(start), length)
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["number"], meta_fields=["schedule"])
-@dataclass(frozen=True)
-class Scheduled:
-    """A number, or a function of the count of updates, as an argument of a compiled function.
-
-    The number is traced, so that another number compiles nothing. The function is static, and its value is taken from
-    the count where the state is traced.
-    """
-
-    number: Any
-    schedule: Callable[[Array], Any] | None
+@partial(jax.jit, inline=True)
+def _ramp(count, low, high, start, length):
+    # Integers are subtracted as such, since float32 holds them to 2^24 only.
+    integers = all(jnp.issubdtype(jnp.result_type(v), jnp.integer) for v in (count, start))
+    passed = count.astype(int if integers else float) - start
+    return low + (high - low) * jnp.clip(passed.astype(float) / length, 0, 1)
 
 
-def scheduled(value: Any, state: Any, train: bool) -> Scheduled:
-    """`value`, a number or a function of the count, as an argument of a compiled function.
+_EXAMPLES = {debiased: "bnjax.debiased(0.99)", linear_ramp: "bnjax.linear_ramp(1.0, 3.0, 5_000, 40_000)"}
 
-    A function that is another object at each call, such as a lambda in a loop, would be compiled each time. It is
-    evaluated here instead, at the count of the state, so that only its number enters the compiled function.
+
+def scheduled(call: str, name: str, value: Any, state: Any, train: bool, unused: Any) -> Any:
+    """The number that an argument stands for: itself, or what it gives at the count of the state if it is a function.
+
+    The function is called here, outside of the compiled function, at every call. A function that was a static argument
+    would keep the value that it had when it was compiled, although the object that it is a method of may change; a
+    lambda in a loop would be compiled each time, and a function that holds arrays cannot be hashed.
+
+    Args:
+      call, name: what errors mention.
+      value: a number, or a function of the count of updates.
+      state: the running statistics, or None.
+      train: whether the number is used.
+      unused: the number in place of a function where there is nothing to call it with.
     """
     if not callable(value):
-        return Scheduled(value, None)
-    compares_by_value = type(value).__eq__ is not object.__eq__
-    is_a_definition = "<" not in getattr(value, "__qualname__", "<")  # neither a lambda nor a local function
-    if (compares_by_value or is_a_definition) and isinstance(value, Hashable):
-        return Scheduled(None, value)
-    used = train and hasattr(state, "count")
-    return Scheduled(value(jnp.asarray(state.count)) if used else 0.0, None)
+        return value
+    if isinstance(value, type):
+        raise TypeError(
+            f"{call}({name}=...): expected a number or a function of state.count, got the class {value.__name__}. "
+            f"Call it with its parameters: {name}={_EXAMPLES.get(value, value.__name__ + '(...)')}."
+        )
+    count = getattr(state, "count", None)
+    if not train or count is None or callable(count):  # a tuple's own method
+        return unused
+    try:
+        number = value(jnp.asarray(count))
+    except TypeError as error:
+        if _takes_one_argument(value):
+            raise
+        raise TypeError(_not_a_schedule(call, name, value, "which cannot be called with the count alone")) from error
+    if callable(number):
+        raise TypeError(_not_a_schedule(call, name, value, "which returns another function"))
+    return number
+
+
+def _takes_one_argument(function):
+    try:
+        inspect.signature(function).bind(0)
+    except (TypeError, ValueError):  # ValueError: a built-in function without a signature
+        return False
+    return True
+
+
+def _not_a_schedule(call, name, value, what):
+    function = getattr(value, "__name__", type(value).__name__)
+    return (
+        f"{call}({name}=...): expected a number or a function of state.count, got {function}, {what}. Pass a function "
+        f"of one argument; if {function} makes schedules, the one that it makes: {name}={function}(...)."
+    )

@@ -14,7 +14,7 @@ from jax import Array, lax
 from bnjax.core import checks
 from bnjax.core.apply import aligned, choose_statistics, compiled_apply, normalize_by, validate
 from bnjax.core.moments import Batch, collect, merge_over_axes, merge_parts, merge_together
-from bnjax.core.options import Options, checked
+from bnjax.core.options import Options, canonical, checked
 from bnjax.core.records import BNParams, BNState, Collected
 from bnjax.core.running import momentum_argument, update
 from bnjax.core.schedules import Momentum
@@ -94,6 +94,7 @@ def apply_ghost(
 ) -> tuple[Array, BNState | None, Collected | None]:
     """`ghost_bn_apply` with checked options, as `bnjax.core.apply.apply` is `bn_apply`."""
     checks.positive_integer(options.call, "ghost_size", ghost_size)
+    options = canonical(options, x)
     momentum = momentum_argument(options.call, momentum, state, options.train)
     return _apply_ghost(params, state, x, mask, momentum, earlier, size=int(ghost_size), options=options)
 

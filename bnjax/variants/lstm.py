@@ -150,7 +150,8 @@ def bn_lstm_carry(
     zeros = jnp.zeros((batch, features), dtype)
     if like is not None:
         zeros += lax.full_like(like, 0, dtype, shape=zeros.shape)
-    return BNLSTMCarry(zeros, zeros, jnp.zeros((), jnp.int32), length)
+    # Two arrays: one that is in the carry twice cannot be donated.
+    return BNLSTMCarry(zeros, jnp.zeros_like(zeros), jnp.zeros((), jnp.int32), length)
 
 
 def bn_lstm_apply(

@@ -14,10 +14,10 @@ from jax import Array, lax
 
 from bnjax.core import checks
 from bnjax.core.apply import aligned, batch_statistics, choose_statistics, compiled_apply, normalize_by, validate
-from bnjax.core.options import Options, checked
+from bnjax.core.options import Options, canonical, checked
 from bnjax.core.records import BNParams, BNState, Collected
 from bnjax.core.running import momentum_argument, update
-from bnjax.core.schedules import Momentum, Scheduled, linear_ramp, scheduled
+from bnjax.core.schedules import Momentum, linear_ramp, scheduled
 from bnjax.core.sharding import sharded_as
 
 Limit = float | Array | Callable[[Array], Array]
@@ -107,13 +107,11 @@ def apply_renorm(
     call = options.call
     if state is None:
         raise ValueError(f"{call}(state=None): there is nothing to correct towards. Pass the state of bn_init.")
+    options = canonical(options, x)
     momentum = momentum_argument(call, momentum, state, options.train)
-    limits = {}
-    for name, limit in ("r_max", r_max), ("d_max", d_max):
-        argument = scheduled(limit, state, options.train)
-        if argument.schedule is None:
-            argument = Scheduled(_checked_limit(call, name, argument.number), None)
-        limits[name] = argument
+    limits = {
+        name: _limit_argument(options, name, limit, state) for name, limit in (("r_max", r_max), ("d_max", d_max))
+    }
     return _apply_renorm(params, state, x, mask, momentum, earlier, limits, options=options)
 
 
@@ -128,7 +126,7 @@ def _apply_renorm(params, state, x, mask, momentum, earlier, limits, *, options)
     mean, var = choose_statistics(statistics.moments, state, batch)
     running = jax.tree.map(lambda v: sharded_as(var, v), state)
     running_std, std = (jnp.sqrt(v.astype(var.dtype) + options.epsilon) for v in (running.var, var))
-    r_max, d_max = (_limit(options.call, name, limits[name], running.count, std) for name in ("r_max", "d_max"))
+    r_max, d_max = (_limit(options.call, name, limits[name], std) for name in ("r_max", "d_max"))
     r = lax.stop_gradient(jnp.clip(std / running_std, 1 / r_max, r_max))
     d = lax.stop_gradient(jnp.clip((mean - running.mean.astype(mean.dtype)) / running_std, -d_max, d_max))
     # scale * (xhat * r + d) + bias is the formula with another scale and bias.
@@ -140,24 +138,33 @@ def _apply_renorm(params, state, x, mask, momentum, earlier, limits, *, options)
     return y, state, collected
 
 
-def _limit(call, name, limit, count, std) -> Any:
+def _limit_argument(options, name, limit, state):
+    """The bound at the count of the state, for a compiled function."""
+    number = scheduled(options.call, name, limit, state, options.train, LEAST[name])
+    if isinstance(limit, linear_ramp):  # known bounds of a number that an eager call would have to wait for
+        _checked_limit(options.call, name, limit.low)
+        _checked_limit(options.call, name, limit.high)
+        return number
+    return _checked_limit(options.call, name, number)
+
+
+def _limit(call, name, limit, std) -> Any:
     """A bound, known or not, as an array with a number for all features or one for each."""
-    value = limit.number if limit.schedule is None else limit.schedule(count)
-    value = jnp.asarray(_checked_limit(call, name, value)).astype(std.dtype)
+    value = jnp.asarray(limit).astype(std.dtype)
     if value.shape not in ((), std.shape):
         raise ValueError(
             f"{call}({name}=...): expected a number, or one for each feature of shape {std.shape}, got shape "
             f"{value.shape}."
         )
-    return jnp.maximum(value, LEAST[name])
+    return jnp.maximum(sharded_as(std, value) if value.shape else value, LEAST[name])
 
 
 def _checked_limit(call, name, limit):
     least = LEAST[name]
     if isinstance(limit, np.ndarray):
         limit = jnp.asarray(limit) if limit.ndim else limit.item()
-    numbers = checks.known(limit) if isinstance(limit, Array) else limit
-    if numbers is None:
+    numbers: Any = checks.known(limit) if isinstance(limit, Array) else limit
+    if numbers is None and isinstance(limit, Array):
         return limit
     number = isinstance(limit, Array | int | float | np.number) and not isinstance(limit, bool)
     if not number or not np.all(numbers >= least):
