@@ -16,8 +16,9 @@ stay exact, and only what is said here is lost.
     Without them: the lowering on CPU is the plain one.
 
 `jax.experimental.jet`, `jax.extend.core.primitives.name_p`
-    Why: the table of rules of `jet` takes one for each of our primitives, and one for the names that
-    `jax.ad_checkpoint.checkpoint_name` gives, which it does not know.
+    Why: the table of rules of `jet` takes one for each of our primitives. It gets one for the names that
+    `jax.ad_checkpoint.checkpoint_name` gives, which it does not know, when `jet` first meets one of ours: importing
+    bnjax changes nothing of JAX's own.
     Without them: there are no Taylor series through batch normalization.
 
 `jax.sharding.get_abstract_mesh().manual_axes`
@@ -146,6 +147,7 @@ class PlatformFunction:
         return mlir.lower_fun(rule, multiple_results=True)(context, *arrays, axes=axes)
 
     def _jet(self, primals, terms, *, axes):
+        _let_names_pass_through_jet()
         return jet.jet(partial(self.taylor, axes=axes), primals, terms, factorial_scaled=False)
 
 
@@ -181,6 +183,3 @@ def _let_names_pass_through_jet():
     name_p = getattr(_module("jax.extend.core.primitives"), "name_p", None)
     if None not in (jet, name_p):
         jet.jet_rules.setdefault(name_p, lambda primals, terms, **params: (*primals, *terms))
-
-
-_let_names_pass_through_jet()

@@ -13,6 +13,7 @@ This module knows neither scale and bias nor running statistics.
 """
 
 import math
+import warnings
 from collections.abc import Hashable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -21,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.core import Tracer
 
 from bnjax.core import checks
 from bnjax.core.array_moments import guarded_moments, merged_moments, two_read_moments, unguarded_moments
@@ -28,7 +30,7 @@ from bnjax.core.checkpoint import named
 from bnjax.core.collectives import Groups, gather, kinds_of_axes, sum_over
 from bnjax.core.records import Collected, Moments, Support
 from bnjax.core.reductions import sums
-from bnjax.core.sharding import sharded_as
+from bnjax.core.sharding import placed_as, sharded_as
 from bnjax.core.weights import (
     divided,
     is_real,
@@ -138,11 +140,19 @@ def merge_moments(*moments: Moments) -> Moments:
 
     Merging is associative and commutative up to rounding; moments of weight 0 have no effect.
 
+    A float32 weight holds integers to 2^24. A part that is smaller than half of the last digit of the total, such as
+    one row merged into 2^24, leaves the total's weight as it is, so that its mean is an exponential average from there
+    on. Merge small parts with each other first, and parts of similar size, or use moments in float64.
+
     Args:
-      *moments: one or more `Moments`, of equal shapes.
+      *moments: one or more `Moments`, of equal shapes. They may lie on different devices: the result lies where the
+        first part does that was put on devices.
 
     Returns:
       Moments of that shape, in the dtypes that theirs promote to.
+
+    Warns:
+      UserWarning: if the weights are known and a part of weight 1 or more is lost in the total.
 
     Raises:
       TypeError: for an argument that is not `Moments`.
@@ -166,7 +176,29 @@ def merge_moments(*moments: Moments) -> Moments:
             f"merge_moments(...): expected one or more moments of one shape, got {len(moments)} with shapes "
             f"{sorted(shapes)}. Merge moments of the same features."
         )
-    return merged_moments(Moments(*map(jnp.stack, zip(*moments, strict=True))), (0,))
+    parts = [Moments(*map(jnp.asarray, m)) for m in moments]
+    like = next((m for m in parts if not isinstance(m.mean, Tracer) and m.mean.committed), parts[0])
+    parts = [Moments(*map(placed_as, like, m)) for m in parts]
+    stacked = Moments(*map(jnp.stack, zip(*parts, strict=True)))
+    _check_weights_add_up(stacked.weight)
+    return merged_moments(stacked, (0,))
+
+
+def _check_weights_add_up(weights):
+    """Warn if the sum of known weights is the largest of them although the others add up to 1 or more."""
+    known = checks.known(weights)
+    if known is None or not known.size:
+        return
+    largest = known.max(0)
+    others = known.astype(float).sum(0) - largest
+    lost = (others >= 1) & ((largest + others).astype(known.dtype) == largest)
+    if lost.any():
+        warnings.warn(
+            f"merge_moments(...): a weight of {others[lost].max():.9g} is lost in a total of {largest[lost].max():.9g}, "
+            f"because {known.dtype} does not hold their sum. Merge the small parts with each other first, or use "
+            "moments in float64.",
+            stacklevel=3,
+        )
 
 
 class Reading(NamedTuple):

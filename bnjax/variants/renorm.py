@@ -163,11 +163,10 @@ def _checked_limit(call, name, limit):
     least = LEAST[name]
     if isinstance(limit, np.ndarray):
         limit = jnp.asarray(limit) if limit.ndim else limit.item()
-    numbers: Any = checks.known(limit) if isinstance(limit, Array) else limit
-    if numbers is None and isinstance(limit, Array):
+    if isinstance(limit, Array) and checks.known(limit) is None:
         return limit
     number = isinstance(limit, Array | int | float | np.number) and not isinstance(limit, bool)
-    if not number or not np.all(numbers >= least):
+    if not number or not np.all(np.asarray(limit) >= least):
         raise ValueError(
             f"{call}({name}={limit!r}): expected a number of {least} or more, or a function of state.count. "
             f"{name}={least} is batch normalization."

@@ -120,3 +120,16 @@ def test_synchronized_statistics_are_exact_without_the_names_of_mesh_axes(monkey
     for got, wanted in zip(jax.tree.leaves((new, gradients)), jax.tree.leaves((want_new, want_gradients)), strict=True):
         np.testing.assert_allclose(got, wanted, rtol=1e-9, atol=1e-12)
     np.testing.assert_allclose(new.var, 0.99 + 0.01 * X.var(0), rtol=1e-12)
+
+
+def test_importing_bnjax_adds_rules_for_its_own_primitives_only(imported_without):
+    from jax.experimental import jet
+    from jax.interpreters import ad
+
+    tables = jet.jet_rules, ad.primitive_jvps, ad.primitive_transposes
+    before = [dict(table) for table in tables]
+    imported_without("a module that JAX does not have")
+    for table, old in zip(tables, before, strict=True):
+        changed = {primitive.name for primitive, rule in table.items() if old.get(primitive) is not rule}
+        assert changed
+        assert all(name.startswith("bnjax_") for name in changed)
