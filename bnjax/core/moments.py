@@ -194,9 +194,9 @@ def _check_weights_add_up(weights):
     lost = (others >= 1) & ((largest + others).astype(known.dtype) == largest)
     if lost.any():
         warnings.warn(
-            f"merge_moments(...): a weight of {others[lost].max():.9g} is lost in a total of {largest[lost].max():.9g}, "
-            f"because {known.dtype} does not hold their sum. Merge the small parts with each other first, or use "
-            "moments in float64.",
+            f"merge_moments(...): a weight of {others[lost].max():.9g} is lost in a total of "
+            f"{largest[lost].max():.9g}, because {known.dtype} does not hold their sum. Merge the small parts with "
+            "each other first, or use moments in float64.",
             stacklevel=3,
         )
 

@@ -1,27 +1,17 @@
-"""Training with optax: a training state with running statistics, gradient accumulation, and rematerialization.
-
-A model is any function with the signature of Linen's `Module.apply`: `apply_fn(variables, *args, mutable=, rngs=)`.
-`bnjax.nnx.functional` returns such a function for an NNX model. This module has no training loop, no data and no loss.
-"""
+"""Compiled steps of training and evaluation, and a rematerialization policy for them."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import struct
-from flax.core import unfreeze
-from flax.training import train_state
 from jax import Array
 
 from bnjax.core import checks, trees
 from bnjax.core.checkpoint import CHECKPOINT_NAME
-
-__all__ = ["Model", "TrainState", "decay_mask", "eval_step", "save_statistics", "train_step"]
+from bnjax.training.state import TrainState, check_state
 
 Loss = Callable[["Model", Any, bool], Array | tuple[Array, Mapping[str, Array]]]
-
-_OUTPUTS = ("intermediates", "batch_moments")
 
 _DOTS_AND_STATISTICS = jax.checkpoint_policies.save_from_both_policies(
     jax.checkpoint_policies.dots_saveable, jax.checkpoint_policies.save_only_these_names(CHECKPOINT_NAME)
@@ -56,52 +46,6 @@ def save_statistics(prim: Any, *args: Any, **params: Any) -> Any:
     return _DOTS_AND_STATISTICS(prim, *args, **params)
 
 
-class TrainState(train_state.TrainState):
-    """Flax's `TrainState` with running statistics, keys for random numbers, and the model's other collections.
-
-    Args:
-      apply_fn: `model.apply` of a Linen model, or the function that `bnjax.nnx.functional` returns.
-      params, tx: parameters, and the optax transformation that updates them.
-      batch_stats: running statistics.
-      rngs: None, or keys by name (`{"dropout": key}`). A key of its own is derived for every step and micro-batch.
-      collections: the model's other variables by collection, such as a cache. `create` puts every keyword that is not a
-        field of this class here, except `intermediates` and `batch_moments`, which are outputs. In training these
-        collections are mutable, as in Flax: each call of the model reads the result of the call before, from one
-        micro-batch or step to the next. In evaluation they are read only.
-
-    Example:
-      >>> import flax.linen as nn, jax, jax.numpy as jnp, optax
-      >>> import bnjax.linen
-      >>> from bnjax.training import TrainState
-      >>> model = bnjax.linen.BatchNorm()
-      >>> variables = model.init(jax.random.key(0), jnp.ones((4, 2)), use_running_average=False)
-      >>> state = TrainState.create(apply_fn=model.apply, tx=optax.sgd(0.1), **variables)
-      >>> state.batch_stats["mean"].tolist()
-      [0.0, 0.0]
-    """
-
-    batch_stats: Any = struct.field(default_factory=dict)
-    rngs: Any = None
-    collections: Any = struct.field(default_factory=dict)
-
-    @classmethod
-    def create(cls, *, apply_fn: Any, params: Any, tx: Any, **kwargs: Any) -> "TrainState":
-        """A state at step 0, which holds copies. Without them a step that donates the state would delete `params`."""
-        others = set(kwargs) - set(cls.__dataclass_fields__)
-        given = {name: kwargs.pop(name) for name in sorted(others)}
-        given = {name: tree for name, tree in given.items() if name not in _OUTPUTS} | kwargs.pop("collections", {})
-        for name, tree in given.items():
-            if not isinstance(tree, Mapping):
-                raise TypeError(
-                    f"TrainState.create({name}=...): expected a collection of variables, got {type(tree).__name__}. "
-                    f"Pass the fields {sorted(cls.__dataclass_fields__)} and collections of the model."
-                )
-        kwargs["collections"] = unfreeze(given)
-        if "batch_stats" in kwargs:
-            kwargs["batch_stats"] = unfreeze(kwargs["batch_stats"])  # as steps return them, so no recompilation
-        return jax.tree.map(jnp.copy, super().create(apply_fn=apply_fn, params=params, tx=tx, **kwargs))
-
-
 class Model:
     """The model with its variables, which a loss calls. Each call reads the running statistics of the call before.
 
@@ -124,6 +68,23 @@ class Model:
         return output
 
 
+class Step:
+    """A compiled step, before which the state is checked on the host. Its other attributes are those of `jax.jit`."""
+
+    def __init__(self, call: str, compiled: Any):
+        self._call, self._compiled = call, compiled
+
+    def __call__(self, state: TrainState, batch: Any) -> Any:
+        """The result of the step for a state and a batch."""
+        check_state(self._call, state)
+        return self._compiled(state, batch)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("_call", "_compiled"):  # not set yet, in a copy
+            raise AttributeError(name)
+        return getattr(self._compiled, name)
+
+
 def train_step(
     loss: Loss, *, accumulate: int = 1, policy: Any = None, donate: bool = True
 ) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, Array]]]:
@@ -144,17 +105,19 @@ def train_step(
         like the loss; integer metrics are counts, which are summed in 32 bits or more. So return a mean as a floating
         number and a sum over examples as an integer. A boolean metric is an error, and so is one with a batch axis.
       policy: policy of `jax.checkpoint` for the whole loss, such as `save_statistics`.
-      donate: whether the new state reuses the memory of the old one, which is then deleted.
+      donate: whether the new state reuses the memory of the old one, which is then deleted: the old state, and what was
+        taken out of it (`state.params`), cannot be used again. Keep a copy, `jax.tree.map(jnp.copy, state.params)`, or
+        pass False.
 
     Returns:
       `step(state, batch)`, which returns the new state and `{"loss": ..., **metrics}`. With sharded arrays the result
       is the global batch's.
 
     Raises:
-      TypeError, ValueError: if `accumulate` is not positive. While tracing: for a state that is not a `TrainState` and
-        for metrics that are not a dictionary; with micro-batches also if `accumulate` does not divide the batch, if a
-        layer with running statistics collects no moments, if a metric cannot be combined, or if another collection
-        changes its shapes.
+      TypeError, ValueError: if `accumulate` is not positive. By the step: for a state that is not a `TrainState`, or
+        that an earlier step deleted. While tracing: for metrics that are not a dictionary; with micro-batches also if
+        `accumulate` does not divide the batch, if a layer with running statistics collects no moments, if a metric
+        cannot be combined, or if another collection changes its shapes.
 
     Example:
       >>> import flax.linen as nn, jax, jax.numpy as jnp, optax
@@ -221,13 +184,12 @@ def train_step(
         return jax.tree.map(lambda sum, leaf: _combined(sum, accumulate, leaf.dtype), total, shapes), updated
 
     def step(state, batch):
-        _check_state("train_step", state)
         before = {"batch_stats": state.batch_stats, **state.collections}
         (gradients, metrics), updated = accumulated(state, batch) if merging else one_batch(state, before, batch, 0)
         changes = {"batch_stats": updated["batch_stats"], "collections": {n: updated[n] for n in state.collections}}
         return state.apply_gradients(grads=gradients, **changes), metrics
 
-    return jax.jit(step, donate_argnums=0 if donate else ())
+    return Step("train_step", jax.jit(step, donate_argnums=0 if donate else ()))
 
 
 def eval_step(loss: Loss) -> Callable[[TrainState, Any], dict[str, Array]]:
@@ -240,8 +202,8 @@ def eval_step(loss: Loss) -> Callable[[TrainState, Any], dict[str, Array]]:
       `step(state, batch)`, which returns `{"loss": ..., **metrics}`.
 
     Raises:
-      TypeError, ValueError: while tracing, for a state that is not a `TrainState` and for metrics that are not a
-        dictionary.
+      TypeError, ValueError: for a state that is not a `TrainState`, or that a training step deleted, and while tracing
+        for metrics that are not a dictionary.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -254,47 +216,10 @@ def eval_step(loss: Loss) -> Callable[[TrainState, Any], dict[str, Array]]:
     """
 
     def step(state, batch):
-        _check_state("eval_step", state)
         variables = {"params": state.params, "batch_stats": state.batch_stats, **state.collections}
         return _with_metrics(loss(Model(state.apply_fn, variables, [], None), batch, False))[1]
 
-    return jax.jit(step)
-
-
-def decay_mask(params: Any) -> Any:
-    """Select the parameters that weight decay applies to: all except those named scale or bias, whatever their rank.
-
-    Args:
-      params: any tree of dictionaries, namedtuples (`BNParams`) or NNX states. The last name in a parameter's path
-        decides, also in keys that are tuples or joined by "/". Haiku's `offset` counts as a bias.
-
-    Returns:
-      The same tree with True where decay applies, for `optax.masked` and the `mask` of `optax.adamw`.
-
-    Example:
-      >>> import jax.numpy as jnp, optax
-      >>> import bnjax
-      >>> from bnjax.training import decay_mask
-      >>> decay_mask({"kernel": jnp.ones((3, 4)), "bn": bnjax.bn_init((1, 1, 4))[0]})
-      {'bn': BNParams(scale=False, bias=False), 'kernel': True}
-      >>> optimizer = optax.adamw(1e-3, weight_decay=0.05, mask=decay_mask)
-    """
-
-    def decays(path, _):
-        keys = [getattr(key, "key", getattr(key, "name", None)) for key in path]
-        names = [name for key in keys for name in (key if isinstance(key, tuple) else str(key).split("/"))]
-        named = [name for name in names if isinstance(name, str) and name not in ("None", "value")]
-        return not named or named[-1] not in ("scale", "bias", "offset")
-
-    return jax.tree_util.tree_map_with_path(decays, params)
-
-
-def _check_state(call, state):
-    if not isinstance(state, TrainState):
-        raise TypeError(
-            f"{call}(...)(state=...): expected bnjax.training.TrainState, got {type(state).__module__}."
-            f"{type(state).__name__}, which has no running statistics. Call bnjax.training.TrainState.create."
-        )
+    return Step("eval_step", jax.jit(step))
 
 
 def _keys(state, index):
