@@ -118,7 +118,8 @@ def bn_apply(
       momentum: weight of the OLD value, in [0, 1], as in Flax and Keras (PyTorch's momentum is 1 minus it), or a
         function of `state.count` such as `cumulative_average` or `debiased(0.99)`.
       epsilon: number that is added to the variance, > 0.
-      mask: array of x's rank that broadcasts to it, boolean or weights >= 0; a negative weight is 0. Only the ratios
+      mask: array of x's rank that broadcasts to it, boolean or weights >= 0; a negative weight or NaN is an error
+        where it is known, and 0 where only run time knows it. Only the ratios
         of weights count, and their sum must be finite in float32. Masked elements (weight 0), even NaN, do not affect
         any other element, nor the statistics. They are normalized like the others; a masked element whose output is
         not finite is a constant to derivatives. The mask is not differentiated.
@@ -179,7 +180,7 @@ def apply(
     `earlier` are the moments of other parts of one larger batch. They are merged with the moments of this part: the
     state absorbs all of them, and all of them are returned. The output is normalized by the moments of this part.
     """
-    options = canonical(options, x)
+    options = canonical(options, x, mask)
     momentum = momentum_argument(options.call, momentum, state, options.train)
     return compiled_apply(params, state, x, mask, momentum, earlier, options=options)
 

@@ -174,6 +174,19 @@ def weights(call: str, mask: Any, x: Array) -> None:
         )
 
 
+def known_weights(call: str, mask: Any) -> None:
+    """Check that real weights are finite and not negative, where they are known: outside of compiled functions."""
+    if not isinstance(mask, Array | np.ndarray) or not jnp.issubdtype(mask.dtype, jnp.number) or np.iscomplexobj(mask):
+        return
+    weights = known(mask) if isinstance(mask, Array) else mask
+    if weights is not None and not np.all((weights >= 0) & (weights < math.inf)):
+        wrong = weights[~((weights >= 0) & (weights < math.inf))]
+        raise ValueError(
+            f"{call}(mask=...): expected booleans or finite weights >= 0, got {wrong.flat[0]} among them. Pass "
+            "mask > 0 to leave elements out, or jnp.maximum(mask, 0) if rounding made them negative."
+        )
+
+
 def boolean(call: str, name: str, value: Any) -> None:
     """Check that an argument is a Python bool."""
     if not isinstance(value, bool):

@@ -98,7 +98,8 @@ def batch_moments(
     Args:
       x: floating or complex, any shape.
       axis: the feature axis of `x`, or several; the result has their sizes in increasing axis order.
-      mask: array of x's rank that broadcasts to it, boolean or weights >= 0; a negative weight is 0. Masked elements,
+      mask: array of x's rank that broadcasts to it, boolean or weights >= 0; a negative weight or NaN is an error
+        where it is known, and 0 where only run time knows it. Masked elements,
         even NaN, do not affect the result. The mask is not differentiated.
       axis_name: mapped axis, or several, whose devices or examples share their statistics. One collective gathers
         3 x features numbers a device (5 with real-valued weights); the derivative has one psum of 2 x features.
@@ -119,6 +120,7 @@ def batch_moments(
       Array([ 2., 10.], dtype=float32)
     """
     checks.inexact("batch_moments", "x", x)
+    checks.known_weights("batch_moments", mask)
     axis = checks.feature_axes("batch_moments", x, axis)
     names = checks.axis_names("batch_moments", axis_name)
     groups = checks.index_groups("batch_moments", axis_index_groups)

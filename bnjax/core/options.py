@@ -26,9 +26,13 @@ class Options(NamedTuple):
     dtype: Any
 
 
-def canonical(options: Options, x: Any) -> Options:
-    """The options with the feature axes of `x` in one spelling, so that all spellings share one compiled program."""
+def canonical(options: Options, x: Any, mask: Any) -> Options:
+    """The options with the feature axes of `x` in one spelling, so that all spellings share one compiled program.
+
+    It is called outside of the compiled function, where the weights of a mask may be known, and are checked.
+    """
     checks.inexact(options.call, "x", x)
+    checks.known_weights(options.call, mask)
     return options._replace(axis=checks.feature_axes(options.call, x, options.axis))
 
 

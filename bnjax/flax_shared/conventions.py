@@ -93,7 +93,8 @@ def call_layer(
       x: floating, complex or integer.
       use_running_average: whether the running statistics normalize.
       axis_name: mapped axis, or several, whose devices share statistics here.
-      mask: broadcastable to `x`, of any rank up to x's.
+      mask: broadcastable to `x`, of any rank up to x's. One of lower rank has no features: it is an error if it would
+        mask features alone, or if its sizes are those of x's first axes as well.
       label: the class of each example, for conditional parameters.
       apply: `bnjax.core.apply.apply`, or a variant's function in its place.
     """
@@ -136,7 +137,7 @@ def call_layer(
         x,
         options,
         momentum=layer.momentum,
-        mask=None if mask is None else _of_rank(jnp.asarray(mask), x, call),
+        mask=None if mask is None else _of_rank(jnp.asarray(mask), x, axes, call),
         earlier=variables.earlier,
     )
     if real:  # complex scale and bias do not make the mean complex
@@ -157,14 +158,41 @@ def _computed(x, mean, params):
     return x if wide == wider(x.dtype) else x.astype(wide), mean
 
 
-def _of_rank(mask, x, call):
-    """The mask with x's rank; like a NumPy operand it may lack leading axes."""
+def _of_rank(mask, x, axes, call):
+    """The mask with x's rank; like a NumPy operand it may lack leading axes.
+
+    A mask of examples, without an axis of features, would mask features instead wherever the sizes agree by chance.
+    """
     if not checks.broadcasts(mask.shape, x.shape):
         raise ValueError(
             f"{call}(mask=...): mask has shape {mask.shape}, which does not broadcast to that of x, {x.shape}. "
-            "Reshape it so that its last axes are x's."
+            f"{_remedy(mask, x, axes) or 'Reshape it so that its last axes are those of x.'}"
         )
-    return mask.reshape((1,) * (x.ndim - mask.ndim) + mask.shape)
+    shape = (1,) * (x.ndim - mask.ndim) + mask.shape
+    if mask.ndim < x.ndim and any(shape[a] != 1 for a in axes):
+        features_only = all(n == 1 for a, n in enumerate(shape) if a not in axes)
+        remedy = _remedy(mask, x, axes)
+        if features_only or remedy:
+            raise ValueError(
+                f"{call}(mask=...): mask has shape {mask.shape}, which broadcasts to that of x, {x.shape}, by its last "
+                f"axes, and so masks features, axis {axes if len(axes) > 1 else axes[0]} of x. {remedy}"
+                f"To mask features pass mask.reshape{shape}."
+            )
+    return mask.reshape(shape)
+
+
+def _remedy(mask, x, axes):
+    """How to reshape a mask that fits the first or the last axes of x without the features; empty if it fits neither."""
+    others = [a for a in range(x.ndim) if a not in axes]
+    for fitting in others[: mask.ndim], others[-mask.ndim :]:
+        if len(fitting) == mask.ndim and all(n in (1, x.shape[a]) for a, n in zip(fitting, mask.shape, strict=True)):
+            shape = [1] * x.ndim
+            for a, n in zip(fitting, mask.shape, strict=True):
+                shape[a] = n
+            last = x.ndim - mask.ndim == 1 and fitting == list(range(mask.ndim))
+            spelled = "mask[..., None]" if last else f"mask.reshape{tuple(shape)}"
+            return f"To mask examples or positions pass {spelled}, of shape {tuple(shape)}. "
+    return ""
 
 
 def counts(layer: Any) -> bool:

@@ -86,8 +86,8 @@ class BatchNorm(nn.BatchNorm):
           x: floating, complex or integer, any shape.
           use_running_average: True normalizes by the running statistics, False by the batch's, which the running
             statistics absorb unless the module is initializing. Given here or to the constructor.
-          mask: broadcastable to `x`, boolean or weights >= 0. Masked elements (weight 0), even NaN, do not affect any
-            other element, nor the statistics.
+          mask: broadcastable to `x`, boolean or weights >= 0; `mask[..., None]` of a mask of examples or positions.
+            Masked elements (weight 0), even NaN, do not affect any other element, nor the statistics.
 
         Returns:
           The normalized array, of x's shape. Its dtype is `dtype`; if that is None, the dtype to which

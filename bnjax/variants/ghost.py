@@ -94,7 +94,7 @@ def apply_ghost(
 ) -> tuple[Array, BNState | None, Collected | None]:
     """`ghost_bn_apply` with checked options, as `bnjax.core.apply.apply` is `bn_apply`."""
     checks.positive_integer(options.call, "ghost_size", ghost_size)
-    options = canonical(options, x)
+    options = canonical(options, x, mask)
     momentum = momentum_argument(options.call, momentum, state, options.train)
     return _apply_ghost(params, state, x, mask, momentum, earlier, size=int(ghost_size), options=options)
 

@@ -107,7 +107,7 @@ def apply_renorm(
     call = options.call
     if state is None:
         raise ValueError(f"{call}(state=None): there is nothing to correct towards. Pass the state of bn_init.")
-    options = canonical(options, x)
+    options = canonical(options, x, mask)
     momentum = momentum_argument(call, momentum, state, options.train)
     limits = {
         name: _limit_argument(options, name, limit, state) for name, limit in (("r_max", r_max), ("d_max", d_max))

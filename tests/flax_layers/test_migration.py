@@ -154,6 +154,26 @@ def mask_that_is_an_error(framework, rng):
         np.testing.assert_allclose(run(framework, ours, x, mask=mask, momentum=0.0).mean, mean, rtol=1e-5)
 
 
+def mask_of_lower_rank(framework, rng):
+    flax, ours = LAYERS[framework]
+    x, mask = rng.standard_normal((4, 4)).astype(np.float32), np.array([True, True, True, False])
+    assert np.isnan(run(framework, flax, x, mask=mask, momentum=0.0).mean).tolist() == [False, False, False, True]
+    with pytest.raises(ValueError, match=r"masks features.*pass mask\[\.\.\., None\], of shape \(4, 1\)"):
+        run(framework, ours, x, mask=mask)
+    np.testing.assert_allclose(
+        run(framework, ours, x, mask=mask[..., None], momentum=0.0).mean, x[:3].mean(0), rtol=1e-5
+    )
+
+
+def negative_weight(framework, rng):
+    flax, ours = LAYERS[framework]
+    x, weight = data(rng), np.ones((64, 1), np.float32)
+    weight[3] = -1
+    np.testing.assert_allclose(run(framework, flax, x, mask=weight, momentum=0.0).mean, x.mean(0), rtol=1e-5)
+    with pytest.raises(ValueError, match=r"BatchNorm\(mask=...\): expected booleans or finite weights >= 0, got -1\.0"):
+        linen_run(ours(), x, weight)
+
+
 def cast(framework, rng, narrow, wide):
     """Flax casts the running statistics with the options `narrow`, with none of `wide`; ours never does."""
     x = data(rng, mean=1002.0)  # bfloat16 has 1000 and 1004
@@ -220,6 +240,8 @@ CASES = {
     "merged by the mean of means": unequal_shards,
     "not boolean is True where it is not 0": mask_that_is_true_unless_0,
     "not boolean is an error": mask_that_is_an_error,
+    "A mask of lower rank": mask_of_lower_rank,
+    "A negative weight in a mask": negative_weight,
     "cast to `param_dtype`": cast_to_param_dtype,
     "cast to `dtype`": cast_to_dtype,
     "complex `x` loses its imaginary part": complex_mean,

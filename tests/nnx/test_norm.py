@@ -106,10 +106,10 @@ def test_complex_parameters_leave_the_statistics_of_real_data_real(rng):
     np.testing.assert_allclose(y, reference.train(x, np.ones(3), np.zeros(3), 0, 1)[0], atol=1e-5)
 
 
-@pytest.mark.parametrize("shape", [(), (3,), (4, 1), (6, 1, 1), (6, 4, 3)])
+@pytest.mark.parametrize("shape", [(), (1,), (4, 1), (4, 3), (6, 1, 1), (1, 1, 3), (6, 4, 3)])
 def test_a_mask_of_any_rank_matches_flax(shape, rng):
     x = rng.normal(1, 2, (6, 4, 3)).astype(np.float32)
-    mask = np.ones(shape, bool) if shape in ((), (3,)) else rng.random(shape) < 0.7
+    mask = np.ones(shape, bool) if shape in ((), (1,), (1, 1, 3)) else rng.random(shape) < 0.7
     flax, ours = ((called(layer, x, mask=mask), values(layer)) for layer in pair())
     assert_same(ours, flax)
 
