@@ -182,7 +182,7 @@ def _of_rank(mask, x, axes, call):
 
 
 def _remedy(mask, x, axes):
-    """How to reshape a mask that fits the first or the last axes of x without the features; empty if it fits neither."""
+    """How to reshape a mask that fits the first or the last axes of x but the features; empty if it fits neither."""
     others = [a for a in range(x.ndim) if a not in axes]
     for fitting in others[: mask.ndim], others[-mask.ndim :]:
         if len(fitting) == mask.ndim and all(n in (1, x.shape[a]) for a, n in zip(fitting, mask.shape, strict=True)):
