@@ -20,7 +20,7 @@ export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS = 0
 export JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES = -1
 endif
 
-.PHONY: help demo claims compiled bench test test-all oracles docs test-oldest test-newest test-pure test-flax lint format wheel clean
+.PHONY: help demo claims compiled bench test test-plain test-all oracles docs test-oldest test-newest test-pure test-flax lint format wheel clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -50,6 +50,9 @@ bench: $(OTHERS)/.installed ## time it against Flax, Haiku, Equinox, Keras and P
 # The files are given out in their order, which ends with short ones, so that both processes finish at about one time.
 test: $(VENV)/.installed ## the test suite, except what takes long by its nature
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
+test-plain: $(VENV)/.installed ## the tests of the pure functions with BNJAX_PLAIN=1: plain formulas, no lowerings of our own
+	BNJAX_PLAIN=1 $(BIN)/python -m pytest --numprocesses 2 tests/core tests/variants bnjax/core bnjax/variants
 
 test-all: $(VENV)/.installed ## the tests that `test` leaves out: processes, whole experiments, real models, programs for TPUs
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal -m slow

@@ -3,7 +3,7 @@
 The package consists of these parts, each of which imports only from the parts above it:
 
     core          the mathematics: moments, normalization, the layer as a function, schedules, checks
-    variants      ghost, renormalized, indexed, conditional and recurrent batch normalization
+    variants      adaptive, ghost, renormalized, indexed, conditional and recurrent batch normalization
     deploy        layers folded into adjacent linear layers; recalibrated running statistics
     diagnosis     faults of running statistics, as a table and a figure
     interop       conversion of weights from and to PyTorch and Keras
@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING
 from bnjax import interop
 from bnjax.core.apply import bn_apply, bn_init
 from bnjax.core.checks import UnboundAxisNameError
-from bnjax.core.deprecation import aliases
 from bnjax.core.moments import batch_moments, merge_moments
 from bnjax.core.records import BNParams, BNState, Moments
 from bnjax.core.schedules import cumulative_average, debiased, linear_ramp
 from bnjax.deploy.affine import Affine, fold, fold_into_next, fold_into_previous
 from bnjax.deploy.recalibration import recalibrate
 from bnjax.diagnosis.measure import Diagnosis, diagnose
+from bnjax.variants.adaptive import adaptive_bn_apply
 from bnjax.variants.conditional import conditional_params
 from bnjax.variants.ghost import ghost_bn_apply
 from bnjax.variants.indexed import indexed_bn_apply, indexed_bn_init
@@ -44,6 +44,7 @@ __all__ = [
     "Diagnosis",
     "Moments",
     "UnboundAxisNameError",
+    "adaptive_bn_apply",
     "batch_moments",
     "bn_apply",
     "bn_init",
@@ -67,5 +68,23 @@ __all__ = [
     "renorm_bn_apply",
 ]
 
-if not TYPE_CHECKING:
-    __getattr__ = aliases(__name__, {"merge": merge_moments, "ramp": linear_ramp})
+if not TYPE_CHECKING:  # a type checker knows the names that exist
+    _ELSEWHERE = {
+        "linen": "BNLSTM BNLSTMCell BatchNorm ConditionalBatchNorm GhostBatchNorm IndexedBatchNorm RenormBatchNorm "
+        "convert exact_batch_norm fold_model",
+        "nnx": "BNLSTMCell BatchNorm ConditionalBatchNorm GhostBatchNorm IndexedBatchNorm RenormBatchNorm convert "
+        "fold_model fold_report functional",
+        "training": "TrainState decay_mask eval_step save_statistics train_step",
+        "interop": "from_keras from_keras_model from_torch from_torch_model to_keras to_keras_model to_torch "
+        "to_torch_model",
+    }
+
+    def __getattr__(name):
+        message = f"module 'bnjax' has no attribute {name!r}"
+        found = [module for module, names in _ELSEWHERE.items() if name in names.split()]
+        if found:
+            places = (f"bnjax.{module}.{name} after `import bnjax.{module}`" for module in found)
+            message += f". It is {', or '.join(places)}."
+        elif name in _ELSEWHERE:
+            message += f" yet. Write `import bnjax.{name}`, which needs Flax: pip install 'bnjax[flax]'."
+        raise AttributeError(message, name=name)

@@ -7,26 +7,31 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-import tyro
+from experiments import extra
 
-from experiments.benchmark import bench, compiled, device, exactness
-from experiments.claims import (
-    activations,
-    batch_size,
-    convergence,
-    cost,
-    devices,
-    gradients,
-    initialization,
-    learning_rate,
-    noise,
-    placement,
-    recurrent,
-    regularization,
-    smoothness,
-)
-from experiments.demos import averaging, training
-from experiments.harness import data, readme, runtime, study
+try:
+    import tyro
+
+    from experiments.benchmark import bench, compiled, device, exactness
+    from experiments.claims import (
+        activations,
+        batch_size,
+        convergence,
+        cost,
+        devices,
+        gradients,
+        initialization,
+        learning_rate,
+        noise,
+        placement,
+        recurrent,
+        regularization,
+        smoothness,
+    )
+    from experiments.demos import averaging, training
+    from experiments.harness import data, readme, runtime, study
+except ModuleNotFoundError as error:
+    raise SystemExit(extra.message(error)) from None
 
 STUDIES: tuple[type[study.Study], ...] = (
     convergence.Convergence,
@@ -102,6 +107,9 @@ def main(args: list[str] | None = None) -> int:
         )
     except (OSError, data.InputError) as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:  # of a package that only some experiments import
+        print(extra.message(error), file=sys.stderr)
         return 2
     return 0
 

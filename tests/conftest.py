@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import os
+from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = os.environ.get("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
@@ -12,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 
+from bnjax.core.jax_internals import PLAIN
 from tests.support.compiling import unoptimized
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -20,6 +22,13 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # Compiling dominates a first example, so a deadline would measure the machine.
 hypothesis.settings.register_profile("bnjax", deadline=None, derandomize=True, max_examples=40)
 hypothesis.settings.load_profile("bnjax")
+
+
+def pytest_collection_modifyitems(items):
+    """Leave out what is not there: lowerings where the plain formulas were chosen, results in a source distribution."""
+    absent = ["lowerings"] * PLAIN + ["results"] * (not (Path(__file__).parents[1] / "experiments/results").is_dir())
+    for name in absent:
+        items[:] = [item for item in items if item.get_closest_marker(name) is None]
 
 
 def pytest_collection_finish(session):

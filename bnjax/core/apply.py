@@ -24,7 +24,7 @@ from jax import Array
 from bnjax.core import checks
 from bnjax.core.moments import Batch, batch_of, collect, wider
 from bnjax.core.normalize import normalize
-from bnjax.core.options import Options, canonical, checked
+from bnjax.core.options import Options, checked, fitted
 from bnjax.core.records import BNParams, BNState, Collected, Moments
 from bnjax.core.running import momentum_argument, update
 from bnjax.core.schedules import Momentum
@@ -118,11 +118,11 @@ def bn_apply(
       momentum: weight of the OLD value, in [0, 1], as in Flax and Keras (PyTorch's momentum is 1 minus it), or a
         function of `state.count` such as `cumulative_average` or `debiased(0.99)`.
       epsilon: number that is added to the variance, > 0.
-      mask: array of x's rank that broadcasts to it, boolean or weights >= 0; a negative weight or NaN is an error
-        where it is known, and 0 where only run time knows it. Only the ratios
-        of weights count, and their sum must be finite in float32. Masked elements (weight 0), even NaN, do not affect
-        any other element, nor the statistics. They are normalized like the others; a masked element whose output is
-        not finite is a constant to derivatives. The mask is not differentiated.
+      mask: array of x's rank that broadcasts to it, boolean or weights >= 0. A negative weight is an error, or 0 where
+        only run time knows it. Only the ratios of weights count, and their sum must be finite in float32. Masked
+        elements (weight 0), even NaN, do not affect any other element, nor the statistics. They are normalized like the
+        others; a masked element whose output is not finite is treated as a constant when differentiating. The mask is
+        not differentiated.
       axis_name: mapped axis, or several, whose devices or examples share statistics, merged by weight. The forward
         pass gathers 3 x features numbers (5 with real-valued weights), the backward pass has one psum of 2 x features.
         Under `vmap` each example is read around the mean of its own first sixteenth.
@@ -136,9 +136,11 @@ def bn_apply(
 
     A feature with fewer than two valid values, or with statistics that are not finite, keeps its state and count. With
     one valid value var is 0, so that this value becomes `bias`. With none, the feature is normalized by the running
-    statistics (by mean 0 and var 1 if state is None). A valid NaN or infinity shows in the output of its feature. In
-    evaluation by running statistics, axis_name has no effect, and the mask affects derivatives alone: masked elements
-    whose output is not finite do not enter them.
+    statistics (by mean 0 and var 1 if state is None). A valid NaN or infinity gives NaN in the output and gradient of
+    its feature. So does, under every transform, a variance that exceeds a quarter of the largest number divided by the
+    number of values n (in float32 a standard deviation above 9e18 / sqrt(n)). In evaluation by running statistics,
+    axis_name has no effect, and the mask affects only derivatives: masked elements whose output is not finite do not
+    enter them.
 
     Raises:
       TypeError, ValueError: while tracing, for shapes, dtypes and Python values that do not fit; the message names
@@ -180,7 +182,7 @@ def apply(
     `earlier` are the moments of other parts of one larger batch. They are merged with the moments of this part: the
     state absorbs all of them, and all of them are returned. The output is normalized by the moments of this part.
     """
-    options = canonical(options, x, mask)
+    options = fitted(options, x, mask)
     momentum = momentum_argument(options.call, momentum, state, options.train)
     return compiled_apply(params, state, x, mask, momentum, earlier, options=options)
 
@@ -211,9 +213,8 @@ def compiled_apply(
 
 def validate(params: Any, state: BNState | None, x: Array, mask: Array | None, options: Options) -> Batch:
     """The batch to normalize, after all arguments have been checked."""
-    checks.inexact(options.call, "x", x)
     features = checks.feature_axes(options.call, x, options.axis)
-    checks.variables(options.call, params, state, x, features)
+    checks.variables(options.call, params, state, x, features, options.axis)
     checks.weights(options.call, mask, x)
     if options.train or state is None:
         checks.bound_axes(options.call, options.axis_names, options.axis_index_groups)
@@ -239,6 +240,7 @@ def choose_statistics(moments: Moments, state: BNState | None, batch: Batch) -> 
     return select(some, mean, sharded_as(mean, running_mean)), select(some, var, sharded_as(var, running_var))
 
 
+@jax.named_scope("bnjax.normalize")
 def normalize_by(
     mean: Array, var: Array, scale: Array | None, bias: Array | None, batch: Batch, options: Options
 ) -> Array:

@@ -27,6 +27,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from bnjax.core.checkpoint import named
+from bnjax.core.domains import Over, returned
 from bnjax.core.jax_internals import PlatformFunction
 from bnjax.core.records import Moments
 from bnjax.core.reductions import FORWARD_SLABS, cut, two_sums
@@ -51,25 +52,25 @@ def two_read_moments(x: Array, weight: Array | None, axes: tuple[int, ...]) -> M
     return moments._replace(weight=named(moments.weight * unit))
 
 
-def merged_moments(parts: Moments, axes: tuple[int, ...]) -> Moments:
-    """The moments of all elements of the parts along `axes` (Chan, Golub & LeVeque, 1983).
+def merged_moments(parts: Moments, over: Over) -> Moments:
+    """The moments of all elements of the parts along axes, or of each domain (Chan, Golub & LeVeque, 1983).
 
     The variance of the whole is the variance of the parts' means plus the mean of the parts' variances.
     """
-    weight, unit = relative(parts.weight, axes)
-    between = _two_reads(parts.mean, weight, axes)
-    within = divided(weighted_sum(parts.var, weight, axes), between.weight)
+    weight, unit = relative(parts.weight, over)
+    between = _two_reads(parts.mean, weight, over)
+    within = divided(weighted_sum(parts.var, weight, over), between.weight)
     return Moments(named(between.weight * unit), between.mean, between.var + within)
 
 
-def _two_reads(x, weight, axes):
-    plain = weighted_sum(x, weight, axes)
-    total = named(total_weight(x.shape, weight, axes, like=plain))
+def _two_reads(x, weight, over):
+    plain = weighted_sum(x, weight, over)
+    total = named(total_weight(x.shape, weight, over, like=plain))
     # The plain mean carries the rounding of a plain sum. The sums around it are near 0, and so is their rounding.
     plain_mean = named(divided(plain, total))
-    centered = x - jnp.expand_dims(plain_mean, axes)
-    offset = named(divided(weighted_sum(centered, weight, axes), total))
-    var = _variance(divided(weighted_sum(abs_square(centered), weight, axes), total), offset)
+    centered = x - returned(plain_mean, over)
+    offset = named(divided(weighted_sum(centered, weight, over), total))
+    var = _variance(divided(weighted_sum(abs_square(centered), weight, over), total), offset)
     # Rounding may leave `var` below 0. Not jnp.maximum, whose derivative is a half at 0 and nothing below.
     return Moments(total, plain_mean + offset, var - lax.stop_gradient(jnp.minimum(var, 0)))
 

@@ -175,15 +175,14 @@ def weights(call: str, mask: Any, x: Array) -> None:
 
 
 def known_weights(call: str, mask: Any) -> None:
-    """Check that real weights are finite and not negative, where they are known: outside of compiled functions."""
-    if not isinstance(mask, Array | np.ndarray) or not jnp.issubdtype(mask.dtype, jnp.number) or np.iscomplexobj(mask):
+    """Check that real-valued weights are numbers of 0 or more, where they are known before the call is compiled."""
+    if not hasattr(mask, "dtype") or jnp.issubdtype(mask.dtype, jnp.bool_) or jnp.iscomplexobj(mask):
         return
-    weights = known(mask) if isinstance(mask, Array) else mask
-    if weights is not None and not np.all((weights >= 0) & (weights < math.inf)):
-        wrong = weights[~((weights >= 0) & (weights < math.inf))]
+    numbers = known(mask) if isinstance(mask, Array) else np.asarray(mask)
+    if numbers is not None and not np.all(numbers >= 0):
         raise ValueError(
-            f"{call}(mask=...): expected booleans or finite weights >= 0, got {wrong.flat[0]} among them. Pass "
-            "mask > 0 to leave elements out, or jnp.maximum(mask, 0) if rounding made them negative."
+            f"{call}(mask=...): expected booleans or weights of 0 or more, got {numbers[~(numbers >= 0)][0]}. Pass how "
+            "much each element counts; 0 leaves it out."
         )
 
 
@@ -222,14 +221,17 @@ def known(values: Array) -> np.ndarray | None:
     return None if unknown else np.asarray(jax.device_get(values))
 
 
-def momentum(call: str, value: Any) -> tuple[Any, Any]:
-    """The momentum and its complement, both in [0, 1]; a momentum that only run time knows is clamped."""
+def momentum(call: str, value: Any, *, clamped: bool = False) -> tuple[Any, Any]:
+    """The momentum and its complement, both in [0, 1]; an array is clamped if only run time knows it, or if asked for.
+
+    Looking into an array makes the host wait for it. Our own schedules stay in [0, 1] and spare eager calls that wait.
+    """
     if isinstance(value, np.ndarray) and value.ndim:
         value = jnp.asarray(value)
     if isinstance(value, Array):
         if not (jnp.issubdtype(value.dtype, jnp.floating) or jnp.issubdtype(value.dtype, jnp.integer)):
             raise TypeError(f"{call}(momentum=...): expected real numbers, got {value.dtype}.")
-        numbers = known(value)
+        numbers = None if clamped else known(value)
         if numbers is None:
             value = jnp.where(value < 0, 0, jnp.where(value > 1, 1, value))
         elif not np.all((numbers >= 0) & (numbers <= 1)):
@@ -261,7 +263,7 @@ def rate(call: str, rate: tuple[Any, Any], like: Array) -> None:
         )
 
 
-def variables(call: str, params: Any, state: Any, x: Array, features: tuple[int, ...]) -> None:
+def variables(call: str, params: Any, state: Any, x: Array, features: tuple[int, ...], axis: Axis) -> None:
     """Check that scale, bias and running statistics fit `x` and its features, and are complex only if `x` is."""
     for name, value, fields in ("params", params, ("scale", "bias")), ("state", state, ("mean", "var", "count")):
         if not (value is None and name == "state") and not all(hasattr(value, field) for field in fields):
@@ -275,7 +277,6 @@ def variables(call: str, params: Any, state: Any, x: Array, features: tuple[int,
     for name, value in arrays.items():
         inexact(call, name, value)
     shape = tuple(x.shape[a] for a in features)
-    axis = -1 if features == (x.ndim - 1,) else _text(features)
     named = {"scale": params.scale, "bias": params.bias}
     for name, value in named.items():
         if value is not None and np.shape(value) != shape and not _broadcasts(value, x):
@@ -286,7 +287,8 @@ def variables(call: str, params: Any, state: Any, x: Array, features: tuple[int,
             )
     if state is not None:
         for name, value in state._asdict().items():
-            if np.shape(value) != shape:
+            one_count = name == "count" and not np.ndim(value)  # for all features, as PyTorch counts
+            if np.shape(value) != shape and not one_count:
                 raise ValueError(
                     f"{call}(x=...): x has shape {x.shape} and so features {shape} on axis {axis}, but state.{name} "
                     f"has shape {np.shape(value)}. Pass the axis that bn_init was given, or initialize with "

@@ -1,40 +1,37 @@
 """Everything that bnjax uses of JAX and that JAX does not promise to keep.
 
 JAX promises the documented functions of `jax`, `jax.numpy` and `jax.lax`. The names below lie outside that promise, so
-that they are used in this module alone. Where JAX has lost one of them, the plain formula runs in its place: results
-stay exact, and only what is said here is lost.
+that they are used only in this module:
 
 `jax.extend.core.Primitive`, `jax.interpreters.ad`, `.batching`, `.mlir`
-    Why: a function with a lowering of its own on CPU and on CUDA GPUs, with a transpose that reads `x` and not
-    `x - mean`, and with one conditional for several models under `vmap`.
-    Without them: XLA lowers the plain formula, which is slower on CPU and moves more memory on a GPU.
-    What may replace them: `jax.lax.platform_dependent`, when it can tell how many devices hold an array.
+    A function with a lowering of its own on CPU and on CUDA GPUs, with a transpose that reads `x` and not `x - mean`,
+    and with one conditional for several models under `vmap`.
 
 `mlir.ShardingContext`, `mlir.SPMDAxisContext`
-    Why: they tell a lowering whether one device holds the whole array, since slabs of a sharded array would be
-    communication.
-    Without them: the lowering on CPU is the plain one.
+    They tell a lowering whether one device holds the whole array, since slabs of a sharded array would be
+    communication. `jax.lax.platform_dependent` may replace them when it can tell how many devices hold an array.
 
 `jax.experimental.jet`, `jax.extend.core.primitives.name_p`
-    Why: the table of rules of `jet` takes one for each of our primitives. It gets one for the names that
-    `jax.ad_checkpoint.checkpoint_name` gives, which it does not know, when `jet` first meets one of ours: importing
-    bnjax changes nothing of JAX's own.
-    Without them: there are no Taylor series through batch normalization.
+    The table of rules of `jet` takes one for each of our primitives, and one for the names that
+    `jax.ad_checkpoint.checkpoint_name` gives, which it does not know. Importing bnjax adds only the former. Without
+    `jet` there are no Taylor series.
 
-`jax.sharding.get_abstract_mesh().manual_axes`
-    Why: it tells the axes of a mesh, which `shard_map` and `pmap` map, from axes of `vmap`. Only the former have
-    collectives, and those take a type for results that are replicated.
-    Without it: every axis is treated as one of `vmap`, and `shard_map` needs `check_vma=False`.
+With the environment variable BNJAX_PLAIN=1, or where JAX has lost the primitives, the plain formula runs everywhere.
+Its results are as exact. It takes more time on CPU, and moves more memory on a GPU.
 """
 
 import functools
 import importlib
+import os
+import warnings
 from collections.abc import Callable, Hashable
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+PLAIN: bool = os.environ.get("BNJAX_PLAIN", "0") not in ("", "0")
 
 
 def _module(name: str) -> Any:
@@ -50,7 +47,18 @@ ad: Any = _module("jax.interpreters.ad")
 batching: Any = _module("jax.interpreters.batching")
 mlir: Any = _module("jax.interpreters.mlir")
 jet: Any = _module("jax.experimental.jet")
-HAS_PRIMITIVES = None not in (Primitive, ad, batching, mlir)
+name_p: Any = getattr(_module("jax.extend.core.primitives"), "name_p", None)
+
+
+@functools.cache
+def _say_that_plain_formulas_run(reason: str) -> None:
+    warnings.warn(
+        f"bnjax: jax {jax.__version__} does not take the lowerings of bnjax ({reason}), so that plain formulas run. "
+        "Results are as exact, but take more time on CPU and more memory traffic on a GPU. Set BNJAX_PLAIN=1 to choose "
+        "them without this warning.",
+        RuntimeWarning,
+        stacklevel=2,
+    )
 
 
 class PlatformFunction:
@@ -89,7 +97,12 @@ class PlatformFunction:
         self.taylor: Callable[..., Any] = taylor or plain
         self.linear = linear
         self.first_is_full = first_is_full
-        self.primitive: Any = self._registered(Primitive(name)) if HAS_PRIMITIVES else None
+        self.primitive: Any = None
+        if not PLAIN:
+            try:
+                self.primitive = self._registered(Primitive(name))
+            except (AttributeError, TypeError) as error:  # also what is None above
+                _say_that_plain_formulas_run(str(error))
 
     def __call__(self, *arrays: Any, axes: tuple[int, ...]) -> tuple[Any, ...]:
         if self.primitive is None:
@@ -147,7 +160,9 @@ class PlatformFunction:
         return mlir.lower_fun(rule, multiple_results=True)(context, *arrays, axes=axes)
 
     def _jet(self, primals, terms, *, axes):
-        _let_names_pass_through_jet()
+        # A name for `jax.checkpoint` is the identity, so that its result has the Taylor series of its argument. What we
+        # name has gone through one of these functions, so that the rule is there in time without an import adding it.
+        jet.jet_rules.setdefault(name_p, lambda primals, terms, **params: (*primals, *terms))
         return jet.jet(partial(self.taylor, axes=axes), primals, terms, factorial_scaled=False)
 
 
@@ -166,20 +181,11 @@ def _transpose(linear, transposed, cotangents, *arguments, axes):
 
 def _on_one_device(context):
     """Whether the arrays being lowered are on one device: the only one, or each device's own part of a shard_map."""
-    sharding, manual = (getattr(mlir, name, ()) for name in ("ShardingContext", "SPMDAxisContext"))
-    if isinstance(context, sharding):
+    if isinstance(context, mlir.ShardingContext):
         return context.num_devices == 1
-    return isinstance(context, manual) and context.manual_axes == frozenset(context.mesh.axis_names)
+    return isinstance(context, mlir.SPMDAxisContext) and context.manual_axes == frozenset(context.mesh.axis_names)
 
 
 def mesh_axes() -> frozenset[Hashable]:
     """The named axes of a mesh that `shard_map` or `pmap` maps where this is called."""
-    mesh = getattr(jax.sharding, "get_abstract_mesh", lambda: None)()
-    return frozenset(getattr(mesh, "manual_axes", ()))
-
-
-def _let_names_pass_through_jet():
-    """A name for `jax.checkpoint` is the identity, so that its result has the Taylor series of its argument."""
-    name_p = getattr(_module("jax.extend.core.primitives"), "name_p", None)
-    if None not in (jet, name_p):
-        jet.jet_rules.setdefault(name_p, lambda primals, terms, **params: (*primals, *terms))
+    return frozenset(jax.sharding.get_abstract_mesh().manual_axes)

@@ -22,15 +22,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jax.core import Tracer
 
 from bnjax.core import checks
 from bnjax.core.array_moments import guarded_moments, merged_moments, two_read_moments, unguarded_moments
 from bnjax.core.checkpoint import named
 from bnjax.core.collectives import Groups, gather, kinds_of_axes, sum_over
+from bnjax.core.domains import Domains, summed
 from bnjax.core.records import Collected, Moments, Support
 from bnjax.core.reductions import sums
-from bnjax.core.sharding import placed_as, sharded_as
+from bnjax.core.sharding import sharded_as
 from bnjax.core.weights import (
     divided,
     is_real,
@@ -98,9 +98,8 @@ def batch_moments(
     Args:
       x: floating or complex, any shape.
       axis: the feature axis of `x`, or several; the result has their sizes in increasing axis order.
-      mask: array of x's rank that broadcasts to it, boolean or weights >= 0; a negative weight or NaN is an error
-        where it is known, and 0 where only run time knows it. Masked elements,
-        even NaN, do not affect the result. The mask is not differentiated.
+      mask: array of x's rank that broadcasts to it, boolean or weights >= 0. A negative weight is an error, or 0 where
+        only run time knows it. Masked elements, even NaN, do not affect the result. The mask is not differentiated.
       axis_name: mapped axis, or several, whose devices or examples share their statistics. One collective gathers
         3 x features numbers a device (5 with real-valued weights); the derivative has one psum of 2 x features.
       axis_index_groups: groups of indices as in `jax.lax.psum`; each group has its own moments.
@@ -121,10 +120,10 @@ def batch_moments(
     """
     checks.inexact("batch_moments", "x", x)
     checks.known_weights("batch_moments", mask)
-    axis = checks.feature_axes("batch_moments", x, axis)
+    features = checks.feature_axes("batch_moments", x, axis)
     names = checks.axis_names("batch_moments", axis_name)
     groups = checks.index_groups("batch_moments", axis_index_groups)
-    return _batch_moments(x, mask, features=axis, names=names, groups=groups)
+    return _batch_moments(x, mask, features=features, names=names, groups=groups)
 
 
 @partial(jax.jit, static_argnames=("features", "names", "groups"), inline=True)
@@ -140,25 +139,19 @@ def merge_moments(*moments: Moments) -> Moments:
         weight = sum_i weight_i        mean = sum_i weight_i mean_i / weight
         var = sum_i weight_i (var_i + |mean_i - mean|^2) / weight          (Chan, Golub & LeVeque, 1983)
 
-    Merging is associative and commutative up to rounding; moments of weight 0 have no effect.
-
-    A float32 weight holds integers to 2^24. A part that is smaller than half of the last digit of the total, such as
-    one row merged into 2^24, leaves the total's weight as it is, so that its mean is an exponential average from there
-    on. Merge small parts with each other first, and parts of similar size, or use moments in float64.
+    Merging is associative and commutative up to rounding; moments of weight 0 have no effect. A float32 weight counts
+    to 2^24: elements that are merged one at a time into more than that are lost, with a warning where the weights are
+    known. Merge batches of elements, or small parts with each other first.
 
     Args:
-      *moments: one or more `Moments`, of equal shapes. They may lie on different devices: the result lies where the
-        first part does that was put on devices.
+      *moments: one or more `Moments`, of equal shapes.
 
     Returns:
       Moments of that shape, in the dtypes that theirs promote to.
 
-    Warns:
-      UserWarning: if the weights are known and a part of weight 1 or more is lost in the total.
-
     Raises:
       TypeError: for an argument that is not `Moments`.
-      ValueError: without arguments, or if shapes differ.
+      ValueError: without arguments, if shapes differ, or if the moments lie on different devices.
 
     Example:
       >>> import jax.numpy as jnp
@@ -178,27 +171,29 @@ def merge_moments(*moments: Moments) -> Moments:
             f"merge_moments(...): expected one or more moments of one shape, got {len(moments)} with shapes "
             f"{sorted(shapes)}. Merge moments of the same features."
         )
-    parts = [Moments(*map(jnp.asarray, m)) for m in moments]
-    like = next((m for m in parts if not isinstance(m.mean, Tracer) and m.mean.committed), parts[0])
-    parts = [Moments(*map(placed_as, like, m)) for m in parts]
-    stacked = Moments(*map(jnp.stack, zip(*parts, strict=True)))
-    _check_weights_add_up(stacked.weight)
-    return merged_moments(stacked, (0,))
+    _warn_of_lost_counts([m.weight for m in moments])
+    try:
+        parts = Moments(*(jnp.stack([sharded_as(leaf[0], v) for v in leaf]) for leaf in zip(*moments, strict=True)))
+    except ValueError as error:
+        raise ValueError(
+            f"merge_moments(...): the moments cannot be put together ({str(error).splitlines()[0]}). Put all of them "
+            "on the same devices first: jax.device_put(moments, sharding)."
+        ) from error
+    return merged_moments(parts, (0,))
 
 
-def _check_weights_add_up(weights):
-    """Warn if the sum of known weights is the largest of them although the others add up to 1 or more."""
-    known = checks.known(weights)
-    if known is None or not known.size:
+def _warn_of_lost_counts(weights):
+    """Warn of a number of elements that is too small to change the sum of all, where the weights are known."""
+    known = [checks.known(jnp.asarray(weight)) for weight in weights]
+    numbers = np.asarray([weight for weight in known if weight is not None])
+    if len(numbers) < len(weights):
         return
-    largest = known.max(0)
-    others = known.astype(float).sum(0) - largest
-    lost = (others >= 1) & ((largest + others).astype(known.dtype) == largest)
+    total = np.sum(numbers, 0, dtype=numbers.dtype)
+    lost = (numbers >= 1) & (numbers <= np.spacing(total) / 2)
     if lost.any():
         warnings.warn(
-            f"merge_moments(...): a weight of {others[lost].max():.9g} is lost in a total of "
-            f"{largest[lost].max():.9g}, because {known.dtype} does not hold their sum. Merge the small parts with "
-            "each other first, or use moments in float64.",
+            f"merge_moments(...): a weight of {numbers[lost][0]:g} is lost beside {total.max():g}, because the next "
+            f"{total.dtype} is further away. Merge small parts with each other first.",
             stacklevel=3,
         )
 
@@ -210,8 +205,15 @@ class Reading(NamedTuple):
     guarded: bool
 
 
+@jax.named_scope("bnjax.moments")
 def collect(
-    batch: Batch, names: tuple[Hashable, ...], groups: Groups, *, shift: Array | None = None, sharded: bool = True
+    batch: Batch,
+    names: tuple[Hashable, ...],
+    groups: Groups,
+    *,
+    shift: Array | None = None,
+    sharded: bool = True,
+    domains: Domains | None = None,
 ) -> Collected:
     """The moments of a batch and their support, over the named axes too.
 
@@ -221,6 +223,8 @@ def collect(
       shift: a guess of the mean, of the shape of the features, such as the running mean; None is 0. It changes how
         often `x` is read, never the result.
       sharded: whether the reduced axes may be sharded over devices.
+      domains: the domains that the examples belong to, for the moments of each. The examples are then one of the
+        feature axes of the batch, and in the result the domains are the first axis.
     """
     x, axes = batch.x, batch.axes
     on_mesh, on_vmap = kinds_of_axes(names, groups)
@@ -229,20 +233,35 @@ def collect(
     shift = shift if jnp.iscomplexobj(x) else shift.real
     shift = sharded_as(x, jnp.expand_dims(lax.stop_gradient(shift).astype(x.dtype), axes))
     reading = Reading(batch.dtype, guarded=sharded and not on_vmap)
-    collected = _collect(x, batch.mask, shift, axes, on_mesh, groups if on_mesh else None, reading)
+    collected = _collect(x, batch.mask, shift, domains, axes, on_mesh, groups if on_mesh else None, reading)
     if on_vmap:
         # Merged outside the custom JVP, because the names of vmap axes are unbound when jit traces that rule. No data
         # move along these axes, so that autodiff may transpose the merge as it likes.
         collected = named(_merge_over(collected, on_vmap, groups, is_real(batch.mask)))
-    return collected
+    return _overflow_as_nan(collected, is_real(batch.mask))
 
 
-def merge_parts(parts: Collected, axis: int) -> Collected:
-    """The moments and the support of all parts of a batch, which lie along an array axis."""
-    moments = merged_moments(parts.moments, (axis,))
-    weight, unit = relative(parts.moments.weight, (axis,))
-    own = divided(weighted_sum(parts.support.mean_weight, weight, (axis,)), moments.weight / unit)
-    return Collected(moments, Support(jnp.sum(parts.support.valid, axis), own))
+def _overflow_as_nan(collected: Collected, weighted: bool) -> Collected:
+    """The moments with NaN for a variance whose sum of squares, valid elements x var, is near the end of the range.
+
+    Some ways of reading x overflow to infinity there, others to NaN, and others not yet. Normalized by an infinite
+    variance, a feature would silently become `bias`. Below the limit 1 / (valid x var), a factor of the gradient, is a
+    normal number.
+    """
+    weight, _, var = collected.moments
+    # Both are the number of elements without real-valued weights. The weight is a residual of the backward pass anyway.
+    valid = collected.support.valid if weighted else weight
+    var = jnp.where(valid * var <= jnp.finfo(var.dtype).max / 4, var, jnp.nan)
+    return collected._replace(moments=collected.moments._replace(var=var))
+
+
+def merge_parts(parts: Collected, axis: int | Domains) -> Collected:
+    """The moments and the support of all parts of a batch, which lie along an array axis, or of each domain."""
+    over = (axis,) if isinstance(axis, int) else axis
+    moments = merged_moments(parts.moments, over)
+    weight, unit = relative(parts.moments.weight, over)
+    own = divided(weighted_sum(parts.support.mean_weight, weight, over), moments.weight / unit)
+    return Collected(moments, Support(summed(parts.support.valid, over), own))
 
 
 def merge_together(*parts: Collected) -> Collected:
@@ -261,12 +280,12 @@ def merge_over_axes(collected: Collected, names: tuple[Hashable, ...], groups: G
 def autodiff_collect(batch: Batch, names: tuple[Hashable, ...] = (), groups: Groups = None) -> Collected:
     """`collect` by two reads, without its derivative rule: the tests' oracle for that rule."""
     moments = two_read_moments(batch.x, batch.mask, batch.axes)
-    collected = Collected(moments, _support(moments.weight, batch.x.shape, batch.mask, batch.axes))
+    collected = Collected(moments, support_of(moments.weight, batch.x.shape, batch.mask, batch.axes))
     return _merge_over(collected, names, groups, is_real(batch.mask)) if names else collected
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(3, 4, 5, 6))
-def _collect(x, mask, shift, axes, names, groups, reading):
+@partial(jax.custom_jvp, nondiff_argnums=(4, 5, 6, 7))
+def _collect(x, mask, shift, domains, axes, names, groups, reading):
     """`collect` over mesh axes."""
     elements = math.prod(x.shape[a] for a in axes)
     one_element = isinstance(elements, int) and elements < 2
@@ -276,7 +295,9 @@ def _collect(x, mask, shift, axes, names, groups, reading):
         weights = () if mask is None else (mask,)
         read = guarded_moments if reading.guarded else unguarded_moments
         moments = Moments(*read(x.astype(reading.dtype), shift, *weights, axes=axes))
-    collected = Collected(moments, _support(moments.weight, x.shape, mask, axes))
+    collected = Collected(moments, support_of(moments.weight, x.shape, mask, axes))
+    if domains is not None:
+        collected = _of_each_domain(collected, domains, is_real(mask))
     return _merge_over(collected, names, groups, is_real(mask)) if names else collected
 
 
@@ -284,23 +305,30 @@ def _collect(x, mask, shift, axes, names, groups, reading):
 def _collect_jvp(axes, names, groups, reading, primals, tangents):
     # dmean = E[dx] and dvar = 2 E[Re(conj(x - mean) dx)]. The shift that the sums were taken around drops out, and the
     # two sums transpose to one elementwise pass. They travel in one psum, forward and, transposed, backward.
-    x, mask, _ = primals
+    # With domains, sums over one are sums over its examples of sums over the other axes.
+    x, mask, _, domains = primals
     collected = named(_collect(*primals, axes, names, groups, reading))
     dx, *_ = tangents
     weight, mean, _ = collected.moments
-    mean = jnp.expand_dims(mean, axes)
+
+    def at_elements(v):
+        return jnp.expand_dims(v if domains is None else domains.rows(v), axes)
+
+    mean = at_elements(mean)
     if mask is not None:
         x = jnp.where(valid(mask, x), x, mean)  # a masked NaN times a zero cotangent would be a NaN
     total = nonzero(weight)
     if is_real(mask):  # products with large or small weights may leave the floating range, those with shares do not
-        mask, total = mask / jnp.expand_dims(total, axes), jnp.ones_like(total)
+        mask, total = mask / at_elements(total), jnp.ones_like(total)
     both = [jnp.squeeze(t, axes).astype(x.dtype) for t in sums(weigh(mask, dx), x, mean, axes)]
+    if domains is not None:
+        both = [domains.sum(t) for t in both]
     dmean, dvar = (t / total.astype(x.dtype) for t in sum_over(both, names, groups))
     dmoments = Moments(jnp.zeros_like(weight), dmean, 2 * dvar.real)
     return collected, Collected(dmoments, jax.tree.map(jnp.zeros_like, collected.support))
 
 
-def _support(weight, shape, mask, axes):
+def support_of(weight: Array, shape: tuple[int, ...], mask: Any, axes: tuple[int, ...]) -> Support:
     """The support of an array of this shape whose mask sums up to `weight`."""
     if not is_real(mask):
         return _unit_support(weight)
@@ -322,4 +350,12 @@ def _merge_over(collected, names, groups, weighted):
     if weighted:
         return merge_parts(gather(collected, names, groups), 0)
     moments = merged_moments(gather(collected.moments, names, groups), (0,))
+    return Collected(moments, _unit_support(moments.weight))
+
+
+def _of_each_domain(collected, domains, weighted):
+    """The moments and support of each domain's examples together."""
+    if weighted:
+        return merge_parts(collected, domains)
+    moments = merged_moments(collected.moments, domains)
     return Collected(moments, _unit_support(moments.weight))

@@ -26,16 +26,6 @@ class Options(NamedTuple):
     dtype: Any
 
 
-def canonical(options: Options, x: Any, mask: Any) -> Options:
-    """The options with the feature axes of `x` in one spelling, so that all spellings share one compiled program.
-
-    It is called outside of the compiled function, where the weights of a mask may be known, and are checked.
-    """
-    checks.inexact(options.call, "x", x)
-    checks.known_weights(options.call, mask)
-    return options._replace(axis=checks.feature_axes(options.call, x, options.axis))
-
-
 def checked(
     call: str,
     train: bool,
@@ -62,3 +52,14 @@ def checked(
         collect,
         dtype,
     )
+
+
+def fitted(options: Options, x: Any, mask: Any) -> Options:
+    """The options for this array, with its feature axes in one spelling, so that equal calls share a compiled program.
+
+    A mask is looked into here, since its values are known to an eager call but not inside of the compiled function.
+    """
+    checks.inexact(options.call, "x", x)
+    checks.known_weights(options.call, mask)
+    axes = checks.feature_axes(options.call, x, options.axis)
+    return options._replace(axis=axes[0] if len(axes) == 1 else axes)

@@ -10,16 +10,8 @@ T = TypeVar("T")
 
 
 def serializable(record: type[T]) -> type[T]:
-    """Let `jax.export` serialize functions that take or return this named tuple.
-
-    JAX keeps the first registration of a name, also where the module is reloaded and the class is another.
-    """
-    try:
-        return jax.export.register_namedtuple_serialization(record, serialized_name=f"bnjax.{record.__name__}")
-    except ValueError as error:
-        if "Duplicate" not in str(error):
-            raise
-        return record
+    """Let `jax.export` serialize functions that take or return this named tuple."""
+    return jax.export.register_namedtuple_serialization(record, serialized_name=f"bnjax.{record.__name__}")
 
 
 @serializable

@@ -7,28 +7,28 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 
 from bnjax.core import checks
 from bnjax.core.moments import merge_together, wider
 from bnjax.core.options import Options
 from bnjax.core.records import BNState, Collected
-from bnjax.core.schedules import cumulative_average, debiased, scheduled
+from bnjax.core.schedules import at_count, cumulative_average, debiased
 from bnjax.core.sharding import select, sharded_as
 
 
 def momentum_argument(call: str, momentum: Any, state: Any, train: bool) -> tuple[Any, Any]:
-    """The weights of the old value and of the new one, at the count of the state, for a compiled function."""
-    ours = debiased(1.0) if momentum is cumulative_average else momentum
-    if isinstance(ours, debiased):
-        return scheduled(call, "momentum", ours.weights, state, train, (0.0, 1.0))
-    return checks.momentum(call, scheduled(call, "momentum", momentum, state, train, 0.0))
+    """The weights of the old value and of the new one, numbers that are arguments of a compiled function."""
+    number = at_count(call, "momentum", momentum, state, train, unused=1.0)
+    return checks.momentum(call, number, clamped=momentum is cumulative_average or isinstance(momentum, debiased))
 
 
+@jax.named_scope("bnjax.running")
 def update(
     state: BNState | None,
     batch: Collected,
     earlier: Collected | None,
-    momentum: tuple[Any, Any],
+    weights: tuple[Any, Any],
     options: Options,
     std_epsilon: float | None = None,
 ) -> tuple[BNState | None, Collected | None]:
@@ -40,8 +40,8 @@ def update(
     if earlier is not None:
         batch = merge_together(earlier, batch)
     if state is not None:
-        checks.rate(options.call, momentum, state.count)
-        state = absorb(state, batch, momentum, options.unbiased_var, std_epsilon)
+        checks.rate(options.call, weights, state.mean)
+        state = absorb(state, batch, weights, options.unbiased_var, std_epsilon)
     return state, batch if options.collect else None
 
 
@@ -50,7 +50,8 @@ def absorb(
 ) -> BNState:
     """`state` after one update, in its own dtypes. A feature without enough information stays as it is.
 
-    Two valid values whose statistics are finite are enough.
+    Two valid values whose statistics are finite are enough. A count without axes is one count of the whole layer, as
+    PyTorch's `num_batches_tracked` is: it counts the updates that any feature absorbed.
 
     Args:
       state: the running statistics.
@@ -66,27 +67,24 @@ def absorb(
         enough &= divisor > 0
         var = var * jnp.where(enough, weight / jnp.where(enough, divisor, 1), 1)
     enough &= jnp.isfinite(mean) & jnp.isfinite(var)
-    mean = _average(state.mean, mean, weights)
+    mean = average(state.mean, mean, weights)
     if std_epsilon is None:
-        var = _average(state.var, var, weights)
+        var = average(state.var, var, weights)
     else:
         dtype = wider(state.var.dtype, var.dtype)
         old, new = (jnp.sqrt(v.real.astype(dtype) + std_epsilon) for v in (state.var, var))
-        std = _average(old, new, weights)
+        std = average(old, new, weights)
         var = jnp.maximum(std * std - std_epsilon, 0)
+    absorbed = enough if state.count.ndim else jnp.any(enough)
     return BNState(
         select(enough, mean.astype(state.mean.dtype), state.mean),
         select(enough, var.astype(state.var.dtype), state.var),
-        state.count + (enough & (state.count < _largest(state.count.dtype))).astype(state.count.dtype),
+        state.count + (absorbed & (state.count < jnp.iinfo(state.count.dtype).max)).astype(state.count.dtype),
     )
 
 
-def _largest(dtype):
-    """The count that stays as it is: one more would be a negative number, and a schedule would start again."""
-    return jnp.iinfo(dtype).max if jnp.issubdtype(dtype, jnp.integer) else jnp.inf
-
-
-def _average(old, new, weights):
+def average(old: Array, new: Array, weights: tuple[Any, Any]) -> Array:
+    """The average of an old and a new value, whose weights add up to 1, in the wider dtype of the two."""
     dtype = wider(old.dtype, new.dtype)
     keep, take = (jnp.asarray(w).astype(dtype) for w in weights)
     excess = (keep - 1) + take  # both are rounded: without this a constant would drift by excess / take

@@ -1,15 +1,11 @@
 """Numbers that may be functions of the number of updates, like an optax schedule: the momentum, and bounds."""
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from math import log
 from typing import Any
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 
 from bnjax.core import checks
@@ -22,8 +18,8 @@ def cumulative_average(count: Array) -> Array:
 
         momentum = count / (count + 1)
 
-    This is PyTorch's `momentum=None`. From 2^24 updates on, where float32 cannot tell it from 1, the largest number
-    below 1 is returned. The weight of a new batch in the running statistics is 1 / (count + 1) nevertheless.
+    This is PyTorch's `momentum=None`. A weight that rounds to 1 is the largest number below 1 instead, so that in
+    float32 the average becomes an exponential one after 2^24 updates.
 
     Args:
       count: number of updates so far, as in `BNState.count`.
@@ -36,7 +32,9 @@ def cumulative_average(count: Array) -> Array:
       >>> bnjax.cumulative_average(jnp.array([0, 1, 3])).tolist()
       [0.0, 0.5, 0.75]
     """
-    return debiased(1.0)(count)
+    # As 1 - 1 / (count + 1), because count + 1 is count in float32 from 2^24 on. float64 is used where it is enabled.
+    momentum = 1 - 1 / (jnp.asarray(count).astype(float) + 1)
+    return jnp.minimum(momentum, 1 - jnp.finfo(momentum.dtype).epsneg)
 
 
 @dataclass(frozen=True)
@@ -67,25 +65,11 @@ class debiased:  # noqa: N801  a function with one parameter bound, which hashes
         object.__setattr__(self, "momentum", checks.momentum("debiased", value)[0])
 
     def __call__(self, count: Array) -> Array:
-        return self.weights(count)[0]
-
-    def weights(self, count: Array) -> tuple[Array, Array]:
-        """The weight of the old value and that of the new one, which a difference from 1 would round."""
-        rate = log(self.momentum) if self.momentum else 0.0
-        return _weights(jnp.asarray(count), rate, kind=self.momentum if self.momentum in (0, 1) else None)
-
-
-@partial(jax.jit, static_argnames="kind", inline=True)
-def _weights(count, rate, *, kind):
-    count = count.astype(float)  # float64 where that is enabled
-    if kind == 0:
-        new = jnp.ones_like(count)
-    elif kind == 1:
-        new = 1 / (count + 1)
-    else:  # (1 - momentum) / (1 - momentum^(t + 1)), in a form that loses no digit where momentum is near 1
-        new = jnp.expm1(rate) / jnp.expm1((count + 1) * rate)
-    # An old value of weight 1 would never change again.
-    return jnp.minimum(1 - new, 1 - float(jnp.finfo(new.dtype).epsneg)), new
+        if self.momentum in (0, 1):
+            return self.momentum * cumulative_average(count)
+        # 1 - momentum^t as -expm1(t log momentum): no digit is lost where momentum is near 1.
+        count = jnp.asarray(count).astype(float)
+        return self.momentum * jnp.expm1(count * log(self.momentum)) / jnp.expm1((count + 1) * log(self.momentum))
 
 
 @dataclass(frozen=True)
@@ -94,17 +78,21 @@ class linear_ramp:  # noqa: N801  a function with its parameters bound, which ha
 
         value = low + (high - low) clip((count - start) / (stop - start), 0, 1)
 
+    With start = stop it is a step: `low` before this count, `high` from it on.
+
     Args:
       low, high: the first and the last value.
-      start, stop: the counts of updates between which the value rises; start < stop.
+      start, stop: the counts of updates between which the value rises; start <= stop.
 
     Raises:
-      ValueError: unless start < stop.
+      ValueError: if start > stop.
 
     Example:
       >>> import bnjax, jax.numpy as jnp
       >>> bnjax.RENORM_R_MAX(jnp.array([0, 5_000, 22_500, 40_000, 50_000])).tolist()
       [1.0, 1.0, 2.0, 3.0, 3.0]
+      >>> bnjax.linear_ramp(1.0, 3.0, 40, 40)(jnp.array([39, 40])).tolist()
+      [1.0, 3.0]
     """
 
     low: float
@@ -113,72 +101,42 @@ class linear_ramp:  # noqa: N801  a function with its parameters bound, which ha
     stop: int
 
     def __post_init__(self) -> None:
-        if not self.start < self.stop:
-            raise ValueError(f"linear_ramp(start={self.start}, stop={self.stop}): expected start < stop.")
+        if not self.start <= self.stop:
+            raise ValueError(
+                f"linear_ramp(start={self.start}, stop={self.stop}): expected start <= stop. Pass the counts in order."
+            )
 
     def __call__(self, count: Array) -> Array:
-        start, length = self.start, float(self.stop - self.start)
-        exact = isinstance(start, int | np.integer) and abs(start) < 2**30
-        return _ramp(jnp.asarray(count), self.low, self.high, start if exact else float(start), length)
+        count = jnp.asarray(count).astype(float)
+        if self.start == self.stop:  # the quotient would be 0 / 0
+            return jnp.where(count < self.start, self.low, self.high).astype(count.dtype)
+        rise = jnp.clip((count - self.start) / (self.stop - self.start), 0, 1)
+        return self.low + (self.high - self.low) * rise
 
 
-@partial(jax.jit, inline=True)
-def _ramp(count, low, high, start, length):
-    # Integers are subtracted as such, since float32 holds them to 2^24 only.
-    integers = all(jnp.issubdtype(jnp.result_type(v), jnp.integer) for v in (count, start))
-    passed = count.astype(int if integers else float) - start
-    return low + (high - low) * jnp.clip(passed.astype(float) / length, 0, 1)
+def at_count(call: str, name: str, value: Any, state: Any, train: bool, unused: float) -> Any:
+    """The option `name`, a number or a function of the count of updates, as a number for this call.
 
-
-_EXAMPLES = {debiased: "bnjax.debiased(0.99)", linear_ramp: "bnjax.linear_ramp(1.0, 3.0, 5_000, 40_000)"}
-
-
-def scheduled(call: str, name: str, value: Any, state: Any, train: bool, unused: Any) -> Any:
-    """The number that an argument stands for: itself, or what it gives at the count of the state if it is a function.
-
-    The function is called here, outside of the compiled function, at every call. A function that was a static argument
-    would keep the value that it had when it was compiled, although the object that it is a method of may change; a
-    lambda in a loop would be compiled each time, and a function that holds arrays cannot be hashed.
-
-    Args:
-      call, name: what errors mention.
-      value: a number, or a function of the count of updates.
-      state: the running statistics, or None.
-      train: whether the number is used.
-      unused: the number in place of a function where there is nothing to call it with.
+    In evaluation, where no count is asked, a function gives the number `unused`.
+    A function is called here, where it is passed, and not where the compiled function is traced: a compiled function
+    would keep the value that a function had when it was first seen.
     """
     if not callable(value):
         return value
     if isinstance(value, type):
         raise TypeError(
-            f"{call}({name}=...): expected a number or a function of state.count, got the class {value.__name__}. "
-            f"Call it with its parameters: {name}={_EXAMPLES.get(value, value.__name__ + '(...)')}."
+            f"{call}({name}={value.__name__}): expected a number or a function of state.count, got the class itself. "
+            f"Call it with its arguments: {name}={_EXAMPLES.get(value, value.__name__ + '(...)')}."
         )
-    count = getattr(state, "count", None)
-    if not train or count is None or callable(count):  # a tuple's own method
+    if not train or not hasattr(state, "count"):
         return unused
-    try:
-        number = value(jnp.asarray(count))
-    except TypeError as error:
-        if _takes_one_argument(value):
-            raise
-        raise TypeError(_not_a_schedule(call, name, value, "which cannot be called with the count alone")) from error
+    number = value(jnp.asarray(state.count))
     if callable(number):
-        raise TypeError(_not_a_schedule(call, name, value, "which returns another function"))
+        raise TypeError(
+            f"{call}({name}={value!r}): of state.count it returned another function, {number!r}. Pass that function: "
+            "what makes a schedule has to be called with its options first."
+        )
     return number
 
 
-def _takes_one_argument(function):
-    try:
-        inspect.signature(function).bind(0)
-    except (TypeError, ValueError):  # ValueError: a built-in function without a signature
-        return False
-    return True
-
-
-def _not_a_schedule(call, name, value, what):
-    function = getattr(value, "__name__", type(value).__name__)
-    return (
-        f"{call}({name}=...): expected a number or a function of state.count, got {function}, {what}. Pass a function "
-        f"of one argument; if {function} makes schedules, the one that it makes: {name}={function}(...)."
-    )
+_EXAMPLES = {debiased: "bnjax.debiased(0.99)", linear_ramp: "bnjax.linear_ramp(1.0, 3.0, 5_000, 40_000)"}

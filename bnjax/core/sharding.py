@@ -8,7 +8,6 @@ import math
 import jax
 from jax import Array
 from jax import numpy as jnp
-from jax.core import Tracer
 
 
 def is_explicit(values: Array) -> bool:
@@ -23,13 +22,6 @@ def sharded_as(like: Array, values: Array) -> Array:
     sharding = jax.typeof(like).sharding
     spec = [None if n == 1 else name for n, name in zip(values.shape, sharding.spec, strict=True)]
     return jax.sharding.reshard(values, jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(*spec)))
-
-
-def placed_as(like: Array, values: Array) -> Array:
-    """`values`, of the shape of `like`, on its devices and sharded as it is; what is traced is sharded alike only."""
-    if isinstance(like, Tracer) or isinstance(values, Tracer):
-        return sharded_as(like, values)
-    return values if values.sharding == like.sharding else jax.device_put(values, like.sharding)
 
 
 def shards(values: Array, axis: int) -> int:

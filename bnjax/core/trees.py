@@ -5,7 +5,8 @@ The last part of a path names the variable: scale, bias, mean, var or count. A t
 tuples or NNX states.
 """
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -53,21 +54,74 @@ def collected(batch_moments: Any) -> dict[str, Collected]:
     }
 
 
+def others(variables: Mapping[str, Any], handled: Iterable[str]) -> list[str]:
+    """The layers that own a running mean and variance, under whatever names and in any collection, but are not handled.
+
+    Such is a project's own batch normalization, with a `running_mean` and a `running_var` say.
+    """
+    known = set(handled)
+    found: dict[str, None] = {}
+    for collection, tree in variables.items():
+        if collection != "batch_moments":
+            for layer, arrays in leaves(tree).items():
+                ranks = {name: getattr(array, "ndim", 0) for name, array in arrays.items()}
+                if layer not in known and owns_statistics(collection, ranks):
+                    found[layer] = None
+    return list(found)
+
+
+_MEAN = re.compile(r"(?<![a-z])(mean|mu)(?![a-z])")
+_SPREAD = re.compile(r"(?<![a-z])(var|variance|std|stddev|sigma)(?![a-z])")
+_RUNNING = re.compile(r"(?<![a-z])(running|moving|ra|ema|pop|population|average|avg)(?![a-z])")
+
+
+def owns_statistics(collection: str, ranks: Mapping[str, int]) -> bool:
+    """Whether variables of one module, by the rank of each name, hold a running mean and variance of features.
+
+    Plain names such as `mean` and `var` count in a collection of statistics only: elsewhere they may be parameters of a
+    distribution, or constants of a data set. Scalars, such as the statistics of a reward, have no features.
+    """
+    names = {re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower() for name, rank in ranks.items() if rank > 0}
+    means, spreads = ({rule.sub("", n) for n in names if rule.search(n)} for rule in (_MEAN, _SPREAD))
+    stems = means & spreads
+    return bool(stems) if "stat" in collection.lower() else any(_RUNNING.search(stem) for stem in stems)
+
+
+def named(layers: Iterable[str]) -> str:
+    """The names of layers, for a message."""
+    return ", ".join(layer or "the model itself" for layer in layers)
+
+
+def check_no_report(argument: str, tree: Any) -> None:
+    """Check that variables are not the report of a conversion, nor the pair of variables and report."""
+
+    def is_report(node):
+        return type(node).__module__.startswith("bnjax.interop.")
+
+    if is_report(tree) or (isinstance(tree, tuple | list) and any(map(is_report, tree))):
+        got = "the report of a conversion" if is_report(tree) else "the variables of a conversion and its report"
+        raise TypeError(
+            f"{argument}: got {got}. Take them apart, variables, report = from_torch_model(...), and pass the "
+            "variables."
+        )
+
+
 def check_collected(call: str, batch_stats: Any, batch_moments: Any) -> None:
     """Check that every layer with running statistics collected the moments of the batch."""
     given = collected(batch_moments)
     missing = [layer for layer in norms({}, batch_stats) if layer not in given]
     if missing:
         raise ValueError(
-            f"{call}: layers with running statistics that gave no moments of the batch: "
-            f"{', '.join(layer or 'the model itself' for layer in missing)}. "
-            "For a model written with Flax's BatchNorm use bnjax.linen.convert or bnjax.nnx.convert; for bnjax's, list "
-            "the collection batch_moments beside batch_stats in nn.scan and nn.vmap."
+            f"{call}: layers with running statistics that gave no moments of the batch: {named(missing)}. For a model "
+            "written with Flax's BatchNorm use bnjax.linen.convert or bnjax.nnx.convert. If convert(model, where=...) "
+            "left these layers out, convert its result once more without where=. Layers of other classes have to "
+            "compute through bnjax's. For bnjax's own, list the collection batch_moments beside batch_stats in nn.scan "
+            "and nn.vmap."
         )
 
 
 def _names(path):
-    whole = jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value")  # of an NNX variable
+    whole = jax.tree_util.keystr(path, simple=True, separator="/").lstrip("/").removesuffix("/value")  # of NNX
     layer, _, name = whole.rpartition("/")
     return layer, name
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from bnjax.core.checkpoint import named
+from bnjax.core.domains import Domains, Over, largest, returned, summed
 
 
 def is_real(weight: Any) -> TypeGuard[Array]:
@@ -31,16 +32,18 @@ def weigh(weight: Array | None, values: Array) -> Array:
     return jnp.where(valid(weight, values), weighed, 0)
 
 
-def sum_as(shape: tuple[int, ...], values: Array, axes: tuple[int, ...], like: Array) -> Array:
-    """The sum over `axes` of `values` as if they were broadcast to `shape`; sharded as `like`."""
-    repeats = math.prod(shape[a] for a in axes if values.shape[a] != shape[a])
-    return jnp.sum(values, axes) * repeats + lax.full_like(like, 0)
+def sum_as(shape: tuple[int, ...], values: Array, over: Over, like: Array) -> Array:
+    """The sum over axes or domains of `values` as if they were broadcast to `shape`; sharded as `like`."""
+    if isinstance(over, Domains):
+        return over.sum(jnp.broadcast_to(values, shape))
+    repeats = math.prod(shape[a] for a in over if values.shape[a] != shape[a])
+    return summed(values, over) * repeats + lax.full_like(like, 0)
 
 
-def total_weight(shape: tuple[int, ...], weight: Array | None, axes: tuple[int, ...], like: Array) -> Array:
+def total_weight(shape: tuple[int, ...], weight: Array | None, over: Over, like: Array) -> Array:
     """The sum of the weights of an array of this shape, per feature; real, and sharded as `like`."""
     ones = jnp.ones((1,) * len(shape) if weight is None else weight.shape, like.real.dtype)
-    return sum_as(shape, weigh(weight, ones), axes, like.real)
+    return sum_as(shape, weigh(weight, ones), over, like.real)
 
 
 def valid_elements(shape: tuple[int, ...], weight: Array, axes: tuple[int, ...], like: Array) -> Array:
@@ -48,9 +51,9 @@ def valid_elements(shape: tuple[int, ...], weight: Array, axes: tuple[int, ...],
     return sum_as(shape, (weight > 0).astype(weight.dtype), axes, like)
 
 
-def weighted_sum(values: Array, weight: Array | None, axes: tuple[int, ...]) -> Array:
-    """sum(w v) over `axes`."""
-    return jnp.sum(weigh(weight, values), axes)
+def weighted_sum(values: Array, weight: Array | None, over: Over) -> Array:
+    """sum(w v) over axes or domains."""
+    return summed(weigh(weight, values), over)
 
 
 def divided(weighted: Array, total: Array) -> Array:
@@ -63,8 +66,8 @@ def mean_weight(shape: tuple[int, ...], weight: Array, axes: tuple[int, ...], to
     return divided(sum_as(shape, weigh(weight, weight), axes, total), total)
 
 
-def relative(weight: Any, axes: tuple[int, ...]) -> tuple[Any, Any]:
-    """Weights divided exactly by a power of two near the largest over `axes`, and that power without the axes.
+def relative(weight: Any, over: Over) -> tuple[Any, Any]:
+    """Weights divided exactly by a power of two near the largest over axes or domains, and that power of each sum.
 
     Only the ratios of weights count, and products with the weights themselves may leave the floating range. Weights
     that are not real-valued stay as they are, with 1 for the power.
@@ -73,9 +76,9 @@ def relative(weight: Any, axes: tuple[int, ...]) -> tuple[Any, Any]:
         return weight, 1
     info = jnp.finfo(weight.dtype)
     positive = lax.stop_gradient(jnp.where(weight > 0, weight, 0))
-    largest = jnp.clip(jnp.max(positive, axes, keepdims=True, initial=0), info.tiny, info.max / 4)
-    unit = named(lax.reduce_precision(largest, info.nexp, 0))
-    return weight / unit, jnp.squeeze(unit, axes)
+    most = jnp.clip(largest(positive, over), info.tiny, info.max / 4)
+    unit = named(lax.reduce_precision(most, info.nexp, 0))
+    return weight / returned(unit, over), unit
 
 
 def nonzero(total: Array) -> Array:

@@ -1,15 +1,20 @@
 """Population statistics of fixed weights (Wu & Johnson, 2021)."""
 
+import itertools
+import logging
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from bnjax.core import trees
+from bnjax.core import checks, trees
 from bnjax.core.records import BNState, Collected
 from bnjax.core.running import absorb
 from bnjax.core.sharding import select
+
+LOG = logging.getLogger("bnjax")
 
 
 def recalibrate(
@@ -17,6 +22,7 @@ def recalibrate(
     variables: Mapping[str, Any],
     batches: Iterable[Any],
     *,
+    num_batches: int | None = None,
     unbiased_var: bool = False,
     progress: bool = False,
 ) -> dict[str, Any]:
@@ -40,19 +46,23 @@ def recalibrate(
       variables: `params`, `batch_stats`, and the model's other collections. Its layers are from `bnjax.linen` or
         `bnjax.nnx`, or Flax's own layers after `convert`.
       batches: a list or another iterable of batches, which are arrays or trees of arrays, of any size, sharded or not.
-        It is read once.
+        It is read once, and may be infinite if `num_batches` is given.
+      num_batches: the greatest number of batches to use, > 0; by default all. No batch after these is drawn. If there
+        are fewer, a warning says how many.
       unbiased_var: whether the sum of squares is divided by n - 1 instead of n.
       progress: whether tqdm shows a progress bar.
 
     Returns:
       The variables, with new statistics in the dtypes of the old ones. A count, if the model has one, becomes the
       number of batches that the feature absorbed. A feature with fewer than two valid values in all batches, or whose
-      statistics are not finite, keeps its old ones, and so do frozen layers.
+      statistics are not finite, keeps its old ones, and so do layers that ran in evaluation mode or are frozen, which
+      the logger `bnjax` names in a warning. Layers that own other running statistics, such as a `running_mean` and a
+      `running_var`, keep them too, which is a UserWarning.
 
     Raises:
       TypeError, ValueError: for an array or a dictionary instead of an iterable of batches, if there is no batch or no
-        `batch_stats`, if `apply` does not accept a batch, or if a layer with running statistics or the whole model
-        collected no moments.
+        `batch_stats`, if `num_batches` is not positive, if `apply` does not accept a batch, or if a layer with running
+        statistics or the whole model collected no moments.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -64,6 +74,7 @@ def recalibrate(
       >>> variables["batch_stats"]["mean"].tolist(), variables["batch_stats"]["var"].tolist()
       ([4.0], [12.5])
     """
+    trees.check_no_report("recalibrate(variables=...)", variables)
     if "batch_stats" not in variables:
         raise ValueError(
             f"recalibrate(variables=...): no batch_stats among {sorted(variables)}. Pass the variables that init or "
@@ -74,6 +85,14 @@ def recalibrate(
             f"recalibrate(batches=...): expected an iterable of batches, got one {type(batches).__name__}, whose "
             "elements would count as batches. Pass a list: [batch]."
         )
+    if not hasattr(batches, "__iter__") and not hasattr(batches, "__getitem__"):
+        raise TypeError(
+            f"recalibrate(batches=...): expected an iterable of batches, got a {type(batches).__name__}. Pass a list, "
+            "or call the function that makes a generator."
+        )
+    if num_batches is not None:
+        checks.positive_integer("recalibrate", "num_batches", num_batches)
+        batches = itertools.islice(batches, num_batches)
     layers = {name: state for name, (_, state) in trees.norms({}, variables["batch_stats"]).items()}
     # Every batch starts from count 0: the count after it is then 1 if a feature absorbed it and 0 otherwise, and
     # renormalization, whose limits depend on the count, does not correct.
@@ -81,8 +100,8 @@ def recalibrate(
     zeros = {name: {"count": count} for name, count in counts.items()}
     start = {**variables, "batch_stats": trees.replaced(variables["batch_stats"], zeros)}
     update = jax.jit(lambda variables, batch: apply(variables, batch, mutable=["batch_stats", "batch_moments"])[1])
-    moments = None
-    for batch in _with_bar(batches) if progress else batches:
+    moments, used = None, 0
+    for batch in _with_bar(batches, num_batches) if progress else batches:
         if moments is None:  # Moments of weight 0: without them the first batch would be compiled separately.
             given = _output_shapes(update, start, batch).get("batch_moments", {})
             trees.check_collected("recalibrate(apply=...)", variables["batch_stats"], given)
@@ -90,13 +109,29 @@ def recalibrate(
         updates = update({**start, "batch_moments": moments}, batch)
         moments, after = updates["batch_moments"], trees.norms({}, updates["batch_stats"])
         counts = {name: count + after[name][1].count for name, count in counts.items()}
+        used += 1
     if moments is None:
         raise ValueError("recalibrate(batches=...): there is no batch. A generator can be read only once.")
     collected = trees.collected(moments)
-    if not any(jnp.any(support.valid > 0) for _, support in collected.values()):
+    kept = [name for name in layers if not jnp.any(collected[name].support.valid > 0)]
+    if len(kept) == len(layers):
         raise ValueError(
             "recalibrate(apply=...): no layer saw a value in training mode. Call the model with train=True, or with "
             "another argument by which its layers use the batch statistics."
+        )
+    if num_batches is not None and used < num_batches:
+        warnings.warn(f"recalibrate(num_batches={num_batches}): `batches` ended after {used}.", stacklevel=2)
+    if kept:
+        LOG.warning(
+            "recalibrate: no value in training mode, so statistics stay as they were: %s. These layers are frozen, ran "
+            "in evaluation mode, or were not called.",
+            trees.named(kept),
+        )
+    if unknown := trees.others(variables, layers):
+        warnings.warn(
+            f"recalibrate(apply=...): running statistics of {trees.named(unknown)} stay as they were. These layers are "
+            "neither bnjax's nor converted ones: use bnjax's BatchNorm in their place.",
+            stacklevel=2,
         )
     new = {}
     for name, state in layers.items():
@@ -106,7 +141,8 @@ def recalibrate(
         pairs = {"mean": (mean, state.mean), "var": (var, state.var)}
         new[name] = {key: select(enough, value.astype(old.dtype), old) for key, (value, old) in pairs.items()}
         if name in counts:
-            new[name]["count"] = select(enough, counts[name], state.count)
+            some = enough if state.count.ndim else jnp.any(enough)  # one count may serve all features
+            new[name]["count"] = select(some, counts[name], state.count)
     return {**variables, "batch_stats": trees.replaced(variables["batch_stats"], new)}
 
 
@@ -114,7 +150,7 @@ def _output_shapes(update, variables, batch):
     """The shapes that `update` returns. If it fails on a tuple or a dictionary, the error says what to pass."""
     try:
         return jax.eval_shape(update, variables, batch)
-    except Exception as error:
+    except (TypeError, AttributeError, IndexError) as error:  # what arrays' functions raise for something else
         if hasattr(batch, "shape"):
             raise
         raise TypeError(
@@ -131,9 +167,9 @@ def _population(moments, support, unbiased_var):
     return state.mean, state.var, state.count > 0
 
 
-def _with_bar(batches):
+def _with_bar(batches, total):
     try:
         from tqdm import tqdm
     except ImportError as error:
         raise ImportError("recalibrate(progress=True): needs tqdm. Install it: pip install tqdm.") from error
-    return tqdm(batches, desc="recalibrate", unit="batch")
+    return tqdm(batches, desc="recalibrate", unit="batch", total=total)

@@ -3,7 +3,10 @@
     limits     the limits beyond which a value is a problem
     plot       draws the figure
     report     findings and measurements: a table, data for JSON, and a figure
-    measure    compares running statistics with the moments of a batch, and finds problems
+    arguments  the layers of a model, from the trees that hold them
+    damage     what running statistics do to the output in evaluation
+    findings   the table of checks of a layer, and what to do
+    measure    compares running statistics with the moments of a batch
 
 Each module imports only from the modules above it.
 """

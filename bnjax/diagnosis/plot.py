@@ -65,6 +65,8 @@ def draw(figure: Any, diagnosis: Any, limits: Callable[[Any], tuple[Any, Any]]) 
     if findings:
         number, of = findings[0].features
         place = f"{findings[0].problem} in {short(findings[0].layer, 48)}, {number} of {of} features"
+        if findings[0].damage is not None:
+            place += f", the most in feature {findings[0].indices[0]}"
         title = f"{len(findings)} finding{'s' * (len(findings) != 1)}, the worst: {place}"
     title += "\nmedian, middle half and range of each layer's features"
     figure.suptitle(title, x=0.01, ha="left", fontsize=10)

@@ -1,6 +1,7 @@
 """The result of a diagnosis: findings, and a report on each layer."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from os import PathLike
 from typing import Any, NamedTuple
@@ -11,7 +12,13 @@ from bnjax.diagnosis.limits import limits
 from bnjax.diagnosis.plot import draw, short
 
 SEVERITIES = ("error", "warning", "note")
-_UNITS = {"mean shifted": " std", "variance differs": " times", "few updates": " updates"}
+_UNITS = {"mean shifted": " std", "half precision": " std", "variance differs": " times", "few updates": " updates"}
+
+
+def listed(values: Iterable[Any], most: int = 4) -> str:
+    """The first values, and how many more there are."""
+    values = list(map(str, values))
+    return ", ".join(values[:most]) + (f" and {len(values) - most} more" if len(values) > most else "")
 
 
 class Finding(NamedTuple):
@@ -23,30 +30,46 @@ class Finding(NamedTuple):
     features: tuple[int, int]  # the number of affected features, and of all features
     value: float | None  # of the worst feature
     advice: str
+    damage: float | None = None  # of the worst feature; None if the problem has none
+    indices: tuple[Any, ...] = ()  # of the affected features, worst first: indices of the arrays of the layer
+
+    def places(self, most: int = 4) -> str:
+        """The indices of the worst features, and how many more are affected."""
+        return f"feature{'s' * (len(self.indices) > 1)} {listed(self.indices, most)}"
 
 
-class LayerReport(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class LayerReport:
     """Measurements of a layer: arrays of the shape of the statistics; `zero_scale` has the shape of scale.
 
-    The last four are None without a batch, and NaN for features that have no valid value in the batch.
+    The last five are None without a batch, and NaN for features that have no valid value in the batch. Reports are
+    equal if their arrays are, where NaN equals NaN.
     """
 
     features: int
     mean: np.ndarray
     var: np.ndarray
-    count: tuple[int, int] | None  # least and most updates  # pyright: ignore[reportIncompatibleMethodOverride]
+    count: tuple[int, int] | None  # least and most updates
     nonfinite: np.ndarray  # running or batch statistics are not finite, or the running variance is negative
-    dead: np.ndarray  # the variance is below epsilon
+    dead: np.ndarray  # the variance is below epsilon, in the batch too
     zero_scale: np.ndarray | None
     shift: np.ndarray | None
     var_ratio: np.ndarray | None
     batch_size: np.ndarray | None  # n
     effective_batch: float | None  # the least n of all features
+    # Root mean square of the difference of the outputs in evaluation and training, in standard deviations of the output
+    # in training: of the feature's own, or the root mean square of the layer's scales if that is larger.
+    damage: np.ndarray | None
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, LayerReport) and _same(vars(self), vars(other))
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class Diagnosis:
     """Findings, worst first, and a report for each layer. It is true if there are findings, and prints as a table.
+
+    Two diagnoses are equal if their findings and measurements are, where NaN equals NaN. They have no hash.
 
     Example:
       >>> import bnjax
@@ -61,6 +84,9 @@ class Diagnosis:
     layers: dict[str, LayerReport]
     epsilon: float
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Diagnosis) and _same(vars(self), vars(other))
+
     def __bool__(self) -> bool:
         return bool(self.findings)
 
@@ -69,18 +95,42 @@ class Diagnosis:
         features = sum(report.features for report in self.layers.values())
         batch = f"compared with a batch: {len(sizes)}" + (f" (of effectively {min(sizes):.4g})" if sizes else "")
         text = f"findings: {len(self.findings)}; layers: {len(self.layers)}, {batch}; features: {features}"
+        if sizes and len(sizes) < len(self.layers):
+            without = [short(name, 48) for name, report in self.layers.items() if not report.effective_batch]
+            text += f"\nwithout moments, not compared: {listed(without)}"
         if not self.findings:
             return text
-        rows = [("severity", "layer", "problem", "features", "value")]
-        for severity, layer, problem, (number, of), value, _ in self.findings:
-            value = "" if value is None else f"{value:.3g}{_UNITS.get(problem, '')}"
-            rows.append((severity, short(layer, 48), problem, f"{number} of {of}", value))
+        rows = [("severity", "layer", "problem", "features", "value", "damage")]
+        for f in self.findings:
+            number, of = f.features
+            value = "" if f.value is None else f"{f.value:.3g}{_UNITS.get(f.problem, '')}"
+            damage = "" if f.damage is None else f"{f.damage:.3g} std"
+            rows.append((f.severity, short(f.layer, 48), f.problem, f"{number} of {of}", value, damage))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         head, *lines = ("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
-        advice = (f"    {finding.advice}" for finding in self.findings)
-        return "\n".join([text, head, *(line for pair in zip(lines, advice, strict=True) for line in pair)])
+        text = f"{text}\n{head}"
+        for line, f in zip(lines, self.findings, strict=True):
+            ranked = f.damage is not None or f.features[0] < f.features[1]
+            text += f"\n{line}\n" + (f"    {f.places()}\n" if ranked else "") + f"    {f.advice}"
+        return text
 
     __repr__ = __str__
+
+    def beyond(self, other: "Diagnosis") -> list[Finding]:
+        """The findings that another diagnosis lacks: no finding of it has the same layer and problem.
+
+        After training further, `later.beyond(earlier)` is what is new and `earlier.beyond(later)` what is gone.
+
+        Example:
+          >>> import bnjax
+          >>> params, state = bnjax.bn_init(2)
+          >>> before = bnjax.diagnose(params, state)
+          >>> after = bnjax.diagnose(params, state._replace(mean=state.mean + 1, count=state.count + 1))
+          >>> [finding.problem for finding in before.beyond(after)], after.beyond(before)
+          (['never updated'], [])
+        """
+        known = {(finding.layer, finding.problem) for finding in other.findings}
+        return [finding for finding in self.findings if (finding.layer, finding.problem) not in known]
 
     def as_dict(self) -> dict[str, Any]:
         """The diagnosis for `json.dumps`: a number that is not finite is None, a complex one [real, imaginary]."""
@@ -114,10 +164,23 @@ class Diagnosis:
 def _plain(value: Any) -> Any:
     if isinstance(value, np.ndarray):
         return _plain((np.stack([value.real, value.imag], -1) if np.iscomplexobj(value) else value).tolist())
-    if hasattr(value, "_asdict"):
+    if isinstance(value, LayerReport):
+        value = vars(value)
+    if isinstance(value, Finding):
         value = value._asdict()
     if isinstance(value, dict):
         return {key: _plain(v) for key, v in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Equality where NaN equals NaN."""
+    if isinstance(a, np.ndarray) or isinstance(b, np.ndarray):
+        return isinstance(a, np.ndarray) and isinstance(b, np.ndarray) and np.array_equal(a, b, equal_nan=True)
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(_same(value, b[key]) for key, value in a.items())
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
+        return len(a) == len(b) and all(map(_same, a, b))
+    return bool(a == b or (a != a and b != b))

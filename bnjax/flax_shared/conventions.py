@@ -6,6 +6,7 @@ how dtypes promote: an adapter, `Storage`, does that.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Any, Protocol
 
 import jax
@@ -20,6 +21,7 @@ from bnjax.core.moments import wider
 from bnjax.core.options import checked
 from bnjax.core.records import BNParams, BNState, Collected, Moments, Support
 from bnjax.variants.conditional import chosen_params
+from bnjax.variants.indexed import apply_indexed
 
 
 @dataclass
@@ -93,8 +95,7 @@ def call_layer(
       x: floating, complex or integer.
       use_running_average: whether the running statistics normalize.
       axis_name: mapped axis, or several, whose devices share statistics here.
-      mask: broadcastable to `x`, of any rank up to x's. One of lower rank has no features: it is an error if it would
-        mask features alone, or if its sizes are those of x's first axes as well.
+      mask: broadcastable to `x`. One of lower rank than `x` may not reach a feature axis.
       label: the class of each example, for conditional parameters.
       apply: `bnjax.core.apply.apply`, or a variant's function in its place.
     """
@@ -105,6 +106,7 @@ def call_layer(
     axes = feature_axes(x, layer.axis, call)
     features = tuple(x.shape[a] for a in axes)
     variables = storage.read(x, list(features), train)
+    _check_ones(call, variables, features, getattr(apply, "func", None) is apply_indexed)
     lead = variables.mean.ndim - len(features)  # statistics of several indices lead with an axis of them
     if variables.mean.shape[lead:] != features:
         sizes = features[0] if len(features) == 1 else features
@@ -137,13 +139,24 @@ def call_layer(
         x,
         options,
         momentum=layer.momentum,
-        mask=None if mask is None else _of_rank(jnp.asarray(mask), x, axes, call),
+        mask=None if mask is None else _of_rank(mask, x, axes, call),
         earlier=variables.earlier,
     )
     if real:  # complex scale and bias do not make the mean complex
         state = state._replace(mean=state.mean.real)
     storage.write(variables, state, collected, train)
     return y
+
+
+def _check_ones(call, variables, features, indexed):
+    """Check that statistics which fit the features up to axes of size 1, as other libraries keep them, have none."""
+    for name, value in (("mean", variables.mean), ("var", variables.var)):
+        shape = value.shape[1:] if indexed and value.ndim > len(features) else value.shape
+        if shape != features and [n for n in shape if n != 1] == [n for n in features if n != 1]:
+            raise ValueError(
+                f"{call}(...): the layer's {name} has shape {value.shape}, but the features have the shape {features}. "
+                f"Their sizes agree: pass the statistics without axes of size 1, {name}.reshape({features})."
+            )
 
 
 def _computed(x, mean, params):
@@ -159,40 +172,35 @@ def _computed(x, mean, params):
 
 
 def _of_rank(mask, x, axes, call):
-    """The mask with x's rank; like a NumPy operand it may lack leading axes.
-
-    A mask of examples, without an axis of features, would mask features instead wherever the sizes agree by chance.
-    """
-    if not checks.broadcasts(mask.shape, x.shape):
-        raise ValueError(
-            f"{call}(mask=...): mask has shape {mask.shape}, which does not broadcast to that of x, {x.shape}. "
-            f"{_remedy(mask, x, axes) or 'Reshape it so that its last axes are those of x.'}"
-        )
+    """The mask with x's rank. It may lack leading axes, as in NumPy, where it can only mean that."""
+    mask = mask if isinstance(mask, np.ndarray) else jnp.asarray(mask)  # NumPy's stay known under jit
+    if mask.shape == x.shape:
+        return mask
     shape = (1,) * (x.ndim - mask.ndim) + mask.shape
-    if mask.ndim < x.ndim and any(shape[a] != 1 for a in axes):
-        features_only = all(n == 1 for a, n in enumerate(shape) if a not in axes)
-        remedy = _remedy(mask, x, axes)
-        if features_only or remedy:
-            raise ValueError(
-                f"{call}(mask=...): mask has shape {mask.shape}, which broadcasts to that of x, {x.shape}, by its last "
-                f"axes, and so masks features, axis {axes if len(axes) > 1 else axes[0]} of x. {remedy}"
-                f"To mask features pass mask.reshape{shape}."
-            )
-    return mask.reshape(shape)
+    fits = checks.broadcasts(mask.shape, x.shape)
+    # One size for each example would mask features wherever a batch has as many examples as features.
+    by_feature = any(shape[a] != 1 for a in axes)
+    leading = mask.shape == x.shape[: mask.ndim] and any(n != 1 for n in mask.shape)
+    if fits and (mask.ndim == x.ndim or not (by_feature or leading)):
+        return mask.reshape(shape)
+    problem = "does not broadcast to x"
+    if fits:
+        problem = "could mask features" if by_feature else "fits the first axes of x as well as the last"
+    places = combinations(range(x.ndim), mask.ndim)
+    meant = [p for p in places if all(n in (1, x.shape[a]) for n, a in zip(mask.shape, p, strict=True))]
+    remedies = [
+        f"{_index(p, x.ndim)} for {'axis' if len(p) == 1 else 'axes'} {str(p).strip('(,)')} of x" for p in meant
+    ]
+    raise ValueError(
+        f"{call}(mask=...): mask has shape {mask.shape}, which {problem}: x has shape {x.shape}, features on axis "
+        f"{axes[0] if len(axes) == 1 else axes}, and sizes are aligned from the last axis, as in NumPy. Pass "
+        f"{', or '.join(remedies) or 'a mask with each size 1 or that of x'}."
+    )
 
 
-def _remedy(mask, x, axes):
-    """How to reshape a mask that fits the first or the last axes of x but the features; empty if it fits neither."""
-    others = [a for a in range(x.ndim) if a not in axes]
-    for fitting in others[: mask.ndim], others[-mask.ndim :]:
-        if len(fitting) == mask.ndim and all(n in (1, x.shape[a]) for a, n in zip(fitting, mask.shape, strict=True)):
-            shape = [1] * x.ndim
-            for a, n in zip(fitting, mask.shape, strict=True):
-                shape[a] = n
-            last = x.ndim - mask.ndim == 1 and fitting == list(range(mask.ndim))
-            spelled = "mask[..., None]" if last else f"mask.reshape{tuple(shape)}"
-            return f"To mask examples or positions pass {spelled}, of shape {tuple(shape)}. "
-    return ""
+def _index(places, ndim):
+    """The expression that puts the axes of a mask at these places among `ndim`."""
+    return f"mask[{', '.join(':' if a in places else 'None' for a in range(ndim))}]"
 
 
 def counts(layer: Any) -> bool:

@@ -1,9 +1,15 @@
 """The changes that `convert` makes to layers, checked and in hashable form, for Linen and NNX."""
 
+import functools
+import importlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from jax.core import Tracer
+
 from bnjax.core import checks
+from bnjax.variants.adaptive import check_source_weight
+from bnjax.variants.renorm import check_average
 
 Where = Callable[[str], object]
 
@@ -12,8 +18,9 @@ OPTIONS = ("axis_name", "axis_index_groups", "momentum", "epsilon", "unbiased_va
 # their calls take an index or a label, which an existing model does not pass.
 VARIANTS: Mapping[str, tuple[str, ...]] = {
     "BatchNorm": (),
+    "AdaptiveBatchNorm": ("source_weight",),
     "GhostBatchNorm": ("ghost_size",),
-    "RenormBatchNorm": ("r_max", "d_max"),
+    "RenormBatchNorm": ("r_max", "d_max", "average"),
 }
 
 
@@ -27,6 +34,11 @@ class Conversion(NamedTuple):
     def converts(self, path: str) -> bool:
         """Whether the layer of this path is converted."""
         return self.where is None or bool(self.where(path))
+
+    def followed_by(self, later: "Conversion") -> "Conversion":
+        """This conversion and a later one of the same layers in one."""
+        changes = tuple(sorted({**dict(self.changes), **dict(later.changes)}.items(), key=lambda change: change[0]))
+        return later._replace(to=self.to if later.to is None else later.to, changes=changes)
 
 
 def conversion(library: str, to: Any, where: Any, changes: Mapping[str, Any], layers: Mapping[str, type]) -> Conversion:
@@ -48,12 +60,19 @@ def conversion(library: str, to: Any, where: Any, changes: Mapping[str, Any], la
             raise TypeError(f"convert({name}=...): a {to.__name__ if to else 'BatchNorm'} has no {name}. {wanted}.")
     if "ghost_size" in own:
         checks.positive_integer("convert", "ghost_size", changes.get("ghost_size"))
+    if "source_weight" in own:
+        check_source_weight("convert", changes.get("source_weight"))
     checked = {name: _checked(name, value) for name, value in changes.items()}
     return Conversion(to, where, tuple(sorted(checked.items())))
 
 
 def _checked(name: str, value: Any) -> Any:
     """The value of a change, checked, in a hashable form that is equal for equal values."""
+    if isinstance(value, Tracer):
+        raise TypeError(
+            f"convert({name}=...): the value is traced, but the options of a converted model are static. Pass a "
+            "number, or write the model with bnjax's layers, which take traced values."
+        )
     if name == "axis_index_groups":
         return checks.index_groups("convert", value)
     if name == "axis_name":
@@ -65,4 +84,32 @@ def _checked(name: str, value: Any) -> Any:
         value, _ = checks.momentum("convert", value)
     if name in ("unbiased_var", "frozen", "frozen_params"):
         checks.boolean("convert", name, value)
+    if name == "average":
+        check_average("convert", value)
     return value if callable(value) else getattr(value, "item", lambda: value)()
+
+
+def other_library(name: str) -> Any:
+    """The module of conversion for "linen" or "nnx", for a layer of the one inside a model of the other.
+
+    `flax.nnx.bridge` makes such layers. Imported by name where one is met, so that Linen alone does not load NNX.
+    """
+    return importlib.import_module(f"bnjax.{name}.conversion")
+
+
+def instead(model: Any, is_module: Callable[[Any], bool]) -> str:
+    """What to pass instead of an object that is no module but has one, such as a Transformers model; or nothing."""
+    partial = isinstance(model, functools.partial)
+    if partial and isinstance(model.func, type):
+        return f"Call the partial, and pass the module that it makes, a {model.func.__name__}."
+    if partial:
+        return instead(model.func, is_module)
+    owner = getattr(model, "__self__", None)
+    if is_module(owner):
+        return f"Pass the module itself, the {type(owner).__name__} whose method was passed."
+    held = next((name for name in ("module", "model") if is_module(getattr(model, name, None))), None)
+    if held is not None:
+        return f"Pass its module, model.{held}."
+    if is_module(getattr(getattr(model, "apply_fn", None), "__self__", None)):
+        return "Pass the module whose apply the state was made with, state.apply_fn.__self__."
+    return ""

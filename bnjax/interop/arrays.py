@@ -6,6 +6,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+Arrays = dict[str, np.ndarray]
+
 
 def tensors(call: str, state_dict: Any) -> Mapping[str, Any]:
     """The tensors of a PyTorch module by name, from the module or its state_dict."""
@@ -28,12 +30,6 @@ def tensors(call: str, state_dict: Any) -> Mapping[str, Any]:
 def keras_arrays(call: str, weights: Any) -> dict[str, np.ndarray]:
     """The arrays of a Keras model by path, from the model, a mapping, or pairs."""
     if hasattr(weights, "weights"):
-        first = sorted({layer.name for layer in _sublayers(weights) if _channels_first(layer)})
-        if first:
-            raise ValueError(
-                f"{call}(weights=...): {first} have data_format='channels_first'. Build the Keras model with "
-                "channels_last and set the same weights."
-            )
         weights = [(weight.path, weight) for weight in weights.weights]
     pairs = list(weights.items() if isinstance(weights, Mapping) else weights)
     if not all(isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str) for pair in pairs):
@@ -45,16 +41,6 @@ def keras_arrays(call: str, weights: Any) -> dict[str, np.ndarray]:
     if twice:
         raise ValueError(f"{call}(weights=...): several weights have the paths {twice}. Give the layers names.")
     return {path: as_array(weight) for path, weight in pairs}
-
-
-def _sublayers(model):
-    for layer in getattr(model, "layers", []):
-        yield layer
-        yield from _sublayers(layer)
-
-
-def _channels_first(layer):
-    return getattr(layer, "data_format", None) == "channels_first"
 
 
 def plain(value: Any) -> np.ndarray:
@@ -76,9 +62,25 @@ def as_array(value: Any) -> np.ndarray:
     return np.asarray(value)
 
 
+def as_arrays(call: str, values: Mapping[str, Any]) -> Arrays:
+    """Arrays and PyTorch tensors, by name, as NumPy arrays."""
+    for name, value in values.items():
+        if hasattr(value, "materialize") or getattr(value, "is_meta", False):
+            raise ValueError(
+                f"{call}: {name!r} has no values yet: its module is lazy, or on the meta device. Call the lazy module "
+                "once, or load the values, before the conversion."
+            )
+        if not hasattr(value, "shape") and not isinstance(value, list | float | int):
+            raise ValueError(
+                f"{call}: {name!r} is a {type(value).__name__}, not a tensor. Leave it out; convert a quantized module "
+                "as it was before quantization."
+            )
+    return {name: as_array(value) for name, value in values.items()}
+
+
 def checked(call: str, values: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """The values as arrays. They must be floating, of the same shape (features,), without a negative variance."""
-    arrays = {name: as_array(value) for name, value in values.items()}
+    arrays = as_arrays(call, values)
     shapes = {name: array.shape for name, array in arrays.items()}
     if len(set(shapes.values())) > 1 or any(len(shape) != 1 for shape in shapes.values()):
         raise ValueError(f"{call}: expected arrays of one shape (features,), got {shapes}.")

@@ -1,14 +1,17 @@
 """The layers of a Linen or NNX model in the order of their calls, for `models.py`. This module needs Flax."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from functools import wraps
 from typing import Any
 
 import flax.linen as nn
 import jax
+import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.core import Tracer
 
-from bnjax.interop.layout import Called, features, mark
+from bnjax.interop.layout import Called, features, mark, padded
 
 _TRANSPOSED = (nn.ConvTranspose, nnx.ConvTranspose)
 
@@ -25,6 +28,7 @@ def calls(
       args, kwargs: arguments of the model's call.
     """
     called: dict[str, tuple[str, Any]] = {}
+    entered: dict[str, list[tuple[int, ...]]] = {}
     leaves, structure = jax.tree.flatten((args, kwargs))
     traced = [i for i, leaf in enumerate(leaves) if hasattr(leaf, "shape")]
 
@@ -34,6 +38,7 @@ def calls(
         given = [*args, *kwargs.values()]
         kind = _kind(module, shapes[path], given[0] if given else None)
         called.setdefault(path, (kind, module))
+        entered.setdefault(path, []).extend(tuple(v.shape) for v in given[:1] if hasattr(v, "shape"))
         if kind == "other" or not marked:
             return function(*args, **kwargs)
         place = kind.replace("transposed", "conv")
@@ -52,16 +57,13 @@ def calls(
                 model.apply(variables, *args, **options)
             return
         whole = nnx.merge(graph, variables, copy=True)
-        for path, module in [*nnx.iter_graph(whole)]:
-            name = "/".join(map(str, path))
-            if isinstance(module, nnx.Module) and name in shapes:
-                module.__class__ = _recording(type(module), name, record)
+        _record(whole, shapes, record)
         whole(*args, **kwargs)
 
     if not isinstance(model, nn.Module):
         graph, variables = nnx.split(model)
     jaxpr = jax.make_jaxpr(run)(variables, [leaves[i] for i in traced])
-    seen = features(jaxpr, len(traced))
+    seen, pads = features(jaxpr, len(traced)), padded(jaxpr.jaxpr)
     return {
         path: Called(
             kind,
@@ -70,9 +72,53 @@ def calls(
             getattr(module, "feature_group_count", 1),
             seen.get(("in", path)),
             seen.get(("out", path)),
+            module,
+            tuple(entered[path]),
+            path in pads,
         )
         for path, (kind, module) in called.items()
     }
+
+
+Seen = dict[str, list[tuple[Any, Any]]]
+
+
+def evaluate(
+    model: Any, variables: Mapping[str, Any], args: Any, kwargs: Mapping[str, Any], paths: Collection[str] = ()
+) -> tuple[Any, Mapping[str, Any], Seen]:
+    """A model's output, its variables after the call, and by path the inputs and outputs of the layers in `paths`.
+
+    An NNX model runs in evaluation, a Linen model as its arguments say. Layers inside of `jit`, `scan` and the like are
+    left out.
+    """
+    seen: Seen = {}
+
+    def record(path, module, function, args, kwargs, marked=True):
+        y = function(*args, **kwargs)
+        given = [*args, *kwargs.values()]
+        if path in paths and marked and given and hasattr(y, "shape") and not isinstance(y, Tracer):
+            seen.setdefault(path, []).append((given[0], y))
+        return y
+
+    with jax.default_matmul_precision("highest"):
+        if isinstance(model, nn.Module):
+            options: dict[str, Any] = {**kwargs, "mutable": nn.DenyList("params")}
+            with nn.intercept_methods(_linen(record)):
+                output, updates = model.apply(variables, *args, **options)
+            return output, {**variables, **updates}, seen
+        whole = nnx.merge(*nnx.split(model), copy=True)
+        nnx.update(whole, *(variables[name] for name in ("params", "batch_stats") if name in variables))
+        whole.eval()
+        _record(whole, paths, record)
+        return whole(*args, **kwargs), variables, seen
+
+
+def _record(model, paths, record):
+    """Make an NNX model's layers in `paths` call `record`."""
+    for path, module in [*nnx.iter_graph(model)]:
+        name = "/".join(map(str, path))
+        if isinstance(module, nnx.Module) and name in paths:
+            module.__class__ = _recording(type(module), name, record)
 
 
 def _kind(module, shapes, x):
@@ -87,17 +133,24 @@ def _kind(module, shapes, x):
     if set(shapes) == {"embedding"} and len(shapes["embedding"]) == 2:
         return "embed"
     if {"scale", "mean"} & set(shapes) and all(len(shape) == 1 for shape in shapes.values()):
-        axis = getattr(module, "axis", -1)
-        return f"norm{axis if isinstance(axis, int) else -1}"
+        axes = np.ravel(getattr(module, "axis", getattr(module, "feature_axes", -1)))
+        return f"norm{axes[0] % x.ndim - x.ndim if axes.size == 1 else -1}"
     return "other"
 
 
 def _linen(record):
+    running: list[Any] = []
+
     def interceptor(function, args, kwargs, context):
-        if context.method_name == "setup":
+        path = context.module.path
+        if context.method_name == "setup" or path in running:  # a subclass that calls `super().__call__` is one layer
             return function(*args, **kwargs)
         marked = context.method_name == "__call__"  # `attend` of an embedding has features as input, not indices
-        return record("/".join(context.module.path), context.module, function, args, kwargs, marked)
+        running.append(path)
+        try:
+            return record("/".join(path), context.module, function, args, kwargs, marked)
+        finally:
+            running.remove(path)
 
     return interceptor
 
@@ -105,6 +158,7 @@ def _linen(record):
 def _recording(cls, path, record):
     """A subclass whose calls are recorded."""
 
+    @wraps(cls.__call__)
     def call(self, *args, **kwargs):
         return record(path, self, lambda *args, **kwargs: cls.__call__(self, *args, **kwargs), args, kwargs)
 

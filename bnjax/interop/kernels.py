@@ -68,13 +68,15 @@ class Move(NamedTuple):
 
 
 def needed(ours: Layer, library: Library) -> list[dict[str, tuple[int, ...]]]:
-    """The shapes that the other library's layer must have for one of ours. A depthwise layer of Keras has a second."""
+    """The shapes that the other library's layer must have for one of ours. A depthwise layer of Keras has a second, and
+    so does a batch normalization of PyTorch, which may track no statistics."""
     shapes = ours.shapes()
     if "kernel" not in shapes:
-        return [shapes]
+        untracked = {name: shape for name, shape in shapes.items() if name not in ("mean", "var")}
+        return [shapes, untracked] if library is TORCH else [shapes]
     kernel, groups = shapes["kernel"], ours.called.groups
     found = [shapes | {"kernel": tuple(kernel[i] for i in np.argsort(_order(ours, library)))}]
-    if library is KERAS and groups > 1 and kernel[-2] == 1:  # a DepthwiseConv
+    if library.name == KERAS.name and groups > 1 and kernel[-2] == 1:  # a DepthwiseConv
         found.append(shapes | {"kernel": (*kernel[:-2], groups, kernel[-1] // groups)})
     return found
 
@@ -96,7 +98,7 @@ def moves(call: str, theirs: Layer, ours: Layer, library: Library, flatten: dict
     embed = ours.called.kind == "embed"
     into = same(features) if embed else _layout(call, ours, "in", library, flatten, features)
     if ours.sort == NORM:
-        return {name: _move(shape, (0,), [into]) for name, shape in shapes.items()}
+        return {name: _move(shape, (0,), [into]) for name, shape in shapes.items() if name in theirs.arrays}
     out = _layout(call, ours, "out", library, flatten, shapes["kernel"][-1])
     kernel, order = shapes["kernel"], _order(ours, library)
     found = {"bias": _move(shapes["bias"], (0,), [out])} if "bias" in shapes else {}
@@ -112,7 +114,7 @@ def moves(call: str, theirs: Layer, ours: Layer, library: Library, flatten: dict
 def _order(ours, library):
     """The axes of the other library's kernel, in the order of the Flax kernel's axes."""
     axes = tuple(range(len(ours.arrays["kernel"].shape)))
-    if library is KERAS:
+    if library.name == KERAS.name:
         return (*axes[:-2], axes[-1], axes[-2]) if _unswapped(ours) else axes
     if ours.called.kind == "embed":
         return axes

@@ -1,6 +1,5 @@
 """Conversion of a single layer of batch normalization from and to PyTorch and Keras."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -9,6 +8,10 @@ import numpy as np
 from bnjax.core.moments import wider
 from bnjax.core.records import BNParams, BNState
 from bnjax.interop.arrays import checked, plain, tensors, updates
+from bnjax.interop.keras_models import RENORM, renorm_statistics
+from bnjax.interop.torch_modules import check_computed, is_batch_norm, modules
+
+_PARTS = ("weight_", "bias_", "parametrizations.")  # beginnings of the tensors that a weight or bias is computed from
 
 
 def from_torch(state_dict: Any, prefix: str = "") -> tuple[BNParams, BNState | None]:
@@ -19,17 +22,18 @@ def from_torch(state_dict: Any, prefix: str = "") -> tuple[BNParams, BNState | N
 
     Args:
       state_dict: state_dict of the layer, or of a model that holds it: floating tensors or arrays by name, of shape
-        (features,). A PyTorch module is accepted as well.
+        (features,). The PyTorch module itself is accepted as well, and its kind is then checked.
       prefix: the layer's name in the model, such as "layer1.0.bn2".
 
     Returns:
       params: BNParams in the dtypes of the tensors (float64 needs jax_enable_x64); scale and bias are None for a layer
-        with `affine=False`.
+        with `affine=False`, bias also for one with `bias=False`.
       state: BNState in float32 or wider, or None for a layer with `track_running_stats=False`. The count of each
         feature is `num_batches_tracked`, or 0 without that tensor.
 
     Raises:
-      ValueError: for a state_dict that is not a mapping of tensors, a layer that is missing or incomplete, shapes that
+      ValueError: for a state_dict that is not a mapping of tensors, a layer that is missing, incomplete or of another
+        kind, tensors without values, a weight that is pruned or otherwise computed from other tensors, shapes that
         differ, or a negative variance.
 
     Example:
@@ -40,16 +44,26 @@ def from_torch(state_dict: Any, prefix: str = "") -> tuple[BNParams, BNState | N
       >>> params.scale.shape, state.count.tolist()
       ((3,), [0, 0, 0])
     """
-    state_dict = tensors("from_torch", state_dict)
     layer = prefix.rstrip(".")
     lead = f"{layer}." if layer else ""
     call = f"from_torch(prefix={layer!r})"
+    module = modules(state_dict).get(layer)
+    state_dict = tensors("from_torch", state_dict)
+    check_computed(call, {k: v for k, v in state_dict.items() if k.startswith(tuple(lead + part for part in _PARTS))})
     names = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
     found = {name: state_dict[lead + name] for name in names if lead + name in state_dict}
+    if not found and is_batch_norm(module):
+        return BNParams(None, None), None
     if not found:
         near = sorted({key.rpartition(".")[0] for key in state_dict if key.endswith("running_mean")})
         raise ValueError(
-            f"{call}: the state_dict has no {lead}weight and no {lead}running_mean. Layers with running_mean: {near}."
+            f"{call}: the state_dict has no {lead}weight and no {lead}running_mean. Layers with running_mean: {near}. "
+            "A BatchNorm without any tensor is known only if the module itself is passed."
+        )
+    if module is not None and not is_batch_norm(module):
+        raise ValueError(
+            f"{call}: expected a BatchNorm, got {type(module).__name__}. Pass the name of a layer of batch "
+            "normalization, or convert a whole model by from_torch_model."
         )
     count = found.pop("num_batches_tracked", None)
     arrays = checked(call, found)
@@ -63,8 +77,9 @@ def to_torch(params: BNParams, state: BNState | None, prefix: str = "") -> dict[
     """The state_dict of a PyTorch layer: apply `torch.from_numpy` to each array, then `load_state_dict`.
 
     Args:
-      params: scale and bias of shape (features,), or None. If only one of them is None, it becomes an array of ones or
-        zeros, since a PyTorch layer has both or neither.
+      params: scale and bias of shape (features,), or None. A bias of None is left out, as in a layer with `bias=False`;
+        a PyTorch layer that has a bias needs zeros. A scale of None beside a bias becomes ones, since no PyTorch layer
+        has a bias alone.
       state: running statistics, or None for a layer with `track_running_stats=False`.
       prefix: the layer's name in the model.
 
@@ -84,9 +99,7 @@ def to_torch(params: BNParams, state: BNState | None, prefix: str = "") -> dict[
     scale, bias = params
     if scale is None and bias is not None:
         scale = jnp.ones_like(bias)
-    if bias is None and scale is not None:
-        bias = jnp.zeros_like(scale)
-    layer = {} if scale is None else {"weight": scale, "bias": bias}
+    layer = {name: v for name, v in (("weight", scale), ("bias", bias)) if v is not None}
     if state is not None:
         layer |= {"running_mean": state.mean, "running_var": state.var}
     layer = checked("to_torch(...)", layer)
@@ -96,17 +109,18 @@ def to_torch(params: BNParams, state: BNState | None, prefix: str = "") -> dict[
     return {lead + name: plain(v) for name, v in layer.items()}
 
 
-def from_keras(
-    weights: Sequence[Any], scale: bool = True, center: bool = True, count: int = 0
-) -> tuple[BNParams, BNState]:
+def from_keras(weights: Any, scale: bool = True, center: bool = True, count: int = 0) -> tuple[BNParams, BNState]:
     """The parameters and running statistics of a Keras BatchNormalization.
 
-    Pass `**KERAS` to `bn_apply`, which has Keras's momentum and epsilon.
+    Pass `**KERAS` to `bn_apply`, which has Keras's momentum and epsilon, and the layer's own options where they differ.
+    Of a layer with renorm=True, the state holds what Keras uses in evaluation, the moving mean and variance; training
+    with `renorm_bn_apply` corrects towards them, and not towards Keras's renorm_mean and renorm_stddev.
 
     Args:
-      weights: `layer.get_weights()`: gamma, beta, moving mean and moving variance of shape (features,). Gamma is
-        missing if `scale` is False, beta if `center` is False.
-      scale, center: the arguments of the Keras layer.
+      weights: the layer itself, built, or `layer.get_weights()`: gamma, beta, moving mean and moving variance of shape
+        (features,). Gamma is missing if `scale` is False, beta if `center` is False. If the layer has renorm=True,
+        moving_stddev, renorm_mean and renorm_stddev follow, which are not converted.
+      scale, center: the arguments of the Keras layer. They need not be passed with the layer itself.
       count: number of updates, >= 0, for a momentum that depends on it; Keras does not count them.
 
     Returns:
@@ -114,8 +128,8 @@ def from_keras(
       state: BNState in float32 or wider.
 
     Raises:
-      ValueError: if `scale` and `center` require another number of arrays, if shapes differ, or if a variance is
-        negative.
+      ValueError: if `scale` and `center` require another number of arrays, if the layer is not built or of another
+        kind, if shapes differ, or if a variance is negative.
 
     Example:
       >>> import numpy as np
@@ -124,31 +138,43 @@ def from_keras(
       >>> params.scale is None, state.var.tolist()
       (True, [1.0, 1.0, 1.0])
     """
+    if not hasattr(weights, "__len__"):
+        own = _keras_facts("from_keras(weights=...)", weights)
+        if (not scale and own.scale) or (not center and own.center):
+            raise ValueError(
+                f"from_keras(scale={scale}, center={center}): the layer has scale={own.scale}, center={own.center}. "
+                "Leave both out if you pass the layer."
+            )
+        weights, scale, center = own.get_weights(), own.scale, own.center
     names = [*(["gamma"] * scale), *(["beta"] * center), "moving_mean", "moving_variance"]
-    if len(weights) != len(names):
+    if len(weights) - len(names) not in (0, len(RENORM)):
         raise ValueError(
-            f"from_keras(scale={scale}, center={center}): expected {names}, got {len(weights)} arrays. "
-            "Pass the scale and center of the Keras layer."
+            f"from_keras(scale={scale}, center={center}): expected {names}, and with renorm=True {list(RENORM)} too, "
+            f"got {len(weights)} arrays. Pass the layer itself, or its scale and center."
         )
-    arrays = checked("from_keras(...)", dict(zip(names, weights, strict=True)))
+    arrays = checked("from_keras(...)", dict(zip(names, weights, strict=False)))
     params = BNParams(*(None if name not in arrays else jnp.asarray(arrays[name]) for name in ("gamma", "beta")))
     statistics = {"running_mean": arrays["moving_mean"], "running_var": arrays["moving_variance"]}
     return params, _state("from_keras(...)", statistics, count)
 
 
-def to_keras(params: BNParams, state: BNState) -> list[np.ndarray]:
+def to_keras(params: BNParams, state: BNState, layer: Any = None) -> list[np.ndarray]:
     """The weights of a Keras BatchNormalization, for `layer.set_weights`.
 
     Args:
       params: scale and bias of shape (features,). The Keras layer needs scale=False if scale is None, and center=False
         if bias is None.
       state: running statistics.
+      layer: the Keras layer, built, for checks of its scale and center, and because a layer with renorm=True has more
+        weights. Its renormalization then starts from the running statistics.
 
     Returns:
-      Arrays in the dtypes of params and state: gamma, beta, moving mean and moving variance.
+      Arrays in the dtypes of params and state: gamma, beta, moving mean and moving variance; with renorm=True
+      moving_stddev, renorm_mean and renorm_stddev too.
 
     Raises:
-      ValueError: if state is None, because a Keras layer always has running statistics.
+      ValueError: if state is None, because a Keras layer always has running statistics, or if the layer is not built,
+        of another kind, or differs in its scale, center or number of features.
 
     Example:
       >>> import bnjax
@@ -158,7 +184,33 @@ def to_keras(params: BNParams, state: BNState) -> list[np.ndarray]:
     """
     if state is None:
         raise ValueError("to_keras(state=None): a Keras layer has running statistics. Pass the state of bn_init.")
-    return [np.array(v) for v in (*params, state.mean, state.var) if v is not None]
+    weights = [np.array(v) for v in (*params, state.mean, state.var) if v is not None]
+    if layer is None:
+        return weights
+    own = _keras_facts("to_keras(layer=...)", layer)
+    if (own.scale, own.center) != (params.scale is not None, params.bias is not None):
+        raise ValueError(
+            f"to_keras(layer=...): the layer has scale={own.scale}, center={own.center}, but scale and bias are "
+            f"{['present', 'None'][params.scale is None]} and {['present', 'None'][params.bias is None]}. Build the "
+            "layer accordingly."
+        )
+    if own.moving_mean.shape != state.mean.shape:
+        raise ValueError(
+            f"to_keras(layer=...): the layer has features {own.moving_mean.shape}, the state {state.mean.shape}."
+        )
+    return weights + (renorm_statistics(weights[-2], weights[-1], own.epsilon) if hasattr(own, RENORM[0]) else [])
+
+
+def _keras_facts(call, layer):
+    """The layer, which must be a built BatchNormalization."""
+    if not hasattr(layer, "moving_variance") or not hasattr(layer, "get_weights"):
+        raise ValueError(
+            f"{call}: expected a BatchNormalization or its get_weights(), got {type(layer).__name__}. A whole model is "
+            "converted by from_keras_model and to_keras_model."
+        )
+    if layer.moving_variance is None:
+        raise ValueError(f"{call}: the layer {layer.name!r} has no weights yet. Call it once, or layer.build(shape).")
+    return layer
 
 
 def _state(call, arrays, count):

@@ -46,6 +46,9 @@ class Called(NamedTuple):
     groups: int = 1
     into: list[Atom] | None = None  # atoms of the input's feature axis, if known
     out: list[Atom] | None = None  # atoms of the output's feature axis, if known
+    module: Any = None  # the layer itself, if traced
+    shapes: tuple[tuple[int, ...], ...] = ()  # of its inputs, in the order of the calls
+    padded: bool = False  # whether an input of it is the result of a pad
 
 
 class _Marked(NamedTuple):
@@ -75,6 +78,19 @@ def features(closed: Any, inputs: int) -> dict[tuple[str, str], list[Atom]]:
             _give(axis, INPUT)
     _run(closed.jaxpr, arguments, marked)
     return {key: expand(atoms) for key, atoms in marked.features.items()}
+
+
+def padded(jaxpr: Any) -> set[str]:
+    """The layers that a padded array enters, according to the marks in a jaxpr."""
+    found, padding = set(), set()
+    for eqn in jaxpr.eqns:
+        name, inner = eqn.primitive.name, [getattr(value, "jaxpr", value) for value in eqn.params.values()]
+        if name == "pad" or eqn.params.get("name") == "_pad":
+            padding |= set(eqn.outvars)
+        elif name == "name" and eqn.params["name"].startswith("bnjax in ") and eqn.invars[0] in padding:
+            found.add(eqn.params["name"].split(" ", 3)[3])
+        found = found.union(*(padded(body) for body in inner if hasattr(body, "eqns")))
+    return found
 
 
 def layout(atoms: list[Atom], channels_first: bool) -> Layout | None:

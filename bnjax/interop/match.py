@@ -1,17 +1,19 @@
-"""Matching of the layers of a PyTorch or Keras model with those of a Flax model, by order, kind and shapes."""
+"""Matching of the layers of a PyTorch or Keras model with those of a Flax model, by name, order, kind and shapes."""
 
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import combinations, pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from bnjax.interop.kernels import CONVOLUTION, MATRIX, NORM, TENSOR, Layer, Library, needed
+from bnjax.interop.kernels import CONVOLUTION, MATRIX, NORM, TENSOR, Layer, Library, Move, needed
 from bnjax.interop.layout import Called
+from bnjax.interop.names import compare
 
 TORCH_NAMES = {"bias": "bias", "running_mean": "mean", "running_var": "var", "num_batches_tracked": "count"}
+SORTS = (CONVOLUTION, MATRIX, NORM, TENSOR)
 KERAS_NAMES = {
     "kernel": "kernel",
     "embeddings": "kernel",
@@ -32,27 +34,33 @@ class Pair(NamedTuple):
     by: str
 
 
+Pairs = list[tuple[Pair, dict[str, Move]]]
+"""Layers that belong together, with the moves of their arrays."""
+
+
 class Moved(NamedTuple):
-    """A tensor that was converted."""
+    """A tensor that was converted, or that has no counterpart in the other model, where name and shape are empty."""
 
     theirs: str  # its name in the other library's model
     their_shape: tuple[int, ...]
     ours: str  # its path in the Flax variables
     our_shape: tuple[int, ...]
     done: str  # its conversion, from the other library to Flax
-    by: str  # what matched its layer: "names" that were given, its "shape" alone, or the "order"
+    by: str  # what matched its layer: "names" that were given, the "same name", its "shape" alone, or the "order"
 
 
 @dataclass(frozen=True)
 class Report:
-    """Every tensor that was converted. It prints as a table."""
+    """Every tensor that was converted, and what has no counterpart. It prints as a table."""
 
     tensors: tuple[Moved, ...]
+    unread: tuple[str, ...] = ()  # options that were not compared, and why
 
     def __str__(self) -> str:
         rows = [("theirs", "shape", "ours", "shape", "done", "by"), *(tuple(map(str, row)) for row in self.tensors)]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+        lines += [f"not compared: {what}" for what in self.unread]
         return "\n".join(line.rstrip() for line in lines)
 
 
@@ -113,7 +121,11 @@ def uncalled(shapes: Mapping[str, tuple[int, ...]]) -> Called:
 def match(
     call: str, theirs: Sequence[Layer], ours: Sequence[Layer], library: Library, names: Mapping[str, str], called: bool
 ) -> list[Pair]:
-    """Pair the layers named in `names`, and the others by their order, provided that their shapes agree.
+    """Pair the layers in `names`, those of the same name, and the others by their order, if their shapes agree.
+
+    Names overrule order. Order is an error for the rest of a sort of layer of which `names` has some, or of which most
+    layers have the same name; for all other layers if those matched by name have different orders in the two models;
+    and for two layers that would have each other's names. Only what shapes determine is matched then.
 
     Args:
       call: the function called, for errors.
@@ -124,24 +136,34 @@ def match(
         sort of layer in an order of its own. If not, the layers of each sort must be ordered by the numbers in their
         paths, or differ in shape.
     """
-    pairs = _pinned(call, theirs, ours, library, names)
-    named = {id(layer) for pair in pairs for layer in pair[:2]}
-    theirs_left, ours_left = ([layer for layer in side if id(layer) not in named] for side in (theirs, ours))
     if not called:
-        ours_left = sorted(ours_left, key=lambda layer: _numbered(layer.name))
+        ours = sorted(ours, key=lambda layer: _numbered(layer.name))
+    pairs = _pinned(call, theirs, ours, library, names)
+    theirs_left, ours_left = _left(theirs, ours, pairs)
+    tensors = [layer.name for layer in (*theirs_left, *ours_left) if layer.sort == TENSOR]
+    known = compare([layer.name for layer in theirs_left], [layer.name for layer in ours_left], tensors)
+    pairs += _same_names(library, theirs_left, ours_left, known.same)
+    for sort in (sort for sort in SORTS if _mostly_named(sort, theirs, pairs)):
+        why = f"names match only some of the {sort}"
+        pairs += _by_shape(call, library, sort, why, names, *_left(theirs, ours, pairs, sort), called)
+    crossed = [sort for sort in SORTS if called and _crossed([p for p in pairs if p.ours.sort == sort], theirs, ours)]
+    theirs_left, ours_left = _left(theirs, ours, pairs)
     found = list(zip(theirs_left, ours_left, strict=False))
-    whole = len(theirs_left) == len(ours_left) and all(fits(library, t, o) for t, o in found)
-    if not called or not whole:
+    if crossed:
+        why = f"the {crossed[0]} matched by name are in different orders in the two models"
+        for sort in SORTS:
+            pairs += _by_shape(call, library, sort, why, names, *_left(theirs, ours, pairs, sort), called)
+        return pairs
+    if not called or len(theirs_left) != len(ours_left) or not all(fits(library, t, o) for t, o in found):
         found = []
-        for sort in (CONVOLUTION, MATRIX, NORM, TENSOR):
-            their, our = ([layer for layer in side if layer.sort == sort] for side in (theirs_left, ours_left))
-            found += _by_order(call, library, sort, their, our, called)
-        if found:
-            _check_order(call, pairs, found, theirs, ours)
+        for sort in SORTS:
+            found += _by_order(call, library, sort, *_left(theirs, ours, pairs, sort), called)
+    ordered = []
     for their, our in found:
         others = [fits(library, their, o) for o in ours_left] + [fits(library, t, our) for t in theirs_left]
-        pairs.append(Pair(their, our, "shape" if sum(others) == 2 else "order"))
-    return pairs
+        ordered.append(Pair(their, our, "shape" if sum(others) == 2 else "order"))
+    _check_order(call, library, names, pairs, ordered, known, theirs, ours, called)
+    return pairs + ordered
 
 
 def fits(library: Library, theirs: Layer, ours: Layer, named: bool = False) -> bool:
@@ -204,17 +226,97 @@ def _by_order(call, library, sort, theirs, ours, called):
     )
 
 
-def _check_order(call, pinned, found, theirs, ours):
-    """Check that pairs given by `names` do not cross the order, because order then could not match the others."""
+def _left(theirs, ours, pairs, sort=None) -> tuple[list[Layer], list[Layer]]:
+    """The layers of both models that are in no pair, of one sort or of all."""
+    paired = {id(layer) for pair in pairs for layer in pair[:2]}
+
+    def left(side):
+        return [layer for layer in side if id(layer) not in paired and sort in (None, layer.sort)]
+
+    return left(theirs), left(ours)
+
+
+def _same_names(library, theirs, ours, same):
+    """The pairs of layers whose names are the same. Axes of an unknown layer's array could be swapped only if they have
+    the same size."""
+    own = {layer.name: layer for layer in ours}
+    pairs = []
+    for their in theirs:
+        our = own.get(same.get(their.name))
+        if our is not None:
+            sizes = [size for size in our.shapes().get("array", ()) if size > 1]
+            if fits(library, their, our, named=len(set(sizes)) == len(sizes)):
+                pairs.append(Pair(their, our, "same name"))
+    return pairs
+
+
+def _mostly_named(sort, theirs, pairs):
+    """Whether `names` has layers of this sort, or most of them, or some of them and most of the model, have the same
+    name in both models."""
+    reasons = [pair.by for pair in pairs if pair.ours.sort == sort]
+    same = reasons.count("same name")
+    all_same = sum(pair.by == "same name" for pair in pairs)
+    size = sum(layer.sort == sort for layer in theirs)
+    return "names" in reasons or 2 * same > size or (same > 0 and 2 * all_same > len(theirs))
+
+
+def _by_shape(call, library, sort, why, names, theirs, ours, called):
+    """Pair the layers of one sort by their shapes alone. A layer that only one other fits excludes that one."""
+    fit = np.array([[fits(library, t, o) for o in ours] for t in theirs], bool).reshape(len(theirs), len(ours))
+    pairs = []
+    while (sole := fit & ((fit.sum(0) == 1) | (fit.sum(1, keepdims=True) == 1))).any():
+        i, j = np.argwhere(sole)[0]
+        pairs.append(Pair(theirs[i], ours[j], "shape"))
+        fit[i] = fit[:, j] = False
+    theirs_left, ours_left = _left(theirs, ours, pairs)
+    if theirs_left or ours_left:
+        if len(theirs) != len(ours) or fit.any(0).sum() + fit.any(1).sum() < len(theirs_left) + len(ours_left):
+            _by_order(call, library, sort, theirs, ours, called)  # which is an error, as a shape fits none
+        raise ValueError(_ambiguous(call, library, why, sort, names, theirs_left, ours_left))
+    return pairs
+
+
+def _crossed(pairs, theirs, ours):
+    """Whether the layers of these pairs are in different orders in the two models."""
     places = [{id(layer): i for i, layer in enumerate(side)} for side in (theirs, ours)]
-    for sort in {pair.ours.sort for pair in pinned}:
-        pairs = [pair[:2] for pair in pinned if pair.ours.sort == sort] + [p for p in found if p[0].sort == sort]
-        order = [places[1][id(our)] for _, our in sorted(pairs, key=lambda pair: places[0][id(pair[0])])]
-        if order != sorted(order):
+    order = [places[1][id(our)] for _, our in sorted((p[:2] for p in pairs), key=lambda pair: places[0][id(pair[0])])]
+    return order != sorted(order)
+
+
+def _check_order(call, library, names, pairs, ordered, known, theirs, ours, called):
+    """Check that the pairs by order neither cross those by name, nor give two layers each other's names."""
+    for sort in SORTS:
+        found = [pair for pair in ordered if pair.ours.sort == sort]
+        unsure = [pair for pair in found if pair.by == "order"]
+        if not unsure:
+            continue
+        why = ""
+        sure = [pair for pair in pairs if pair.ours.sort == sort]
+        if called and sure and _crossed(sure + found, theirs, ours):
+            why = f"the {sort} matched by name are in different orders in the two models"
+        own = {pair.ours.name: pair.ours for pair in unsure}
+        for their, our, _ in unsure:
+            same = own.get(known.doubtful.get(their.name, our.name))
+            if same is not our and same is not None and fits(library, their, same):
+                why = why or f"their order pairs {their.name!r} with {our.name!r} and not with {same.name!r}"
+        for (t, o, _), (t2, o2, _) in combinations(unsure, 2):
+            if fits(library, t, o2) and known.reversed((t.name, o.name), (t2.name, o2.name)):
+                why = why or f"their order pairs {t.name!r} with {o.name!r} and {t2.name!r} with {o2.name!r}"
+        if why:
             raise ValueError(
-                f"{call}(names=...): ambiguous: the {sort} named are in different orders in the two models, so their "
-                f"order does not match the others. Name these too: {[t.name for t, _ in found]}."
+                _ambiguous(call, library, why, sort, names, [p[0] for p in unsure], [p[1] for p in unsure])
             )
+
+
+def _ambiguous(call, library, why, sort, names, theirs, ours):
+    """The error for layers that order must not match, with the `names` to write."""
+    given = "".join(f"{their!r}: {our!r}, " for their, our in names.items())
+    missing = ", ".join(f"{layer.name!r}: ..." for layer in theirs)
+    return (
+        f"{call}(names=...): ambiguous: {why}, so order does not tell which of the {sort} {[o.name for o in ours]} "
+        f"are {[t.name for t in theirs]} of {library.name}. Pass names={{{given}{missing}}}, with one "
+        "of the former for each `...`."
+    )
 
 
 def _mismatch(library, theirs, ours):

@@ -1,17 +1,19 @@
 """Conversion of whole models of PyTorch and Keras to the variables of Flax models, and back."""
 
-import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple, overload
 
-import jax.numpy as jnp
 import numpy as np
 
 from bnjax.core import trees
-from bnjax.interop.arrays import as_array, check_floating, checked, keras_arrays, plain, tensors, updates
-from bnjax.interop.kernels import KERAS, NORM, TORCH, Move, moves
+from bnjax.interop import keras_models, torch_modules
+from bnjax.interop.arrays import tensors
+from bnjax.interop.kernels import TORCH
 from bnjax.interop.layers import from_torch, to_torch
-from bnjax.interop.match import Moved, Pair, Report, keras_layers, match, own_layers, torch_layers, uncalled
+from bnjax.interop.match import Report
+from bnjax.interop.options import compare
+from bnjax.interop.pairs import matched, moved, no_model, rows, weights_of
+from bnjax.interop.verify import verify
 
 
 class Unmatched(NamedTuple):
@@ -41,30 +43,35 @@ def from_torch_model(
     model: Any = None,
     inputs: Any = (),
     flatten: Mapping[str, tuple[int, ...]] | None = None,
+    expected: Any = None,
     **kwargs: Any,
 ) -> tuple[dict[str, Any], Unmatched | Report]:
     """Convert a PyTorch model to the variables of a Linen or NNX model.
 
     Every tensor of the state_dict is converted to one array of the variables; a tensor or an array without a
     counterpart is an error. Layers are convolutions (grouped and depthwise ones included), transposed convolutions,
-    dense layers, embeddings, and normalizations with and without running statistics. The layers of the state_dict, in
-    the order of their definition, are matched with the layers of the Flax model, in the order of their calls; kinds and
-    shapes must agree. If several layers have the same shape, order alone decides. The report says by what each layer
-    was matched, so check it, and correct a wrong match by `names`.
+    dense layers, embeddings, and normalizations with and without running statistics. Layers of the same name belong
+    together ("layer1.0.bn2" is "layer1/0/bn2" and "layer1_0/bn2", and "module." and the like are no part of a name).
+    The others are matched in order: those of the state_dict as defined, those of the Flax model as called; kinds and
+    shapes must agree, and names must not contradict the order. The report says what matched each layer, so check the
+    layers of one shape that "order" matched, correct a wrong match by `names`, and pass `expected`.
 
     Kernels are transposed as each layer requires. PyTorch flattens an image as (channels, height, width), Flax as
     (height, width, channels). If the features of a dense layer or of a normalization are a flattened image, or become
     an image, they are reordered accordingly.
 
-    Options are not converted: epsilon, padding and strides are the Flax model's. PyTorch's `padding=1` is ((1, 1),
+    Options are not converted: epsilon, padding and strides are the Flax model's. If the PyTorch model itself is passed
+    with the Flax model, options on which its outputs in evaluation depend must agree. PyTorch's `padding=1` is ((1, 1),
     (1, 1)) in Flax, which with strides differs from "SAME"; its `ConvTranspose(k, padding=p)` is padding k - 1 - p.
 
     Args:
-      state_dict: state_dict of the PyTorch model, or the model itself.
+      state_dict: state_dict of the PyTorch model, or the model itself, which tells the kinds of its layers too, and the
+        layers without tensors. Weights that PyTorch computes at each call, as weight_norm does, must be put back first.
       variables: `params` and `batch_stats`, from `init` of a Linen model, or from `bnjax.nnx.functional(model)` of an
         NNX model, into which `nnx.update(model, *variables.values())` puts the result.
       names: by a layer's name in the state_dict ("layer1.0.bn2"), its path in the variables ("Block_0/BatchNorm_1",
-        "layers/1"). With a `model`, these layers are matched by name and all others by order. A parameter of no known
+        "layers/1"). With a `model`, order does not match the other layers of the sorts (convolutions, dense layers and
+        embeddings, normalizations, other tensors) named here: their names or shapes must. A parameter of no known
         layer, such as the position embedding of a transformer, must be named with its whole path, and is converted
         without a change. Without a `model`, only the batch normalization layers named here are converted.
       model: the Linen or NNX model. Without it, layers are ordered by the numbers in their paths. Convolutions, and
@@ -73,17 +80,23 @@ def from_torch_model(
       flatten: by the path of a dense layer or a normalization, the shape (height, width, channels) of the image that is
         flattened into it, or () if none is. It is needed if the model flattens its own input, or joins a flattened
         image with other features.
+      expected: outputs of the PyTorch model in evaluation for `inputs`, as the Flax model returns them, with channels
+        last. The Flax model then runs with the new variables, and must return them, up to rounding; it does not matter
+        then how options differ. If the PyTorch model itself was passed, the error names the first layer that differs.
       **kwargs: keyword arguments of the model's call, such as train=False.
 
     Returns:
-      variables: the new variables, in the dtypes of the old ones. A count is set if the model has one. With `names`
-        alone, a layer with `track_running_stats=False` leaves the model's running statistics unchanged.
-      report: a `Report` of every tensor, which prints as a table. With `names` alone, `Unmatched`: the layers with
-        running statistics that `names` does not contain.
+      variables: the new variables, in the dtypes of the old ones. A count is set if the model has one. A layer with
+        `track_running_stats=False` leaves the model's running statistics as they are. Since a state_dict alone cannot
+        tell it from a LayerNorm, pass the PyTorch model, or name the layer.
+      report: a `Report` of every tensor, which prints as a table, with what PyTorch does not keep in its last rows, and
+        of layers whose options could not be compared because their classes compute in a way of their own. With `names`
+        alone, `Unmatched`: the layers with running statistics that `names` does not contain.
 
     Raises:
-      ValueError: if a layer has no counterpart, its match is ambiguous, it is named twice, or its shapes or parameters
-        differ; and for a state_dict that is not a mapping, an array that is not floating, or a negative variance.
+      ValueError: if a layer has no counterpart, its match is ambiguous, it is named twice, or its shapes, parameters or
+        options differ; if outputs differ from `expected`; and for a state_dict that is not a mapping, an array that is
+        not floating, or a negative variance.
 
     Example:
       >>> import flax.linen as nn, jax, jax.numpy as jnp, numpy as np
@@ -104,13 +117,15 @@ def from_torch_model(
       bn1.running_var   (3,)    layers_1/var     (3,)    as it is           shape
     """
     call = "from_torch_model"
-    state_dict = tensors(call, state_dict)
     if names is not None and model is None:
-        _no_model(call, None, inputs, flatten, kwargs)
+        no_model(call, None, inputs, flatten, kwargs if expected is None else {**kwargs, "expected": expected})
         return _named_norms(state_dict, variables, names)
-    arrays = {key: as_array(value) for key, value in state_dict.items()}
-    pairs = _pairs(call, TORCH, torch_layers(arrays), variables, names, model, inputs, flatten, kwargs)
-    return _variables(call, variables, pairs), _report(arrays, pairs)
+    arrays, theirs = torch_modules.model_layers(call, state_dict, variables)
+    pairs = matched(call, TORCH, theirs, variables, names, model, inputs, flatten, kwargs)
+    torch_modules.check_untracked(call, state_dict, [pair for pair, _ in pairs])
+    new = moved(call, variables, pairs)
+    unread = verify(call, TORCH, state_dict, pairs, model, new, inputs, kwargs, expected)
+    return new, Report(rows(arrays, pairs), unread)
 
 
 @overload
@@ -159,13 +174,15 @@ def to_torch_model(
                 f"{call}(names=None, state_dict=None): pass state_dict=, of the PyTorch model, to convert the whole "
                 "model, or names= to convert batch normalization layers alone."
             )
-        _no_model(call, model, inputs, flatten, kwargs)
+        no_model(call, model, inputs, flatten, kwargs)
         ours = _named(call, variables, names)
         return {key: v for theirs, name in names.items() for key, v in to_torch(*ours[name], prefix=theirs).items()}
-    arrays = {key: as_array(value) for key, value in tensors(call, state_dict).items()}
-    pairs = _pairs(call, TORCH, torch_layers(arrays), variables, names, model, inputs, flatten, kwargs)
-    converted = _weights(pairs)
-    return {key: converted[key] for key in arrays}, _report(arrays, pairs)
+    arrays, theirs = torch_modules.model_layers(call, state_dict, variables)
+    pairs = matched(call, TORCH, theirs, variables, names, model, inputs, flatten, kwargs)
+    torch_modules.check_untracked(call, state_dict, [pair for pair, _ in pairs])
+    unread = compare(call, TORCH, state_dict, pairs)
+    converted = weights_of(pairs)
+    return {key: converted[key] for key in arrays}, Report(rows(arrays, pairs), unread)
 
 
 def from_keras_model(
@@ -176,25 +193,31 @@ def from_keras_model(
     model: Any = None,
     inputs: Any = (),
     flatten: Mapping[str, tuple[int, ...]] | None = None,
+    expected: Any = None,
     **kwargs: Any,
 ) -> tuple[dict[str, Any], Report]:
     """Convert a Keras model to the variables of a Linen or NNX model.
 
-    Layers are matched as in `from_torch_model`, in the order of Keras's `model.weights`. They are Dense, Embedding,
-    Conv, DepthwiseConv, SeparableConv (two convolutions in Flax), ConvTranspose, and normalizations. Images have their
-    channels last in both libraries.
+    Layers are matched and their options compared as in `from_torch_model`, in the order of Keras's `model.weights`.
+    They are Dense, Embedding, Conv, DepthwiseConv, SeparableConv (two convolutions in Flax), ConvTranspose, and
+    normalizations. A renormalized layer gives its moving mean and variance.
+
+    A Keras model may have its channels first. A plain `Flatten` then flattens (channels, height, width), and features
+    are reordered as for PyTorch. The axes of normalizations and dense layers are compared with those of the Flax model.
+    None of this is known if only arrays are passed, which are taken to have their channels last.
 
     Args:
       weights: the Keras model, or its arrays by path ("block/dense/kernel"), as a mapping or a sequence of pairs.
       names: by the path of a Keras layer ("block/dense"), the path of the Flax layer, for layers to match by name.
-      variables, model, inputs, flatten, **kwargs: as in `from_torch_model`.
+      variables, model, inputs, flatten, expected, **kwargs: as in `from_torch_model`.
 
     Returns:
       variables: the new variables, in the dtypes of the old ones. Counts are 0, because Keras does not count updates.
-      report: a `Report` of every array, which prints as a table.
+      report: a `Report` of every array, which prints as a table; counts are its last rows.
 
     Raises:
-      ValueError: as `from_torch_model`, and for a Keras model with channels first.
+      ValueError: as `from_torch_model`; if a layer has its features on another axis than the Flax layer; and if images
+        of two data formats, or a Flatten that moves channels and a Reshape that does not, leave an order unclear.
 
     Example:
       >>> import flax.linen as nn, jax, jax.numpy as jnp, numpy as np
@@ -206,9 +229,12 @@ def from_keras_model(
       [[1.0, 1.0, 1.0], [1.0, 1.0, 1.0]]
     """
     call = "from_keras_model"
-    arrays = keras_arrays(call, weights)
-    pairs = _pairs(call, KERAS, keras_layers(arrays), variables, names, model, inputs, flatten, kwargs)
-    return _variables(call, variables, pairs), _report(arrays, pairs)
+    arrays, library, theirs = keras_models.model_layers(call, weights)
+    pairs = matched(call, library, theirs, variables, names, model, inputs, flatten, kwargs)
+    keras_models.check_axes(call, weights, [pair for pair, _ in pairs])
+    new = moved(call, variables, pairs)
+    unread = verify(call, library, weights, pairs, model, new, inputs, kwargs, expected)
+    return new, Report(rows(arrays, pairs), unread)
 
 
 def to_keras_model(
@@ -224,7 +250,8 @@ def to_keras_model(
     """Convert the variables of a Linen or NNX model to weights, for `set_weights` of a Keras model.
 
     Args:
-      weights: the Keras model or its arrays, as in `from_keras_model`, for their paths, shapes and order.
+      weights: the Keras model or its arrays, as in `from_keras_model`, for their paths, shapes and order. With a
+        renormalized layer it must be the model. Its renormalization then starts from the running statistics.
       variables, names, model, inputs, flatten, **kwargs: as in `from_keras_model`.
 
     Returns:
@@ -245,102 +272,13 @@ def to_keras_model(
       [(2, 3), (3,)]
     """
     call = "to_keras_model"
-    arrays = keras_arrays(call, weights)
-    pairs = _pairs(call, KERAS, keras_layers(arrays), variables, names, model, inputs, flatten, kwargs)
-    converted = _weights(pairs)
-    return [converted[key] for key in arrays], _report(arrays, pairs)
-
-
-Pairs = list[tuple[Pair, dict[str, Move]]]
-
-
-def _pairs(call, library, theirs, variables, names, model, inputs, flatten, kwargs) -> Pairs:
-    """The matched layers, with the moves of their arrays."""
-    if not isinstance(variables, Mapping) or "params" not in variables:
-        raise ValueError(
-            f"{call}(variables=...): expected a mapping with params, got {type(variables).__name__}. Pass the result "
-            "of a Linen model's init, or bnjax.nnx.functional(model)[1] of an NNX model."
-        )
-    leaves: dict[str, dict[str, Any]] = {}
-    for collection in ("params", "batch_stats"):
-        for path, own in trees.leaves(variables.get(collection, {})).items():
-            leaves.setdefault(path, {}).update(own)
-    shapes = {path: {name: tuple(leaf.shape) for name, leaf in own.items()} for path, own in leaves.items()}
-    if model is None:
-        _no_model(call, None, inputs, None, kwargs)
-        called = {path: uncalled(own) for path, own in shapes.items()}
-        if unknown := [path for path, own in called.items() if own.kind == "convolution"]:
-            raise ValueError(
-                f"{call}(model=None): ambiguous: kernels of more than two axes, {unknown}, may belong to convolutions "
-                "or to transposed convolutions, and a flatten may follow them. Pass model= and inputs= to it."
-            )
-    else:
-        from bnjax.interop.flax_calls import calls  # imported here, since it needs Flax and the rest does not
-
-        called = calls(model, variables, shapes, inputs if isinstance(inputs, tuple) else (inputs,), kwargs)
-        if missing := sorted(set(leaves) - set(called)):
-            raise ValueError(
-                f"{call}(inputs=...): with these inputs the model never calls {missing}. Pass inputs with which it "
-                "calls all of its layers."
-            )
-    if unknown := sorted(set(flatten or {}) - set(leaves)):
-        raise ValueError(f"{call}(flatten=...): the model has no {unknown}, but {sorted(leaves)}.")
-    pairs = match(call, theirs, own_layers(leaves, called), library, names or {}, model is not None)
-    return [(pair, moves(call, pair.theirs, pair.ours, library, flatten or {})) for pair in pairs]
-
-
-def _variables(call, variables, pairs: Pairs) -> dict[str, Any]:
-    """The variables with the other library's arrays."""
-    new: dict[str, dict[str, Any]] = {}
-    for (theirs, ours, _), array_moves in pairs:
-        if ours.sort == NORM:
-            named = {re.split("[./:]", theirs.keys[name])[-1]: theirs.arrays[name] for name in array_moves}
-            checked(f"{call}: {theirs.name!r}", named)
-        values = {}
-        for name, move in array_moves.items():
-            check_floating(call, theirs.keys[name], theirs.arrays[name])
-            values[name] = jnp.array(move.forward(theirs.arrays[name]), ours.arrays[name].dtype)
-        if "count" in ours.arrays:
-            own = ours.arrays["count"]
-            values["count"] = jnp.full(own.shape, int(theirs.arrays.get("count", 0)), own.dtype)
-        for name, value in values.items():
-            path, _, leaf = ours.keys[name].rpartition("/")
-            new.setdefault(path, {})[leaf] = value
-    converted = {key: trees.replaced(tree, new) for key, tree in variables.items() if key in ("params", "batch_stats")}
-    return {**variables, **converted}
-
-
-def _weights(pairs: Pairs) -> dict[str, np.ndarray]:
-    """The arrays for the other library, by their names in its model."""
-    weights = {}
-    for (theirs, ours, _), array_moves in pairs:
-        for name, move in array_moves.items():
-            weights[theirs.keys[name]] = plain(move.backward(np.asarray(ours.arrays[name])))
-        if "count" in theirs.arrays:
-            weights[theirs.keys["count"]] = updates(ours.arrays.get("count"))
-    return weights
-
-
-def _report(arrays, pairs: Pairs) -> Report:
-    """The report, in the order of the other library's arrays."""
-    rows = {}
-    for (theirs, ours, by), array_moves in pairs:
-        for name, move in array_moves.items():
-            rows[theirs.keys[name]] = Moved(theirs.keys[name], move.theirs, ours.keys[name], move.ours, str(move), by)
-        if key := theirs.keys.get("count"):
-            own = ours.arrays.get("count")
-            done = ("", (), "not counted here") if own is None else (ours.keys["count"], own.shape, "for each feature")
-            rows[key] = Moved(key, (), *done, by)
-    return Report(tuple(rows[key] for key in arrays))
-
-
-def _no_model(call, model, inputs, flatten, kwargs):
-    """Reject arguments that have no effect without a model."""
-    passed = {"model": model is not None, "inputs": not isinstance(inputs, tuple) or inputs, "flatten": flatten}
-    if unused := [name for name, value in {**passed, **dict.fromkeys(kwargs, True)}.items() if value]:
-        raise ValueError(
-            f"{call}(model=None): {unused} are for the call of a model. Pass model= too, or leave them out."
-        )
+    arrays, library, theirs = keras_models.model_layers(call, weights)
+    pairs = matched(call, library, theirs, variables, names, model, inputs, flatten, kwargs)
+    keras_models.check_axes(call, weights, [pair for pair, _ in pairs])
+    unread = compare(call, library, weights, pairs)
+    converted = weights_of(pairs)
+    converted |= keras_models.renorm_weights(call, weights, arrays, converted)
+    return [converted[key] for key in arrays], Report(rows(arrays, pairs), unread)
 
 
 def _named_norms(state_dict, variables, names):
@@ -364,7 +302,8 @@ def _named_norms(state_dict, variables, names):
             )
         new[name] = {key: given[key].astype(own[key].dtype) for key in own_shapes}
     converted = {key: trees.replaced(tree, new) for key, tree in variables.items() if key in ("params", "batch_stats")}
-    tracked = {key.rpartition(".")[0] for key in state_dict if key.rpartition(".")[2] == "running_mean"}
+    parts = [key.rpartition(".") for key in tensors("from_torch_model", state_dict)]
+    tracked = {layer for layer, _, name in parts if name == "running_mean"}
     unmatched = Unmatched(sorted(tracked - {name.rstrip(".") for name in names}), sorted(set(ours) - set(new)))
     return {**variables, **converted}, unmatched
 

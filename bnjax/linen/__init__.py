@@ -4,16 +4,21 @@
 their own BatchNorm layers compute through bnjax. `fold_model` removes the layers for serving.
 """
 
-from typing import TYPE_CHECKING
-
-from bnjax.core.deprecation import aliases
 from bnjax.linen.conversion import convert, exact_batch_norm
 from bnjax.linen.folding import fold_model
 from bnjax.linen.lstm import BNLSTM, BNLSTMCell
-from bnjax.linen.norm import BatchNorm, ConditionalBatchNorm, GhostBatchNorm, IndexedBatchNorm, RenormBatchNorm
+from bnjax.linen.norm import (
+    AdaptiveBatchNorm,
+    BatchNorm,
+    ConditionalBatchNorm,
+    GhostBatchNorm,
+    IndexedBatchNorm,
+    RenormBatchNorm,
+)
 
 __all__ = [
     "BNLSTM",
+    "AdaptiveBatchNorm",
     "BNLSTMCell",
     "BatchNorm",
     "ConditionalBatchNorm",
@@ -24,6 +29,3 @@ __all__ = [
     "exact_batch_norm",
     "fold_model",
 ]
-
-if not TYPE_CHECKING:
-    __getattr__ = aliases(__name__, {"fold": fold_model})

@@ -8,26 +8,30 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.core import unfreeze
+from flax.errors import InvalidRngError, ModifyScopeVariableError
+from flax.nnx import bridge
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from bnjax.core import trees
 from bnjax.core.apply import aligned
 from bnjax.deploy.affine import fold as affine_fold
-from bnjax.deploy.neighbours import (
+from bnjax.deploy.neighbours import Neighbours, named_call
+from bnjax.deploy.pairs import (
+    EVALUATE,
     FoldReport,
-    Neighbours,
     TracedLayer,
     as_pairs,
     fold_linear,
     fold_pairs,
+    in_training,
+    left,
     log,
-    named_call,
 )
 from bnjax.linen.conversion import check_model, class_of, contexts, converted, wrapped
-from bnjax.linen.norm import BatchNorm, GhostBatchNorm, RenormBatchNorm
+from bnjax.linen.norm import AdaptiveBatchNorm, BatchNorm, GhostBatchNorm, RenormBatchNorm
 
 _LINEAR = (nn.Dense, nn.Conv, nn.ConvTranspose)
-_NORM = (nn.BatchNorm, BatchNorm, GhostBatchNorm, RenormBatchNorm)
+_NORM = (nn.BatchNorm, AdaptiveBatchNorm, BatchNorm, GhostBatchNorm, RenormBatchNorm)
 
 
 def fold_model(
@@ -40,11 +44,12 @@ def fold_model(
     The model is traced in evaluation, and every norm that is adjacent to a linear layer is folded: into the linear
     layer before it, or else into the one after it. Adjacent means that nothing but reshapes that keep the features on
     the last axis lies between the two, and that the output of the first has no other use. `interceptor.report` lists
-    the pairs that were folded, and the reason for each norm that was not; such norms are logged as a warning by the
-    logger `bnjax`.
+    the pairs that were folded, and the reason for each norm that was not, other layers with running statistics
+    included; such norms are logged as a warning by the logger `bnjax`.
 
     A Linen module cannot drop a layer. The result is therefore a model, `interceptor.model`, in which a folded norm
-    returns its input and a linear layer without a bias adds its new one. A model that holds this model as a submodule
+    returns its input and a linear layer without a bias adds its new one. In training a folded norm is an error, unless
+    it is frozen. A model that holds this model as a submodule
     needs the interceptor itself:
 
         y = interceptor.model.apply(variables, x, train=False)
@@ -72,7 +77,8 @@ def fold_model(
 
     Raises:
       ValueError, TypeError: for an object that is not a Linen module, a path that the model does not call, a pair of
-        other kinds or shapes or that is not adjacent, a layer in two pairs, or a trace in training.
+        other kinds or shapes or that is not adjacent, a layer in two pairs, or a trace in training, in which norms
+        use the batch's statistics. In a call of the folded model: for other variables, and for a call in training.
 
     Example:
       >>> import flax.linen as nn, jax, jax.numpy as jnp
@@ -108,7 +114,8 @@ def fold_model(
             params[path] = box.replace_boxed(new) if isinstance(box, nn.meta.AxisMetadata) else new
         folded[norm] = dtype
 
-    report = fold_pairs(chosen, layers, neighbours, (_LINEAR, _NORM), fold_one)
+    others = _others(variables, layers)
+    report = fold_pairs(chosen, layers, neighbours, (_LINEAR, _NORM), fold_one, others)
     log(report)
     removed = {tuple(name.split("/")) for name in folded}
     remaining = {
@@ -116,17 +123,44 @@ def fold_model(
         for name, flat in {"params": params, "batch_stats": stats}.items()
     }
     variables = {name: tree for name, tree in {**variables, **remaining}.items() if tree}
-    return variables, Folded(model, folded, biased, report)
+    return variables, Folded(model, _FoldedLayers(folded, biased), report)
+
+
+def _others(variables, layers):
+    """Why each layer with running statistics is not folded, by path, that is no norm which the model calls."""
+    found = {}
+    for path in trees.others(variables, [path for path, layer in layers.items() if layer.kind in _NORM]):
+        parts = path.split("/")
+        above = ["/".join(parts[:i]) for i in range(len(parts) + 1)]
+        bridged = next((p for p in above if p in layers and issubclass(layers[p].kind, bridge.ToLinen)), None)
+        if bridged is not None:
+            found[path] = (
+                f"it is in the NNX module {bridged!r} (flax.nnx.bridge), which is not traced. A layer of bnjax.linen "
+                "in its place reads the same variables"
+            )
+        else:
+            found[path] = left(layers[path].kind, _NORM) if path in layers else "the model does not call it"
+    return found
 
 
 class Folded:
     """The interceptor that `fold_model` returns, with the `model` that runs under it and the `report`."""
 
-    def __init__(self, model: nn.Module, folded: Mapping[str, Any], biased: set[str], report: FoldReport):
-        self._folded, self._biased = folded, biased
+    def __init__(self, model: nn.Module, layers: "_FoldedLayers", report: FoldReport):
+        self._layers = layers
         self.report: FoldReport = report
         # This context comes before that of a conversion, whose interceptor would compute the folded norms.
-        self.model: Any = wrapped(model.clone(), self, *contexts(model))
+        self.model: Any = wrapped(model.clone(), layers, *contexts(model))
+
+    def __call__(self, next_function: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        return self._layers(next_function, args, kwargs, context)
+
+
+class _FoldedLayers:
+    """The folded norms and linear layers. They hold no model, because the caches of `jax.jit` keep contexts."""
+
+    def __init__(self, folded: Mapping[str, Any], biased: set[str]):
+        self._folded, self._biased = folded, biased
 
     def __call__(self, next_function: Any, args: Any, kwargs: Any, context: Any) -> Any:
         module, name = context.module, "/".join(context.module.path)
@@ -134,6 +168,11 @@ class Folded:
         if called and name in self._folded:
             if module.has_variable("batch_stats", "mean"):
                 raise ValueError(_UNFOLDED.format(f"{name!r} has statistics"))
+            if not _evaluates(args, kwargs, converted(context)):
+                raise ValueError(
+                    f"interceptor: {name!r} is folded, but is called in training, with the batch's statistics. "
+                    f"{EVALUATE} Train the model that was not folded."
+                )
             return _argument(args, kwargs).astype(self._folded[name])
         y = next_function(*args, **kwargs)
         if called and name in self._biased:
@@ -167,16 +206,19 @@ def _traced(model, variables, args, kwargs):
         module, path, kind = context.module, "/".join(context.module.path), class_of(context.module)
         if context.method_name != "__call__" or not (args or kwargs):
             return next_function(*args, **kwargs)
+        options = converted(context)
+        evaluates = not issubclass(kind, nn.BatchNorm) or _evaluates(args, kwargs, options)
+        if not evaluates and not module.is_mutable_collection("batch_stats"):
+            raise in_training("fold_model(...)", path)
         folded_already = kind in _NORM and not module.has_variable("batch_stats", "mean")
         if kind not in _LINEAR + _NORM or folded_already:
             layers[path] = TracedLayer(nn.Module if folded_already else kind, None)
             return next_function(*args, **kwargs)
-        x, kernel, options = _argument(args, kwargs), None, converted(context)
+        x, kernel = _argument(args, kwargs), None
         if kind in _NORM:
-            average = kwargs.get("use_running_average", args[1] if len(args) > 1 else None)
-            average = options.use_running_average if average is None else average
-            evaluates = bool(average) or getattr(options, "frozen", False)
-            layer = TracedLayer(kind, None, options.axis, frozenset({jnp.ndim(x)}), evaluates)
+            adapts = isinstance(options, AdaptiveBatchNorm)
+            ranks = frozenset({jnp.ndim(x)})
+            layer = TracedLayer(kind, None, options.axis, ranks, evaluates, not evaluates, adapts)
         else:
             kernel = nn.meta.unbox(module.get_variable("params", "kernel"))
             layer = TracedLayer(kind, module.clone(parent=None))  # a bound module would hold tracers after the trace
@@ -196,8 +238,18 @@ def _traced(model, variables, args, kwargs):
         return model.apply(variables, *args, **kwargs)
 
     with nn.intercept_methods(record), _active((*_active.value, object())):
-        neighbours = Neighbours(call, (variables, args, kwargs), {})
+        try:
+            neighbours = Neighbours(call, (variables, args, kwargs), {})
+        except (InvalidRngError, ModifyScopeVariableError) as error:
+            raise ValueError(f"fold_model(...): the model ran as in training: {error}. {EVALUATE}") from error
     return layers, facts, neighbours
+
+
+def _evaluates(args, kwargs, options):
+    """Whether this call of a norm uses the running statistics. Flax refuses a call that does not say."""
+    average = kwargs.get("use_running_average", args[1] if len(args) > 1 else None)
+    average = options.use_running_average if average is None else average
+    return bool(average) or getattr(options, "frozen", False)
 
 
 def _argument(args, kwargs):

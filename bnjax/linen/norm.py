@@ -6,15 +6,16 @@ from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
-from flax.core.scope import DenyList
 from flax.linen.dtypes import canonicalize_dtype
 from jax import Array
 
-from bnjax.core import checks
+from bnjax.core import checks, frozen
 from bnjax.core.apply import apply as apply_plain
 from bnjax.core.records import BNParams, BNState, Collected
 from bnjax.core.schedules import Momentum
+from bnjax.flax_shared.bridge import collects
 from bnjax.flax_shared.conventions import Variables, call_layer, counts, nothing, promoting
+from bnjax.variants.adaptive import apply_adaptive
 from bnjax.variants.ghost import apply_ghost
 from bnjax.variants.indexed import apply_indexed
 from bnjax.variants.renorm import RENORM_D_MAX, RENORM_R_MAX, Limit, apply_renorm
@@ -36,21 +37,27 @@ class BatchNorm(nn.BatchNorm):
       statistics. A feature without a valid value is normalized by the running statistics; Flax returns NaN.
     * Devices are merged by weight, so that unequal and empty shards are exact. Flax takes the mean of means.
     * A mask that is not boolean holds weights >= 0. Flax treats every number but 0 as True.
+    * A mask of lower rank than `x` that could mask features is an error: Flax aligns one value per example with the
+      features where a batch has as many examples as features.
     * Running statistics normalize in the dtype in which they are stored. With `force_float32_reductions=False` Flax
       first casts them to `param_dtype`, which may be narrower.
+    * With `use_running_average=False`, `apply` without `mutable=["batch_stats"]` normalizes by the batch and writes
+      nothing. Flax raises an error.
     * Bad arguments are errors while tracing: a momentum outside [0, 1], an epsilon that is not positive in float32, an
       axis out of range.
 
     Args:
       momentum: weight of the OLD value, or a function of the number of updates, such as `bnjax.cumulative_average` or
         `bnjax.debiased(0.99)`. Only a function adds a variable `count`, of the shape of the features, to `batch_stats`;
-        statistics that come to `apply` without one start at 0.
+        statistics that come to `apply` without one start at 0. A count that is there already, of this shape or one
+        number for all features, goes on with any momentum.
       axis: the feature axis, or several.
       axis_name: mapped axis, or several, whose devices or examples share statistics.
       unbiased_var: whether the running variance is divided by n - 1, as in PyTorch; the output is normalized by the
         biased variance.
       frozen: whether to normalize by the running statistics in training too, and to leave them unchanged.
-      frozen_params: whether scale and bias have no gradient.
+      frozen_params: whether scale and bias have no gradient. `bnjax.training.train_step` leaves them as they are; in
+        another loop weight decay changes them, unless it is masked, `bnjax.training.decay_mask`.
       **others: as in `flax.linen.BatchNorm`.
 
     In training, if `mutable` names the collection `batch_moments`, the layer writes the batch's moments there:
@@ -86,8 +93,9 @@ class BatchNorm(nn.BatchNorm):
           x: floating, complex or integer, any shape.
           use_running_average: True normalizes by the running statistics, False by the batch's, which the running
             statistics absorb unless the module is initializing. Given here or to the constructor.
-          mask: broadcastable to `x`, boolean or weights >= 0; `mask[..., None]` of a mask of examples or positions.
-            Masked elements (weight 0), even NaN, do not affect any other element, nor the statistics.
+          mask: broadcastable to `x`, boolean or weights >= 0. Masked elements (weight 0), even NaN, do not affect any
+            other element, nor the statistics. Sizes are aligned from the last axis; a mask of lower rank than `x` may
+            not reach the features, nor fit the first axes of `x` as well.
 
         Returns:
           The normalized array, of x's shape. Its dtype is `dtype`; if that is None, the dtype to which
@@ -127,6 +135,7 @@ class RenormBatchNorm(BatchNorm, kw_only=True):
     Args:
       r_max, d_max: bounds of the correction, numbers or functions of the number of updates; by default the paper's
         schedule. A function adds the variable `count`.
+      average: "std" averages standard deviations, as in the paper, and "var" variances.
       **others: as in `BatchNorm`.
 
     Example:
@@ -140,11 +149,12 @@ class RenormBatchNorm(BatchNorm, kw_only=True):
 
     r_max: Limit = RENORM_R_MAX
     d_max: Limit = RENORM_D_MAX
+    average: str = "std"
 
     @nn.compact
     def __call__(self, x: Any, use_running_average: bool | None = None, *, mask: Any = None) -> Array:
         """As `BatchNorm`."""
-        apply = partial(apply_renorm, r_max=self.r_max, d_max=self.d_max)
+        apply = partial(apply_renorm, r_max=self.r_max, d_max=self.d_max, average=self.average)
         return batch_norm(self, x, use_running_average, mask=mask, apply=apply)
 
 
@@ -174,7 +184,10 @@ class IndexedBatchNorm(BatchNorm, kw_only=True):
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]  what has no index is no such layer
         self, x: Any, use_running_average: bool | None = None, *, index: Any, mask: Any = None
     ) -> Array:
-        """As `BatchNorm`, with the statistics of `index`, an integer or a scalar integer array, which is clamped."""
+        """As `BatchNorm`, with the statistics of `index`: an integer, or an integer array, which is clamped.
+
+        An array is a scalar, or has shape (batch,), with an index for each example.
+        """
         checks.positive_integer("IndexedBatchNorm", "num_indices", self.num_indices)
         checks.boolean("IndexedBatchNorm", "indexed_params", self.indexed_params)
         return batch_norm(
@@ -217,6 +230,36 @@ class ConditionalBatchNorm(BatchNorm, kw_only=True):
         return batch_norm(self, x, use_running_average, mask=mask, label=label, stacked_params=stacked)
 
 
+class AdaptiveBatchNorm(BatchNorm, kw_only=True):
+    """Batch normalization that in evaluation adapts to the batch: `bnjax.adaptive_bn_apply` as a layer.
+
+    In training it is `BatchNorm`. In evaluation the running statistics count as `source_weight` examples, beside those
+    of the batch, and stay as they are. A frozen layer (`frozen=True`) normalizes by the running statistics as they are
+    in training, and adapts in evaluation like any other.
+
+    Args:
+      source_weight: how many examples the running statistics count as, >= 0.
+      **others: as in `BatchNorm`. `axis_name` is used in evaluation too.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> import bnjax.linen
+      >>> layer = bnjax.linen.AdaptiveBatchNorm(source_weight=2, use_running_average=True)
+      >>> y, _ = layer.init_with_output(jax.random.key(0), jnp.array([[3.0], [5.0]]))
+      >>> y[:, 0].round(3).tolist()
+      [1.0, 3.0...]
+    """
+
+    source_weight: float | Array
+
+    @nn.compact
+    def __call__(self, x: Any, use_running_average: bool | None = None, *, mask: Any = None) -> Array:
+        """As `BatchNorm`."""
+        evaluates = nn.merge_param("use_running_average", self.use_running_average, use_running_average)
+        apply = partial(apply_adaptive, source_weight=self.source_weight, adapts=not self.frozen or evaluates)
+        return batch_norm(self, x, use_running_average, mask=mask, apply=apply)
+
+
 def batch_norm(
     layer: Any,
     x: Any,
@@ -253,12 +296,19 @@ class _Storage:
     stacked_params: tuple[int, ...]
     remedy = "Pass an x with the features of these variables, or initialize the layer with this x."
 
+    def moving(self) -> bool:
+        """Whether the running statistics may be written: an update needs `mutable=["batch_stats"]`."""
+        return self.layer.is_mutable_collection("batch_stats")
+
     def read(self, x: Array, features: list[int], train: bool) -> Variables:
         layer, shape = self.layer, [*self.stacked_stats, *features]
+        frozen.say("/".join(layer.scope.path), getattr(layer, "frozen_params", False))
         stored = jnp.float32 if layer.force_float32_reductions else layer.param_dtype
         self.mean = layer.variable("batch_stats", "mean", jnp.zeros, shape, stored)
         self.var = layer.variable("batch_stats", "var", jnp.ones, shape, stored)
-        counting = counts(layer) and (train or layer.is_initializing())
+        # A count that is there goes on in any case: it would be wrong once an option becomes a function of it.
+        counting = layer.has_variable("batch_stats", "count") or (counts(layer) and self.moving())
+        counting &= train or layer.is_initializing()
         self.count = layer.variable("batch_stats", "count", jnp.zeros, shape, jnp.int32) if counting else None
         shape = [*self.stacked_params, *features]
         scale = layer.param("scale", layer.scale_init, shape, layer.param_dtype) if layer.use_scale else None
@@ -270,12 +320,7 @@ class _Storage:
                 new = jnp.promote_types(new if jnp.issubdtype(new, jnp.inexact) else jnp.float32, stored)
                 mean = mean.astype(jnp.promote_types(mean.dtype, new))
                 var = var.astype(jnp.promote_types(var.dtype, jnp.finfo(new).dtype))
-        # By name only: with mutable=True, a program that passes back all collections would accumulate moments unawares.
-        collect = (
-            not layer.is_initializing()
-            and not isinstance(layer.scope.mutable, bool | DenyList)
-            and layer.is_mutable_collection("batch_moments")
-        )
+        collect = collects(layer)
         earlier = None
         if collect and layer.has_variable("batch_moments", "moments"):
             earlier = Collected(*(layer.get_variable("batch_moments", name) for name in Collected._fields))
@@ -287,7 +332,7 @@ class _Storage:
             return x, variables.params, canonicalize_dtype(x, *variables.params, dtype=self.layer.dtype)
 
     def write(self, variables: Variables, state: BNState, collected: Collected | None, train: bool) -> None:
-        if train and not self.layer.is_initializing():
+        if train and self.moving() and not self.layer.is_initializing():
             self.mean.value, self.var.value = state.mean, state.var
             if self.count is not None:
                 self.count.value = state.count

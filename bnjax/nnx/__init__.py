@@ -4,23 +4,21 @@
 `functional` turns a model into a pure function, and `fold_model` removes the layers for serving.
 """
 
-from typing import TYPE_CHECKING
-
-from bnjax.core.deprecation import aliases
 from bnjax.nnx.conversion import convert
 from bnjax.nnx.folding import Identity, fold_model, fold_report
 from bnjax.nnx.lstm import BNLSTMCell
-from bnjax.nnx.norm import (
-    BatchMoments,
-    BatchNorm,
+from bnjax.nnx.norm import BatchMoments, BatchNorm
+from bnjax.nnx.pure import functional
+from bnjax.nnx.variants import (
+    AdaptiveBatchNorm,
     ConditionalBatchNorm,
     GhostBatchNorm,
     IndexedBatchNorm,
     RenormBatchNorm,
 )
-from bnjax.nnx.pure import functional
 
 __all__ = [
+    "AdaptiveBatchNorm",
     "BNLSTMCell",
     "BatchMoments",
     "BatchNorm",
@@ -34,6 +32,3 @@ __all__ = [
     "fold_report",
     "functional",
 ]
-
-if not TYPE_CHECKING:
-    __getattr__ = aliases(__name__, {"fold": fold_model})

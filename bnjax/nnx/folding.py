@@ -3,40 +3,56 @@
 import functools
 from collections import Counter
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import jax.numpy as jnp
 from flax import nnx
+from flax.nnx import bridge
 from jax import Array
 
+from bnjax.core import trees
 from bnjax.core.records import BNParams, BNState
 from bnjax.deploy.affine import fold as affine_fold
-from bnjax.deploy.neighbours import (
+from bnjax.deploy.neighbours import Neighbours, named_call
+from bnjax.deploy.pairs import (
     FoldReport,
-    Neighbours,
+    NotFoldedError,
     TracedLayer,
     as_pairs,
     fold_linear,
     fold_pairs,
+    left,
     log,
-    named_call,
 )
 from bnjax.nnx.conversion import check_model
-from bnjax.nnx.norm import BatchNorm, GhostBatchNorm, RenormBatchNorm
+from bnjax.nnx.norm import BatchNorm
+from bnjax.nnx.variants import AdaptiveBatchNorm, GhostBatchNorm, RenormBatchNorm
 
 Model = TypeVar("Model")
 
 _LINEAR = (nnx.Linear, nnx.Conv, nnx.ConvTranspose)
-_NORM = (nnx.BatchNorm, BatchNorm, GhostBatchNorm, RenormBatchNorm)
+_NORM = (nnx.BatchNorm, AdaptiveBatchNorm, BatchNorm, GhostBatchNorm, RenormBatchNorm)
 
 
 class Identity(nnx.Module):
-    """The layer that replaces a folded norm: it returns its input, in the dtype of the norm's output."""
+    """The layer that replaces a folded norm: it returns its input, in the dtype of the norm's output.
+
+    In training, where the norm would use the batch's statistics, it raises a ValueError, unless the norm was frozen.
+    """
 
     dtype: Any
     promoted: Any
+    use_running_average: bool | None
+    frozen: bool = False
+    path: str
 
-    def __call__(self, x: Array, *args: Any, **kwargs: Any) -> Array:
+    def __call__(self, x: Array, use_running_average: bool | None = None, *args: Any, **kwargs: Any) -> Array:
+        evaluate = self.use_running_average if use_running_average is None else use_running_average
+        if evaluate is not None and not evaluate and not self.frozen:
+            raise ValueError(
+                f"Identity(use_running_average=False): {self.path!r} is folded, but is called in training, with the "
+                "batch's statistics. Call model.eval(). Train the model that was not folded."
+            )
         return x.astype(jnp.promote_types(x.dtype, self.promoted) if self.dtype is None else self.dtype)
 
 
@@ -47,11 +63,12 @@ def fold_model(model: Model, *args: Any, pairs: Any = None, **kwargs: Any) -> Mo
 
     The model is traced in evaluation, and every norm that is adjacent to a linear layer is folded: into the linear
     layer before it, or else into the one after it. Adjacent means that nothing but reshapes that keep the features on
-    the last axis lies between the two, and that the output of the first has no other use. Norms that were not folded
-    are logged as a warning by the logger `bnjax`; `fold_report` lists them without changing the model.
+    the last axis lies between the two, and that the output of the first has no other use. Norms that were not folded,
+    and other layers with running statistics, are logged as a warning by the logger `bnjax`; `fold_report` lists them
+    without changing the model.
 
     Args:
-      model: an NNX module with running statistics, in any mode.
+      model: an NNX module with running statistics, in evaluation, by `model.eval()` or the arguments of its call.
       *args, **kwargs: arguments of the model's call in evaluation, arrays or `jax.ShapeDtypeStruct`s. The model is
         traced with them, not run.
       pairs: the pairs to fold, by default all that are adjacent. A pair is (linear, norm) or (norm, linear), in the
@@ -62,12 +79,12 @@ def fold_model(model: Model, *args: Any, pairs: Any = None, **kwargs: Any) -> Mo
         values: its padding must be VALID, CIRCULAR or REFLECT, or its kernel of size 1.
 
     Returns:
-      `model` itself. A folded norm is an `Identity` without variables, and every linear layer has a bias; arrays keep
-      their dtypes.
+      `model` itself. A folded norm is an `Identity` without variables, which is an error in training, and every linear
+      layer has a bias; arrays keep their dtypes.
 
     Raises:
       ValueError, TypeError: for an object that is not an NNX module, a path that does not exist, a pair of other kinds
-        or shapes or that is not adjacent, or a layer in two pairs. The model is then unchanged.
+        or shapes or that is not adjacent, a layer in two pairs, or a model in training. The model is then unchanged.
 
     Example:
       >>> import jax.numpy as jnp
@@ -75,6 +92,7 @@ def fold_model(model: Model, *args: Any, pairs: Any = None, **kwargs: Any) -> Mo
       >>> import bnjax.nnx
       >>> rngs = nnx.Rngs(0)
       >>> model = nnx.Sequential(nnx.Linear(3, 4, use_bias=False, rngs=rngs), bnjax.nnx.BatchNorm(4, rngs=rngs))
+      >>> model.eval()
       >>> model = bnjax.nnx.fold_model(model, jnp.ones((1, 3)))
       >>> model.layers[0].bias.shape, len(nnx.state(model, nnx.BatchStat))
       ((4,), 0)
@@ -94,7 +112,8 @@ def fold_report(model: nnx.Module, *args: Any, **kwargs: Any) -> FoldReport:
       *args, **kwargs: arguments of the model's call in evaluation, as in `fold_model`.
 
     Returns:
-      FoldReport: `folded`, a list of pairs of paths, and `unfolded`, the reason by the path of a norm.
+      FoldReport: `folded`, a list of pairs of paths, and `unfolded`, the reason by the path of a norm, and of any other
+      layer with running statistics.
 
     Raises:
       ValueError, TypeError: as `fold_model`.
@@ -105,6 +124,7 @@ def fold_report(model: nnx.Module, *args: Any, **kwargs: Any) -> FoldReport:
       >>> import bnjax.nnx
       >>> rngs = nnx.Rngs(0)
       >>> model = nnx.Sequential(nnx.Linear(3, 4, rngs=rngs), nnx.relu, nnx.BatchNorm(4, rngs=rngs))
+      >>> model.eval()
       >>> print(bnjax.nnx.fold_report(model, jnp.ones((1, 3))))
       folded 0 of 1 norms
         left layers/2: its input is the output of max; its output is used by the model's result
@@ -120,7 +140,7 @@ def _fold(model: Any, pairs: Any, args: Any, kwargs: Mapping[str, Any]) -> FoldR
     elif pairs is None:
         raise ValueError("fold_model(...): no arguments of the model. Pass an example input, with which it is traced.")
     else:
-        layers = {name: TracedLayer(type(node), node, getattr(node, "axis", -1)) for name, node in nodes.items()}
+        layers = {name: _as_traced(node) for name, node in nodes.items()}
         neighbours = None
     holders = Counter(id(v) for _, module in nnx.iter_modules(model) for v in vars(module).values())
     norms: dict[str, Any] = {}  # by path, the dtype to which the norm's variables promote
@@ -129,7 +149,9 @@ def _fold(model: Any, pairs: Any, args: Any, kwargs: Mapping[str, Any]) -> FoldR
     def fold_one(call, linear, norm, previous):
         layer, bn = nodes[linear], nodes[norm]
         if any(v is not None and holders[id(v)] > 1 for v in (layer.kernel, layer.bias)):
-            raise ValueError(f"{call}: {linear!r} shares its kernel or bias with another layer. Leave this pair out.")
+            raise NotFoldedError(
+                f"{call}: {linear!r} shares its kernel or bias with another layer. Leave this pair out."
+            )
         kernel, bias = linears.get(linear) or (layer.kernel[...], None if layer.bias is None else layer.bias[...])
         stored = BNParams(*(None if v is None else v[...] for v in (bn.scale, bn.bias)))
         statistics = BNState(bn.mean[...], bn.var[...], jnp.zeros(()))
@@ -138,7 +160,7 @@ def _fold(model: Any, pairs: Any, args: Any, kwargs: Mapping[str, Any]) -> FoldR
         arrays = (*stored, *statistics[:2])
         norms[norm] = functools.reduce(jnp.promote_types, (v.dtype for v in arrays if v is not None))
 
-    report = fold_pairs(pairs, layers, neighbours, (_LINEAR, _NORM), fold_one)
+    report = fold_pairs(pairs, layers, neighbours, (_LINEAR, _NORM), fold_one, _others(nodes))
     for name, (kernel, bias) in linears.items():
         layer = nodes[name]
         layer.kernel.set_value(kernel)
@@ -148,46 +170,94 @@ def _fold(model: Any, pairs: Any, args: Any, kwargs: Mapping[str, Any]) -> FoldR
             layer.bias.set_value(bias)
     for name, promoted in norms.items():
         bn = nodes[name]
-        for attribute in [name for name in vars(bn) if name[0] != "_" and name != "dtype"]:
+        for attribute in [name for name in vars(bn) if name[0] != "_" and name not in Identity.__annotations__]:
             delattr(bn, attribute)
-        bn.__class__, bn.promoted = Identity, promoted
+        bn.__class__, bn.promoted, bn.path = Identity, promoted, name
     return report
+
+
+def _as_traced(node):
+    return TracedLayer(type(node), node, getattr(node, "axis", -1), adapts=isinstance(node, AdaptiveBatchNorm))
+
+
+def _others(nodes):
+    """Why each layer with running statistics is not folded, by path, that is none of the norms."""
+    collections: dict[str, dict[str, Any]] = {}
+    for path, node in nodes.items():
+        if isinstance(node, nnx.Variable) and not isinstance(node, nnx.Param):
+            collections.setdefault(type(node).__name__, {})[path] = node.get_value()
+    found = {}
+    for path in trees.others(collections, [path for path, node in nodes.items() if type(node) in _NORM]):
+        parts = path.split("/")
+        above = ["/".join(parts[:i]) for i in range(len(parts) + 1)]
+        bridged = next((p for p in above if isinstance(nodes.get(p), bridge.ToNNX)), None)
+        found[path] = left(type(nodes[path]), _NORM)
+        if bridged is not None:
+            found[path] = (
+                f"it is in the Linen module {bridged!r} (flax.nnx.bridge), which is not traced. Use a layer of "
+                "bnjax.nnx in its place"
+            )
+    return found
 
 
 def _traced(model, args, kwargs):
     """The layers of a model by path, and the trace of its call."""
     graphdef, state = nnx.split(model)
     nodes = {"/".join(map(str, path)): node for path, node in nnx.iter_modules(model)}
-    layers = {path: TracedLayer(type(node), node, getattr(node, "axis", -1)) for path, node in nodes.items()}
-    called: dict[str, TracedLayer] = {}
+    layers = {path: _as_traced(node) for path, node in nodes.items()}
+    recorder = _Recorder(layers)
 
     def call(state, args, kwargs):
         traced = nnx.merge(graphdef, state)
-        for path, node in nnx.iter_modules(traced):
-            path = "/".join(map(str, path))
+        for names, module in nnx.iter_modules(traced):
+            path, node = "/".join(map(str, names)), cast(Any, module)
             if layers[path].kind in _LINEAR + _NORM:
-                node.__class__ = _recording(layers[path], path, called)
+                node.__class__ = _recording(layers[path].kind)
+                node.fold_recorder, node.fold_path = recorder, path
         traced.eval()
         return traced(*args, **kwargs)
 
     neighbours = Neighbours(call, (state, args, kwargs), {})
+    called, training = recorder.called, recorder.training
+    recorder.layers = recorder.called = {}  # the caches of jax.jit keep the recorder
+    if training:
+        raise ValueError(
+            f"fold_model(model=...): {trees.named(training)}: in training mode. Folding is for evaluation: call "
+            "model.eval() before."
+        )
     return layers | called, neighbours
 
 
-def _recording(layer, path, called):
-    """A subclass of the layer's class that names its inputs and outputs.
+class _Recorder:
+    """What a trace notes of the layers that are called: `training` has the paths of norms in training mode."""
 
-    NNX transforms call copies of a module, which keep its class, so the subclass sees calls under `nnx.jit` as well.
+    def __init__(self, layers: Mapping[str, TracedLayer]):
+        self.layers = layers
+        self.called: dict[str, TracedLayer] = {}
+        self.training: dict[str, None] = {}
+
+
+@functools.cache  # NNX itself keeps every class of a module
+def _recording(kind):
+    """A subclass that notes its calls and names its inputs and outputs.
+
+    NNX transforms call copies of a module, which keep its class and its static attributes, so that calls under
+    `nnx.jit` are seen as well. A recorder compares by identity: each trace has another one, and so compiles again.
     """
 
     def call(self, x, *args, **kwargs):
-        norm = layer.kind in _NORM
+        recorder, path, norm = self.fold_recorder, self.fold_path, kind in _NORM
         average = kwargs.get("use_running_average", args[0] if norm and args else None)
-        average = self.use_running_average if norm and average is None else average
+        if norm and average is None:
+            average = self.use_running_average  # after eval(): the mode of the model decides whether it trains
+            if recorder.layers[path].module.use_running_average is False and not getattr(self, "frozen", False):
+                recorder.training[path] = None
         evaluates = not norm or bool(average) or getattr(self, "frozen", False)
-        this_call = layer._replace(ranks=frozenset({jnp.ndim(x)}), evaluates=evaluates)
-        called[path] = this_call.merged(called.get(path))
+        this_call = recorder.layers[path]._replace(
+            ranks=frozenset({jnp.ndim(x)}), evaluates=evaluates, trains=not evaluates
+        )
+        recorder.called[path] = this_call.merged(recorder.called.get(path))
         kernel = None if norm else self.kernel[...]
-        return named_call(path, kernel, lambda x: layer.kind.__call__(self, x, *args, **kwargs), x)
+        return named_call(path, kernel, lambda x: kind.__call__(self, x, *args, **kwargs), x)
 
-    return type(layer.kind)(layer.kind.__name__, (layer.kind,), {"__call__": call})
+    return type(kind)(kind.__name__, (kind,), {"__call__": call})

@@ -8,7 +8,7 @@ from jax import Array
 
 from bnjax.core import checks
 from bnjax.core.schedules import Momentum
-from bnjax.nnx.norm import IndexedBatchNorm
+from bnjax.nnx.variants import IndexedBatchNorm
 from bnjax.variants.lstm import SCALE, BNLSTMCarry, bn_lstm_carry, check_step, norm_layers, orthogonal, step
 
 _kernel, _zeros = nnx.initializers.lecun_normal(), nnx.initializers.zeros_init()

@@ -1,8 +1,7 @@
-"""Batch normalization and its variants as Flax NNX layers, which hold variables alone."""
+"""Batch normalization as a Flax NNX layer, which only holds variables."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -17,16 +16,18 @@ from bnjax.core.apply import apply as apply_plain
 from bnjax.core.moments import wider
 from bnjax.core.records import BNParams, BNState, Collected
 from bnjax.core.schedules import Momentum
-from bnjax.flax_shared.conventions import Variables, call_layer, counts, promoting
-from bnjax.variants.ghost import apply_ghost
-from bnjax.variants.indexed import apply_indexed
-from bnjax.variants.renorm import RENORM_D_MAX, RENORM_R_MAX, Limit, apply_renorm
+from bnjax.flax_shared.bridge import linen_collects
+from bnjax.flax_shared.conventions import Variables, call_layer, counts, nothing, promoting
 
 _zeros, _ones = initializers.zeros_init(), initializers.ones_init()
 
 
 class BatchMoments(nnx.Variable[Any]):
     """The moments of the batch, where someone asks for them."""
+
+
+# The name of the collection in a Linen model, to and from which `flax.nnx.bridge` moves variables of this type.
+nnx.register_variable_name("batch_moments", BatchMoments, overwrite=True)
 
 
 class BatchNorm(nnx.BatchNorm):
@@ -44,6 +45,8 @@ class BatchNorm(nnx.BatchNorm):
       statistics. A feature without a valid value is normalized by the running statistics; Flax returns NaN.
     * Devices are merged by weight, so that unequal and empty shards are exact. Flax takes the mean of means.
     * A mask that is not boolean holds weights >= 0. To Flax it is an error.
+    * A mask of lower rank than `x` that could mask features is an error: Flax aligns one value per example with the
+      features where a batch has as many examples as features.
     * With a half-precision `dtype` the running statistics normalize in the dtype in which they are stored. Flax rounds
       them to `dtype`.
     * The mean of complex `x` is stored as complex, so that the first call changes its dtype. Flax keeps its real part.
@@ -54,12 +57,14 @@ class BatchNorm(nnx.BatchNorm):
       num_features: number of features.
       momentum: weight of the OLD value, or a function of the number of updates, such as `bnjax.cumulative_average` or
         `bnjax.debiased(0.99)`. Only a function adds a `BatchStat` `count`, of shape (num_features,), which starts at 0;
-        if it is set later, on a layer that exists, the first call adds it.
+        if it is set later, on a layer that exists, the first call adds it. A count that is there goes on with any
+        momentum.
       axis_name: mapped axis, or several, whose devices or examples share statistics.
       unbiased_var: whether the running variance is divided by n - 1, as in PyTorch; the output is normalized by the
         biased variance.
       frozen: whether to normalize by the running statistics in training mode too, and to leave them unchanged.
-      frozen_params: whether scale and bias have no gradient.
+      frozen_params: whether scale and bias have no gradient. `bnjax.training.train_step` leaves them as they are; in
+        another loop weight decay changes them, unless it is masked, `bnjax.training.decay_mask`.
       **others: as in `flax.nnx.BatchNorm`.
 
     Example:
@@ -72,8 +77,9 @@ class BatchNorm(nnx.BatchNorm):
       ([[-1.0, -1.0], [1.0, 1.0]], [0.2..., 2.0])
     """
 
-    # A layer with this variable writes its moments there; `functional` gives it one.
-    batch_moments: BatchMoments | None = None
+    # A layer with these variables writes its `bnjax.Collected` there; `collect` gives it them.
+    moments: BatchMoments | None = None
+    support: BatchMoments | None = None
     unbiased_var: bool = False
     frozen: bool = False
     frozen_params: bool = False
@@ -128,6 +134,7 @@ class BatchNorm(nnx.BatchNorm):
         self.unbiased_var, self.frozen, self.frozen_params = unbiased_var, frozen, frozen_params
         if callable(momentum):
             add_count(self)
+        collect_for_linen(self)
 
     def __call__(self, x: Any, use_running_average: bool | None = None, *, mask: Any = None) -> Array:
         """Normalize `x`.
@@ -136,8 +143,9 @@ class BatchNorm(nnx.BatchNorm):
           x: floating, complex or integer, any shape.
           use_running_average: True normalizes by the running statistics, False by the batch's, which the running
             statistics absorb. The argument of the call takes precedence over that of the constructor.
-          mask: broadcastable to `x`, boolean or weights >= 0; `mask[..., None]` of a mask of examples or positions.
-            Masked elements (weight 0), even NaN, do not affect any other element, nor the statistics.
+          mask: broadcastable to `x`, boolean or weights >= 0. Masked elements (weight 0), even NaN, do not affect any
+            other element, nor the statistics. Sizes are aligned from the last axis; a mask of lower rank than `x` may
+            not reach the features, nor fit the first axes of `x` as well.
 
         Returns:
           The normalized array, of x's shape. Its dtype is `dtype`; if that is None, the dtype to which
@@ -167,14 +175,13 @@ class _Storage:
 
     def read(self, x: Array, features: list[int], train: bool) -> Variables:
         layer = self.layer
-        counting = train and counts(layer)
-        if counting and not hasattr(layer, "count"):
+        if train and counts(layer) and not hasattr(layer, "count"):
             add_count(layer)
+        # A count that is there goes on in any case: it would be wrong once an option becomes a function of it.
+        counting = train and hasattr(layer, "count")
         params = BNParams(*(None if v is None else v[...] for v in (layer.scale, layer.bias)))
         count = layer.count[...] if counting else None
-        earlier = None if layer.batch_moments is None else layer.batch_moments.get_value()
-        collect = train and layer.batch_moments is not None
-        return Variables(params, layer.mean[...], layer.var[...], count, collect, earlier)
+        return Variables(params, layer.mean[...], layer.var[...], count, layer.moments is not None, _earlier(layer))
 
     def promoted(self, x: Array, variables: Variables) -> tuple[Array, BNParams, Any]:
         layer = self.layer
@@ -195,8 +202,35 @@ class _Storage:
             _store(layer.var, state.var)
             if variables.count is not None:
                 _store(layer.count, state.count)
-        if collected is not None and layer.batch_moments is not None:
-            layer.batch_moments.set_value(collected)  # pyright: ignore[reportArgumentType]
+        if variables.collect:
+            # In evaluation nothing is added.
+            _keep(layer, collected or variables.earlier or nothing(variables.mean, variables.var))
+
+
+def collect(layer: Any, earlier: Collected | None = None) -> None:
+    """Let the layer collect the moments of the batch, merged into these."""
+    layer.moments, layer.support = (BatchMoments(part) for part in earlier or (None, None))
+
+
+def collect_for_linen(layer: Any) -> None:
+    """Let a layer that is made in the call of a Linen model collect the moments for which that asks.
+
+    The bridge puts the model's values into the variables of a new layer, so these have to be there from the start.
+    """
+    if linen_collects():
+        collect(layer)
+
+
+def _keep(layer, collected):
+    layer.moments.set_value(collected.moments)
+    layer.support.set_value(collected.support)
+
+
+def _earlier(layer):
+    """The moments that a layer has collected already."""
+    if layer.moments is None or layer.moments.get_value() is None:
+        return None
+    return Collected(layer.moments.get_value(), layer.support.get_value())
 
 
 def add_count(layer: BatchNorm) -> None:
@@ -210,130 +244,3 @@ def _store(variable, value):
         variable[...] = value
     else:  # complex for the first time
         variable.set_value(value)
-
-
-class GhostBatchNorm(BatchNorm):
-    """Ghost batch normalization: `bnjax.ghost_bn_apply` as a layer.
-
-    Args:
-      num_features: number of features.
-      ghost_size: number of examples in a group, > 0.
-      **options: as in `BatchNorm`.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from flax import nnx
-      >>> import bnjax.nnx
-      >>> layer = bnjax.nnx.GhostBatchNorm(1, ghost_size=2, rngs=nnx.Rngs(0))
-      >>> layer(jnp.array([[1.0], [3.0], [10.0], [30.0]]))[:, 0].round(3).tolist()
-      [-1.0, 1.0, -1.0, 1.0]
-    """
-
-    def __init__(self, num_features: int, *, ghost_size: int, **options: Any):
-        super().__init__(num_features, **options)
-        self.ghost_size = ghost_size
-
-    def __call__(self, x: Any, use_running_average: bool | None = None, *, mask: Any = None) -> Array:
-        """As `BatchNorm`."""
-        return self._call(x, use_running_average, mask, partial(apply_ghost, ghost_size=self.ghost_size))
-
-
-class RenormBatchNorm(BatchNorm):
-    """Batch renormalization: `bnjax.renorm_bn_apply` as a layer.
-
-    Args:
-      num_features: number of features.
-      r_max, d_max: bounds of the correction, numbers or functions of the number of updates; by default the paper's
-        schedule. A function adds the `BatchStat` `count`.
-      **options: as in `BatchNorm`.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from flax import nnx
-      >>> import bnjax.nnx
-      >>> layer = bnjax.nnx.RenormBatchNorm(1, r_max=3.0, d_max=0.5, rngs=nnx.Rngs(0))
-      >>> layer(jnp.array([[1.0], [3.0]]))[:, 0].round(3).tolist()  # d = 2 is clipped to 0.5
-      [-0.5, 1.5...]
-    """
-
-    def __init__(self, num_features: int, *, r_max: Limit = RENORM_R_MAX, d_max: Limit = RENORM_D_MAX, **options: Any):
-        super().__init__(num_features, **options)
-        self.r_max: Limit = r_max
-        self.d_max: Limit = d_max
-        if callable(r_max) or callable(d_max):
-            add_count(self)
-
-    def __call__(self, x: Any, use_running_average: bool | None = None, *, mask: Any = None) -> Array:
-        """As `BatchNorm`."""
-        apply = partial(apply_renorm, r_max=self.r_max, d_max=self.d_max)
-        return self._call(x, use_running_average, mask, apply)
-
-
-class IndexedBatchNorm(BatchNorm):
-    """Statistics for each timestep, domain or kind of data: `bnjax.indexed_bn_apply` as a layer.
-
-    Args:
-      num_features: number of features.
-      num_indices: number of indices; the statistics have a leading axis of that size.
-      indexed_params: whether each index has its own scale and bias.
-      **options: as in `BatchNorm`.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from flax import nnx
-      >>> import bnjax.nnx
-      >>> layer = bnjax.nnx.IndexedBatchNorm(1, num_indices=3, momentum=0.0, rngs=nnx.Rngs(0))
-      >>> y = layer(jnp.array([[1.0], [3.0]]), index=1)
-      >>> layer.mean[...].tolist()
-      [[0.0], [2.0], [0.0]]
-    """
-
-    def __init__(self, num_features: int, *, num_indices: int, indexed_params: bool = False, **options: Any):
-        checks.positive_integer("IndexedBatchNorm", "num_indices", num_indices)
-        checks.boolean("IndexedBatchNorm", "indexed_params", indexed_params)
-        super().__init__(num_features, **options)
-        _stack(self, num_indices, ["mean", "var", "count"] + ["scale", "bias"] * indexed_params)
-
-    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]  what has no index is no such layer
-        self, x: Any, use_running_average: bool | None = None, *, index: Any, mask: Any = None
-    ) -> Array:
-        """As `BatchNorm`, with the statistics of `index`, an integer or a scalar integer array, which is clamped."""
-        return self._call(x, use_running_average, mask, partial(apply_indexed, index=index))
-
-
-class ConditionalBatchNorm(BatchNorm):
-    """A scale and a bias for each class, embedded from its label: `bnjax.conditional_params` as a layer.
-
-    Args:
-      num_features: number of features.
-      num_classes: number of classes; scale and bias have a leading axis of that size.
-      **options: as in `BatchNorm`.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from flax import nnx
-      >>> import bnjax.nnx
-      >>> layer = bnjax.nnx.ConditionalBatchNorm(1, num_classes=10, rngs=nnx.Rngs(0))
-      >>> y = layer(jnp.array([[1.0], [3.0]]), label=jnp.array([4, 7]))
-      >>> y.shape, layer.scale.shape
-      ((2, 1), (10, 1))
-    """
-
-    def __init__(self, num_features: int, *, num_classes: int, **options: Any):
-        checks.positive_integer("ConditionalBatchNorm", "num_classes", num_classes)
-        super().__init__(num_features, **options)
-        _stack(self, num_classes, ["scale", "bias"])
-
-    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]  what has no label is no such layer
-        self, x: Any, use_running_average: bool | None = None, *, label: Any, mask: Any = None
-    ) -> Array:
-        """As `BatchNorm`, with `label`, the class of each example: integers of shape (batch,)."""
-        return self._call(x, use_running_average, mask, label=label)
-
-
-def _stack(layer, number, names):
-    """Give the variables of these names, where the layer has them, a leading axis: each row is what the one was."""
-    for name in names:
-        variable = getattr(layer, name, None)
-        if variable is not None:
-            variable.set_value(jnp.repeat(variable[...][None], number, 0))

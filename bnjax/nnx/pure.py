@@ -4,11 +4,16 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
 from flax import nnx
-from flax.nnx import variablelib
+from flax.nnx import bridge, variablelib
 
+from bnjax.core import frozen
+from bnjax.core.records import Collected
 from bnjax.flax_shared import conventions
-from bnjax.nnx.norm import BatchMoments, BatchNorm
+from bnjax.nnx import bridged
+from bnjax.nnx.norm import BatchMoments, BatchNorm, collect
+from bnjax.nnx.serialization import serializable
 
 # Variables that are no state between calls: outputs of a call, and keys, which the caller passes.
 _OUTPUTS = (nnx.Intermediate, nnx.Perturbation, BatchMoments, nnx.RngState)
@@ -21,6 +26,8 @@ def functional(model: nnx.Module) -> tuple[Callable[..., Any], dict[str, Any]]:
     training each layer keeps the mode that it has in `model`: a layer that is in evaluation, by its own `eval()` or by
     its constructor, stays in evaluation, and a layer without a mode (None) is in training. If all layers are in
     evaluation, the whole model is taken to have been put there, and `apply` puts it in training (`model.train()`).
+    A Linen module in the model (`flax.nnx.bridge.ToNNX`) has no mode: the model's call of it says which statistics it
+    uses. If that call names no `mutable`, those of `apply` count.
 
     Args:
       model: an NNX module; it stays unchanged.
@@ -32,10 +39,12 @@ def functional(model: nnx.Module) -> tuple[Callable[..., Any], dict[str, Any]]:
         `nnx.Rngs` is passed to the call and seeds no stream.
       variables: `params` and `batch_stats` as nnx.State, and the model's other variables, each type in a collection of
         its name, such as `cache`. Collections that `mutable` does not name stay unchanged. To put variables back into
-        the model, call `nnx.update(model, *variables.values())`.
+        the model, call `nnx.update(model, *variables.values())`. `jax.export` serializes programs that take or return
+        them; where layers have integers as names, as in an `nnx.Sequential`, their State holds nested ones, since JAX
+        serializes no dictionary with such keys.
 
     Raises:
-      TypeError: if the model is not an NNX module.
+      TypeError: if the model is not an NNX module, or `apply` is called without variables.
       ValueError: while tracing, if the model draws from a stream without a key, because every call would then draw the
         same numbers.
 
@@ -54,10 +63,11 @@ def functional(model: nnx.Module) -> tuple[Callable[..., Any], dict[str, Any]]:
         raise TypeError(f"functional(model={name}): expected an NNX module. A Linen module has `apply` already.")
     filters = {"params": nnx.Param, "batch_stats": nnx.BatchStat, **_other_collections(model)}
     graphdef, *states, rest = nnx.split(model, *filters.values(), ...)
-    initial = dict(zip(filters, states, strict=True))
+    initial = {name: serializable(state) for name, state in zip(filters, states, strict=True)}
     takes_rngs = inspect.signature(type(model).__call__).parameters.get("rngs")
 
     def apply(variables: Mapping[str, Any], *args: Any, mutable: Sequence[str] = (), rngs: Any = None, **kwargs: Any):
+        _check_variables(variables, initial)
         states = [variables.get(name, state) for name, state in initial.items()]
         model = nnx.merge(graphdef, *states, rest, copy=True)
         keys = {} if rngs is None or isinstance(rngs, nnx.Rngs) else dict(rngs)
@@ -70,17 +80,21 @@ def functional(model: nnx.Module) -> tuple[Callable[..., Any], dict[str, Any]]:
             model.eval()
             return model(*args, **kwargs)
         _put_in_training(model)
-        _seed(model, keys)
-        collecting = _own_layers(model) if "batch_moments" in mutable else {}
-        for path, layer in collecting.items():
-            nothing = conventions.nothing(layer.mean[...], layer.var[...])
-            layer.batch_moments = BatchMoments(variables.get("batch_moments", {}).get(path, nothing))
+        _seed(model, keys, mutable)
+        collecting = "batch_moments" in mutable
+        if collecting:
+            _collect(model, variables.get("batch_moments", {}))
+        for path, node in nnx.iter_graph(model):
+            if isinstance(node, BatchNorm):
+                frozen.say("/".join(map(str, path)), node.frozen_params)
         output = model(*args, **kwargs)
         updates: dict[str, Any] = {
-            name: nnx.state(model, filters[name]) for name in filters if name == "batch_stats" or name in mutable
+            name: _like(variables.get(name), serializable(nnx.state(model, filters[name])))
+            for name in filters
+            if name == "batch_stats" or name in mutable
         }
         if collecting:
-            updates["batch_moments"] = {path: layer.batch_moments.get_value() for path, layer in collecting.items()}
+            updates["batch_moments"] = _collected(model)
         return output, updates
 
     return apply, initial
@@ -114,24 +128,56 @@ def _put_in_training(model):
             setattr(module, name, False)
 
 
-def _seed(model, keys):
-    """Seed the model's streams with these keys; drawing from a stream without a key becomes an error."""
+def _seed(model, keys, mutable):
+    """Seed the model's streams with these keys; drawing from a stream without a key becomes an error.
+
+    A Linen module draws from all of its streams, so that only those that it needs may count.
+    """
     nnx.reseed(model, policy="match_shape", **keys)
     for _, node in nnx.iter_graph(model):
         if type(node) is nnx.RngStream and node.tag not in keys:
-            node.__class__ = _WithoutKey
+            node.__class__ = bridged.WithoutKey
+        elif isinstance(node, bridge.ToNNX):
+            bridged.put_in_training(node, mutable)
 
 
-class _WithoutKey(nnx.RngStream):
-    """A stream without a key."""
+def _check_variables(variables, initial):
+    known = [*initial, "batch_moments"]
+    if isinstance(variables, Mapping) and (not variables or any(name in known for name in variables)):
+        return
+    given = sorted(map(str, variables)) if isinstance(variables, Mapping) else f"a {type(variables).__name__}"
+    raise TypeError(
+        f"apply(variables=...): expected the model's variables by collection, {sorted(initial)}, got {given}. Pass "
+        "them before the model's arguments, apply(variables, x), as `functional` returned them."
+    )
 
-    def __call__(self):
-        raise ValueError(
-            f"apply(rngs=...): the model draws random numbers from {self.tag!r}, which without a key are the same in "
-            f"each call. Pass rngs={{{self.tag!r}: key}} here or to TrainState.create."
-        )
+
+def _collect(model, earlier):
+    """Let every layer of bnjax collect moments, merged into earlier ones by the layer's path."""
+    for path, node in list(nnx.iter_graph(model)):
+        name = "/".join(map(str, path))
+        if isinstance(node, BatchNorm):
+            collect(node, earlier.get(name, conventions.nothing(node.mean[...], node.var[...])))
+        elif isinstance(node, bridge.ToNNX):
+            below = f"{name}/" if name else ""
+            inside = {k: v for k, v in earlier.items() if k == name or k.startswith(below)}
+            bridged.add_moments(node, {k.removeprefix(name).removeprefix("/"): v for k, v in inside.items()})
 
 
-def _own_layers(model) -> dict[str, Any]:
-    """The layers of bnjax in a model, by path."""
-    return {"/".join(map(str, path)): layer for path, layer in nnx.iter_graph(model) if isinstance(layer, BatchNorm)}
+def _collected(model):
+    """The moments that the layers of bnjax collected, by path."""
+    found: dict[str, dict[str, Any]] = {}
+    for names, node in nnx.iter_graph(model):
+        if isinstance(node, BatchMoments):
+            *path, name = map(str, names)
+            found.setdefault("/".join(path), {})[name] = node.get_value()
+    return {path: Collected(**parts) for path, parts in found.items()}
+
+
+def _like(given, new):
+    """The new state in the form of the given one, such as that of `nnx.state`, if both have the same variables."""
+    if not isinstance(given, nnx.State) or jax.tree.structure(given) == jax.tree.structure(new):
+        return new
+    (old, structure), paired = jax.tree_util.tree_flatten_with_path(given), jax.tree_util.tree_leaves_with_path(new)
+    keys = [[jax.tree_util.keystr(path, simple=True) for path, _ in leaves] for leaves in (old, paired)]
+    return structure.unflatten([leaf for _, leaf in paired]) if keys[0] == keys[1] else new

@@ -1,15 +1,14 @@
 """Training with optax: a training state with running statistics, gradient accumulation, and rematerialization.
 
-    optimizers   which parameters an optimizer decays
-    state        the training state, and how it is saved
-    steps        compiled steps of training and evaluation, and a rematerialization policy
+Modules, each of which imports only from the ones above it:
 
-A model is any function with the signature of Linen's `Module.apply`: `apply_fn(variables, *args, mutable=, rngs=)`.
-`bnjax.nnx.functional` returns such a function for an NNX model. This package has no training loop, no data and no loss.
+    decay     the parameters that weight decay applies to
+    state     the training state
+    step      the training step and the evaluation step
 """
 
-from bnjax.training.optimizers import decay_mask
+from bnjax.training.decay import decay_mask
 from bnjax.training.state import TrainState
-from bnjax.training.steps import Model, eval_step, save_statistics, train_step
+from bnjax.training.step import Model, eval_step, save_statistics, train_step
 
 __all__ = ["Model", "TrainState", "decay_mask", "eval_step", "save_statistics", "train_step"]

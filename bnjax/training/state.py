@@ -1,17 +1,18 @@
-"""The training state: parameters, running statistics, the optimizer's state, keys and other collections."""
+"""A training state with running statistics: its creation, its bytes, and checks before it is donated."""
 
 import dataclasses
-import functools
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx, serialization, struct
+from flax import serialization, struct
 from flax.core import unfreeze
 from flax.training import train_state
 from jax import Array
 from jax.core import Tracer
+
+from bnjax.core import trees
 
 _OUTPUTS = ("intermediates", "batch_moments")
 
@@ -40,18 +41,20 @@ class TrainState(train_state.TrainState):
       [0.0, 0.0]
     """
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        _register(cls)
-
     batch_stats: Any = struct.field(default_factory=dict)
     rngs: Any = None
     collections: Any = struct.field(default_factory=dict)
 
+    def __init_subclass__(cls, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        _register(cls)
+
     @classmethod
     def create(cls, *, apply_fn: Any, params: Any, tx: Any, **kwargs: Any) -> "TrainState":
         """A state at step 0, which holds copies. Without them a step that donates the state would delete `params`."""
-        check_not_deleted("TrainState.create", {"params": params, **kwargs})
+        for name, tree in {"params": params, **kwargs}.items():
+            trees.check_no_report(f"TrainState.create({name}=...)", tree)
+        check_alive("TrainState.create(...)", {"params": params, **kwargs})
         others = set(kwargs) - set(cls.__dataclass_fields__)
         given = {name: kwargs.pop(name) for name in sorted(others)}
         given = {name: tree for name, tree in given.items() if name not in _OUTPUTS} | kwargs.pop("collections", {})
@@ -66,103 +69,88 @@ class TrainState(train_state.TrainState):
             kwargs["batch_stats"] = unfreeze(kwargs["batch_stats"])  # as steps return them, so no recompilation
         return jax.tree.map(jnp.copy, super().create(apply_fn=apply_fn, params=params, tx=tx, **kwargs))
 
+    def apply_gradients(self, *, grads: Any, **kwargs: Any) -> "TrainState":
+        """The state after one update of the parameters by their gradients, with other fields replaced by `kwargs`."""
+        check_alive("TrainState.apply_gradients(...)", self)
+        return super().apply_gradients(grads=grads, **kwargs)
+
+
+def check_alive(call: str, state: Any) -> list[Array]:
+    """The arrays of a state, after a check that none was deleted by a step that it was donated to."""
+    arrays = [leaf for leaf in jax.tree.leaves(state) if _is_array(leaf)]
+    deleted = sum([array.is_deleted() for array in arrays])
+    if deleted:
+        paths = jax.tree_util.tree_leaves_with_path(state)
+        first = next(path for path, leaf in paths if _is_array(leaf) and leaf.is_deleted())
+        raise ValueError(
+            f"{call}: {deleted} of {len(arrays)} arrays are deleted, {_name(first)} first. A step that was called "
+            "with their state has given their memory to the new one. Go on with the state that the step returned. To "
+            "keep one, or its params for a moving average, copy it before the step, jax.tree.map(jnp.copy, state), or "
+            "make the step with train_step(..., donate=False)."
+        )
+    return arrays
+
+
+def check_unshared(call: str, state: Any, arrays: list[Array]) -> None:
+    """Check that none of the arrays is two leaves of the state, whose memory could not be given away twice."""
+    if len(set(map(id, arrays))) == len(arrays):
+        return
+    seen: dict[int, Any] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+        other = seen.setdefault(id(leaf), path)
+        if other is not path and _is_array(leaf):
+            raise ValueError(
+                f"{call}: {_name(other)} and {_name(path)} are the same array, whose memory the step cannot reuse "
+                "twice. Copy one of them, jax.tree.map(jnp.copy, ...), or make the step with "
+                "train_step(..., donate=False)."
+            )
+
+
+def _is_array(leaf):
+    return isinstance(leaf, Array) and not isinstance(leaf, Tracer)
+
+
+def _name(path):
+    name = jax.tree_util.keystr(path)
+    return f"state{name}" if name.startswith(".") else name
+
 
 def _register(cls):
-    """Let `flax.serialization` save keys as their data, and NNX states as dictionaries; Flax itself refuses both."""
-    serialization.register_serialization_state(cls, _to_state_dict, _from_state_dict, override=True)
+    """Register a class of states with `flax.serialization`, whose format has no typed keys."""
+    data = [field.name for field in dataclasses.fields(cls) if field.metadata.get("pytree_node", True)]
+
+    def to_state_dict(state):
+        check_alive("to_state_dict(...)", state)
+        fields = {name: serialization.to_state_dict(getattr(state, name)) for name in data}
+        return jax.tree.map(_packed, fields)
+
+    def from_state_dict(state, stored):
+        if set(stored) != set(data):
+            raise ValueError(
+                f"from_state_dict(state={sorted(stored)}): expected the fields of {cls.__name__}, {sorted(data)}. "
+                "Restore into a state of the class that was stored."
+            )
+        fields = jax.tree.map(_unpacked, stored, is_leaf=_is_packed)
+        restored = {n: serialization.from_state_dict(getattr(state, n), fields[n], name=n) for n in data}
+        return state.replace(**restored)
+
+    serialization.register_serialization_state(cls, to_state_dict, from_state_dict, override=True)
 
 
-def _to_state_dict(state):
-    return {name: serialization.to_state_dict(_plain(getattr(state, name))) for name in _saved(state)}
+def _packed(leaf):
+    if not (isinstance(leaf, Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)):
+        return leaf
+    return {"key_data": jax.random.key_data(leaf), "key_impl": str(jax.random.key_impl(leaf))}
 
 
-def _from_state_dict(state, saved):
-    names = _saved(state)
-    if set(saved) != set(names):
-        raise ValueError(
-            f"flax.serialization, {type(state).__name__}: expected the fields {sorted(names)}, got {sorted(saved)}. "
-            "Restore into a state of the class that was saved."
-        )
-    restored = {}
-    for name in names:
-        old = getattr(state, name)
-        new = serialization.from_state_dict(_plain(old), saved[name], name=name)
-        special = any(_is_key(leaf) or _is_nnx(leaf) for leaf in jax.tree.leaves(old, is_leaf=_is_nnx))
-        restored[name] = jax.tree.map(_restored, old, new, is_leaf=_is_nnx) if special else new
-    return state.replace(**restored)
+def _is_packed(tree):
+    return isinstance(tree, Mapping) and set(tree) == {"key_data", "key_impl"}
 
 
-def _saved(state):
-    return [field.name for field in dataclasses.fields(state) if field.metadata.get("pytree_node", True)]
-
-
-def _plain(tree):
-    """The tree with the data of keys in their place, and a dictionary of strings in the place of an NNX state."""
-
-    def plain(leaf):
-        if not _is_nnx(leaf):
-            return jax.random.key_data(leaf) if _is_key(leaf) else leaf
-        nested = {}
-        for path, value in jax.tree_util.tree_leaves_with_path(leaf):
-            *above, last = _names(path)
-            node = nested
-            for name in above:
-                node = node.setdefault(name, {})
-            node[last] = plain(value)
-        return nested
-
-    return jax.tree.map(plain, tree, is_leaf=_is_nnx)
-
-
-def _restored(old, new):
-    """A leaf of the kind of the old one, from what `_plain` made of it."""
-    if _is_nnx(old):
-        leaves, treedef = jax.tree_util.tree_flatten_with_path(old)
-        values = [functools.reduce(lambda node, name: node[name], _names(path), new) for path, _ in leaves]
-        return jax.tree.unflatten(treedef, [_restored(leaf, v) for (_, leaf), v in zip(leaves, values, strict=True)])
-    return jax.random.wrap_key_data(jnp.asarray(new), impl=jax.random.key_impl(old)) if _is_key(old) else new
-
-
-def _names(path):
-    names = [jax.tree_util.keystr((key,), simple=True) for key in path]
-    return names[:-1] if isinstance(path[-1], jax.tree_util.GetAttrKey) else names  # the value of a variable
-
-
-def _is_nnx(node):
-    return isinstance(node, nnx.State)
-
-
-def _is_key(leaf):
-    return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+def _unpacked(tree):
+    if not _is_packed(tree):
+        return tree
+    return jax.random.wrap_key_data(jnp.asarray(tree["key_data"]), impl=tree["key_impl"])
 
 
 _register(TrainState)
-
-
-def check_state(call: str, state: Any) -> None:
-    """Check that a step is given a training state whose arrays exist."""
-    if not isinstance(state, TrainState):
-        raise TypeError(
-            f"{call}(...)(state=...): expected bnjax.training.TrainState, got {type(state).__module__}."
-            f"{type(state).__name__}, which has no running statistics. Call bnjax.training.TrainState.create."
-        )
-    check_not_deleted(call + "(...)", {"state": state})
-
-
-def check_not_deleted(call: str, given: Mapping[str, Any]) -> None:
-    """Check that no array of the arguments was given away to a step that donates its state."""
-    if not any(map(_is_deleted, jax.tree.leaves(given))):
-        return
-    paths = (path for path, leaf in jax.tree_util.tree_leaves_with_path(given) if _is_deleted(leaf))
-    first, *others = next(paths)
-    name = jax.tree_util.keystr((first,), simple=True)
-    raise ValueError(
-        f"{call}({name}=...): {name}{jax.tree_util.keystr(tuple(others))} was deleted, because a step reused the "
-        "memory of the state that it was given. Go on with the state that the step returned. To use a state or its "
-        "params again, as for an average of weights, keep a copy of them before the step, jax.tree.map(jnp.copy, "
-        "state), or make the step with train_step(..., donate=False)."
-    )
-
-
-def _is_deleted(leaf):
-    return isinstance(leaf, Array) and not isinstance(leaf, Tracer) and leaf.is_deleted()

@@ -1,5 +1,6 @@
 """Variants of batch normalization, each for one of its known limits, as pure functions with the call of `bn_apply`.
 
+    adaptive      evaluation by running and batch statistics                 Schneider et al. (2020)
     ghost         separate statistics for each group of examples             Hoffer, Hubara & Soudry (2017)
     renorm        batch statistics corrected towards the running statistics  Ioffe (2017)
     indexed       separate running statistics for each index                 Cooijmans et al. (2017)

@@ -1,15 +1,12 @@
 """Conditional batch normalization: a scale and a bias for each class (de Vries et al., 2017)."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.sharding import NamedSharding, reshard
-from jax.sharding import PartitionSpec as P
 
 from bnjax.core import checks
+from bnjax.core.domains import row_sharding, rows
 from bnjax.core.records import BNParams
-from bnjax.core.sharding import is_explicit
 
 
 def conditional_params(params: BNParams, label: Array, x: Array, *, axis: checks.Axis = -1) -> BNParams:
@@ -65,16 +62,7 @@ def chosen_params(call: str, params: BNParams, label: Array, x: Array, axis: che
     def chosen(table):
         if table is None:
             return None
-        if is_explicit(x):
-            mesh, spec = jax.typeof(x).sharding.mesh, jax.typeof(x).sharding.spec
-            parts = [None if n == 1 else spec[a] for n, a in zip(shape, features, strict=True)]
-            batch, rows, out = (
-                NamedSharding(mesh, P(*p)) for p in ([spec[rest[0]]], [None, *parts], [spec[rest[0]], *parts])
-            )
-            table, places = reshard(table, rows), reshard(label, batch)
-            values = table.at[places].get(mode="clip", out_sharding=out)
-        else:
-            values = jnp.take(table, label, axis=0, mode="clip")
+        values = rows(table, label, row_sharding(x, (rest[0], *features)))
         order = np.argsort([rest[0], *features])
         return jnp.expand_dims(values.transpose(order), rest[1:])
 

@@ -14,7 +14,7 @@ from jax import Array, lax
 from bnjax.core import checks
 from bnjax.core.apply import aligned, choose_statistics, compiled_apply, normalize_by, validate
 from bnjax.core.moments import Batch, collect, merge_over_axes, merge_parts, merge_together
-from bnjax.core.options import Options, canonical, checked
+from bnjax.core.options import Options, checked, fitted
 from bnjax.core.records import BNParams, BNState, Collected
 from bnjax.core.running import momentum_argument, update
 from bnjax.core.schedules import Momentum
@@ -94,7 +94,7 @@ def apply_ghost(
 ) -> tuple[Array, BNState | None, Collected | None]:
     """`ghost_bn_apply` with checked options, as `bnjax.core.apply.apply` is `bn_apply`."""
     checks.positive_integer(options.call, "ghost_size", ghost_size)
-    options = canonical(options, x, mask)
+    options = fitted(options, x, mask)
     momentum = momentum_argument(options.call, momentum, state, options.train)
     return _apply_ghost(params, state, x, mask, momentum, earlier, size=int(ghost_size), options=options)
 
@@ -165,8 +165,9 @@ def _normalize_groups(params, batch, state, examples, size, options):
     groups = Batch(grouped(batch.x), grouped(batch.mask), features, batch.dtype)
     statistics = collect(groups, (), None, sharded=False)
     if state is not None:
-        running = (jnp.expand_dims(v, position) for v in state)
-        state = BNState(*(jnp.broadcast_to(v, statistics.moments.weight.shape) for v in running))
+        running = (jnp.expand_dims(v, position) for v in (state.mean, state.var))
+        mean, var = (jnp.broadcast_to(v, statistics.moments.weight.shape) for v in running)
+        state = BNState(mean, var, state.count)
     mean, var = choose_statistics(statistics.moments, state, groups)
     y = normalize_by(mean, var, grouped(params.scale), grouped(params.bias), groups, options)
     return y.reshape(shape), merge_parts(statistics, position)

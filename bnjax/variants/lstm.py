@@ -147,11 +147,11 @@ def bn_lstm_carry(
             f"bn_lstm_carry(length=...): expected an array of shape ({batch},), got "
             f"{getattr(length, 'shape', type(length).__name__)}. Pass the number of timesteps of each sequence."
         )
-    zeros = jnp.zeros((batch, features), dtype)
+    # Two arrays, since a buffer that both share could not be donated.
+    cell, output = (jnp.zeros((batch, features), dtype) for _ in range(2))
     if like is not None:
-        zeros += lax.full_like(like, 0, dtype, shape=zeros.shape)
-    # Two arrays: one that is in the carry twice cannot be donated.
-    return BNLSTMCarry(zeros, jnp.zeros_like(zeros), jnp.zeros((), jnp.int32), length)
+        cell, output = (v + lax.full_like(like, 0, dtype, shape=v.shape) for v in (cell, output))
+    return BNLSTMCarry(cell, output, jnp.zeros((), jnp.int32), length)
 
 
 def bn_lstm_apply(

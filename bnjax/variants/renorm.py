@@ -14,10 +14,10 @@ from jax import Array, lax
 
 from bnjax.core import checks
 from bnjax.core.apply import aligned, batch_statistics, choose_statistics, compiled_apply, normalize_by, validate
-from bnjax.core.options import Options, canonical, checked
+from bnjax.core.options import Options, checked, fitted
 from bnjax.core.records import BNParams, BNState, Collected
 from bnjax.core.running import momentum_argument, update
-from bnjax.core.schedules import Momentum, linear_ramp, scheduled
+from bnjax.core.schedules import Momentum, at_count, linear_ramp
 from bnjax.core.sharding import sharded_as
 
 Limit = float | Array | Callable[[Array], Array]
@@ -38,6 +38,7 @@ def renorm_bn_apply(
     *,
     r_max: Limit,
     d_max: Limit,
+    average: str = "std",
     axis: checks.Axis = -1,
     momentum: Momentum = 0.99,
     epsilon: float = 1e-5,
@@ -52,15 +53,18 @@ def renorm_bn_apply(
         r = clip(std / running std, 1 / r_max, r_max)     d = clip((mean - running mean) / running std, -d_max, d_max)
         y = scale * ((x - mean) / std * r + d) + bias
 
-    where r and d are constants to the gradient. Where nothing is clipped, y is the output of evaluation. The running
-    mean and the running STANDARD DEVIATION are averaged: the state holds var = max(running std^2 - epsilon, 0), so that
-    a variance far below epsilon has the rounding error of epsilon. In evaluation the function is `bn_apply`.
+    where r and d are constants to the gradient. Where nothing is clipped, y is the output of evaluation, in which the
+    function is `bn_apply`. The running mean is averaged as there. Of the running variance the paper averages the
+    STANDARD DEVIATION (`average="std"`): the state holds var = max(running std^2 - epsilon, 0), so that a variance far
+    below epsilon has the rounding error of epsilon. Other implementations average the variance itself, as `bn_apply`
+    does (`average="var"`).
 
     Args:
       r_max: bound of r, >= 1; with 1 and d_max = 0 the function is batch normalization. A number, or a function of
         `state.count`. A value that is known only at run time is raised to 1.
       d_max: bound of d, >= 0, likewise; a value known only at run time is raised to 0. `bnjax.RENORM_R_MAX` and
         `bnjax.RENORM_D_MAX` are the paper's schedule.
+      average: what the running variance is an average of: "std", as in the paper, or "var".
       state: running statistics. None is an error, because there would be nothing to correct towards.
       params, x, train and the rest: as in `bnjax.bn_apply`; `x` is real.
 
@@ -68,7 +72,8 @@ def renorm_bn_apply(
       y and the state, as from `bnjax.bn_apply`.
 
     Raises:
-      TypeError, ValueError: as `bnjax.bn_apply`, and for a state that is None, complex `x`, r_max < 1 or d_max < 0.
+      TypeError, ValueError: as `bnjax.bn_apply`, and for a state that is None, complex `x`, r_max < 1, d_max < 0 or
+        another `average`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -88,7 +93,9 @@ def renorm_bn_apply(
         axis_index_groups=axis_index_groups,
         unbiased_var=unbiased_var,
     )
-    return apply_renorm(params, state, x, options, momentum=momentum, mask=mask, r_max=r_max, d_max=d_max)[:2]
+    return apply_renorm(
+        params, state, x, options, momentum=momentum, mask=mask, r_max=r_max, d_max=d_max, average=average
+    )[:2]
 
 
 def apply_renorm(
@@ -101,22 +108,25 @@ def apply_renorm(
     mask: Array | None,
     r_max: Limit,
     d_max: Limit,
+    average: str,
     earlier: Collected | None = None,
 ) -> tuple[Array, Any, Collected | None]:
     """`renorm_bn_apply` with checked options, as `bnjax.core.apply.apply` is `bn_apply`."""
     call = options.call
     if state is None:
         raise ValueError(f"{call}(state=None): there is nothing to correct towards. Pass the state of bn_init.")
-    options = canonical(options, x, mask)
+    check_average(call, average)
+    options = fitted(options, x, mask)
     momentum = momentum_argument(call, momentum, state, options.train)
-    limits = {
-        name: _limit_argument(options, name, limit, state) for name, limit in (("r_max", r_max), ("d_max", d_max))
-    }
-    return _apply_renorm(params, state, x, mask, momentum, earlier, limits, options=options)
+    limits = {}
+    for name, limit in ("r_max", r_max), ("d_max", d_max):
+        number = at_count(call, name, limit, state, options.train, unused=LEAST[name])
+        limits[name] = _checked_limit(call, name, number, clamped=isinstance(limit, linear_ramp))
+    return _apply_renorm(params, state, x, mask, momentum, earlier, limits, average=average, options=options)
 
 
-@partial(jax.jit, static_argnames="options", inline=True)
-def _apply_renorm(params, state, x, mask, momentum, earlier, limits, *, options):
+@partial(jax.jit, static_argnames=("average", "options"), inline=True)
+def _apply_renorm(params, state, x, mask, momentum, earlier, limits, *, average, options):
     if not options.train:
         return compiled_apply(params, state, x, mask, momentum, earlier, options=options)
     batch = validate(params, state, x, mask, options)
@@ -124,28 +134,28 @@ def _apply_renorm(params, state, x, mask, momentum, earlier, limits, *, options)
         raise TypeError(f"{options.call}(x=...): x is {x.dtype}, but d is clipped to an interval. Pass a real x.")
     statistics = batch_statistics(batch, state, options)
     mean, var = choose_statistics(statistics.moments, state, batch)
-    running = jax.tree.map(lambda v: sharded_as(var, v), state)
-    running_std, std = (jnp.sqrt(v.astype(var.dtype) + options.epsilon) for v in (running.var, var))
+    running_mean, running_var = (sharded_as(var, v) for v in (state.mean, state.var))
+    running_std, std = (jnp.sqrt(v.astype(var.dtype) + options.epsilon) for v in (running_var, var))
     r_max, d_max = (_limit(options.call, name, limits[name], std) for name in ("r_max", "d_max"))
     r = lax.stop_gradient(jnp.clip(std / running_std, 1 / r_max, r_max))
-    d = lax.stop_gradient(jnp.clip((mean - running.mean.astype(mean.dtype)) / running_std, -d_max, d_max))
+    d = lax.stop_gradient(jnp.clip((mean - running_mean.astype(mean.dtype)) / running_std, -d_max, d_max))
     # scale * (xhat * r + d) + bias is the formula with another scale and bias.
     r, d, scale, bias = (aligned(v, batch.x, batch.features) for v in (r, d, *params))
     scale, shift = (r, d) if scale is None else (scale.astype(r.dtype) * r, scale.astype(r.dtype) * d)
     bias = shift if bias is None else bias.astype(d.dtype) + shift
     y = normalize_by(mean, var, scale, bias, batch, options)
-    state, collected = update(state, statistics, earlier, momentum, options, std_epsilon=options.epsilon)
+    std_epsilon = options.epsilon if average == "std" else None
+    state, collected = update(state, statistics, earlier, momentum, options, std_epsilon)
     return y, state, collected
 
 
-def _limit_argument(options, name, limit, state):
-    """The bound at the count of the state, for a compiled function."""
-    number = scheduled(options.call, name, limit, state, options.train, LEAST[name])
-    if isinstance(limit, linear_ramp):  # known bounds of a number that an eager call would have to wait for
-        _checked_limit(options.call, name, limit.low)
-        _checked_limit(options.call, name, limit.high)
-        return number
-    return _checked_limit(options.call, name, number)
+def check_average(call: str, average: Any) -> None:
+    """Check that `average` names what the running variance averages."""
+    if not isinstance(average, str) or average not in ("std", "var"):
+        raise ValueError(
+            f'{call}(average={average!r}): expected "std", which averages standard deviations as in the paper, or '
+            '"var", which averages variances.'
+        )
 
 
 def _limit(call, name, limit, std) -> Any:
@@ -156,17 +166,20 @@ def _limit(call, name, limit, std) -> Any:
             f"{call}({name}=...): expected a number, or one for each feature of shape {std.shape}, got shape "
             f"{value.shape}."
         )
-    return jnp.maximum(sharded_as(std, value) if value.shape else value, LEAST[name])
+    return jnp.maximum(sharded_as(std, value) if value.ndim else value, LEAST[name])
 
 
-def _checked_limit(call, name, limit):
+def _checked_limit(call, name, limit, clamped):
     least = LEAST[name]
     if isinstance(limit, np.ndarray):
         limit = jnp.asarray(limit) if limit.ndim else limit.item()
-    if isinstance(limit, Array) and checks.known(limit) is None:
-        return limit
+    numbers = limit
+    if isinstance(limit, Array):
+        numbers = None if clamped else checks.known(limit)
+        if numbers is None:
+            return limit
     number = isinstance(limit, Array | int | float | np.number) and not isinstance(limit, bool)
-    if not number or not np.all(np.asarray(limit) >= least):
+    if not number or not np.all(numbers >= least):
         raise ValueError(
             f"{call}({name}={limit!r}): expected a number of {least} or more, or a function of state.count. "
             f"{name}={least} is batch normalization."

@@ -49,12 +49,21 @@ def trained(network: Network, updates: int) -> Any:
     return variables
 
 
-def diagnosed(network: Network, updates: int, change: Any = lambda x: x, **options: Any) -> bnjax.Diagnosis:
-    """The diagnosis by another batch, changed as evaluation changes it."""
+def diagnosed(
+    network: Network, updates: int, change: Any = lambda x: x, edit: Any = lambda stats: stats, **options: Any
+) -> bnjax.Diagnosis:
+    """The diagnosis by another batch, changed as evaluation changes it, of statistics that `edit` changes."""
     variables = trained(network, updates)
+    variables["batch_stats"] = edit(variables["batch_stats"])
     x = change(jax.random.normal(jax.random.key(2), (512, 16)))
     _, left = network.apply(variables, x, train=True, mutable=["batch_stats", "batch_moments"])
     return bnjax.diagnose(variables["params"], variables["batch_stats"], left["batch_moments"], **options)
+
+
+def amplified(stats: Any) -> Any:
+    """The variance of feature 7 of the fourth layer is 1e-4."""
+    layer = stats["BatchNorm_3"]
+    return {**stats, "BatchNorm_3": {**layer, "var": layer["var"].at[7].set(1e-4)}}
 
 
 def diagnoses() -> dict[str, bnjax.Diagnosis]:
@@ -62,6 +71,7 @@ def diagnoses() -> dict[str, bnjax.Diagnosis]:
     return {
         "healthy": diagnosed(Network(), 200),
         "shifted": diagnosed(Network(), 200, lambda x: 3 * x + 2),
+        "feature": diagnosed(Network(), 200, edit=amplified),
         "lagging": diagnosed(Network(momentum=0.99), 20, momentum=0.99),
         "dead": diagnosed(Network(dead=True), 200),
     }

@@ -157,6 +157,7 @@ def test_momentum_weighs_the_old_value(momentum, rng):
 def test_momentum_zero_keeps_nothing_and_one_everything(rng):
     x = rng.standard_normal((8, 3)).astype(np.float32)
     params, state = fresh((3,), rng)
+    state = state._replace(mean=jnp.zeros(3))  # which batch_moments reads around too
     batch = bnjax.batch_moments(x)
     _, new = bnjax.bn_apply(params, state, x, True, momentum=0.0)
     chex.assert_trees_all_equal((new.mean, new.var), (batch.mean, batch.var))
@@ -246,7 +247,10 @@ def test_integer_and_boolean_masks_agree_with_weights_and_rows(rng):
     rows, want = bnjax.bn_apply(params, state, np.repeat(x, counts[:, 0], 0), True)
     chex.assert_trees_all_close((y[counts[:, 0] > 0], new), (rows[np.array([0, 2, 3, 6])], want), rtol=1e-5, atol=1e-6)
     negative = np.where(counts == 0, -1.0, counts).astype(np.float32)
-    chex.assert_trees_all_equal(bnjax.bn_apply(params, state, x, True, mask=negative), (y, new))
+    with pytest.raises(ValueError, match=r"bn_apply\(mask=...\): expected booleans or weights of 0 or more, got -1.0"):
+        bnjax.bn_apply(params, state, x, True, mask=negative)
+    unknown = jax.jit(lambda mask: bnjax.bn_apply(params, state, x, True, mask=mask))(negative)
+    chex.assert_trees_all_close(unknown, (y, new), rtol=1e-6)
 
 
 @jax.jit
@@ -342,7 +346,7 @@ def test_an_empty_batch_is_legal(shape, rng):
 @pytest.mark.parametrize("unbiased", [False, True])
 def test_a_value_that_is_not_finite_keeps_back_its_feature_alone(bad, unbiased, rng):
     params, state = fresh((3,), rng)
-    x = rng.standard_normal((6, 3)).astype(np.float32)
+    x = (100 + rng.standard_normal((6, 3))).astype(np.float32)  # beyond the guard, as with the bad value
     want_y, want = bnjax.bn_apply(params, state, x, True, unbiased_var=unbiased)
     x[2, 1] = bad
     y, new = bnjax.bn_apply(params, state, x, True, unbiased_var=unbiased)

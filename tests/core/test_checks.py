@@ -24,7 +24,7 @@ REJECTED = {
         [
             r"bn_apply\(params=\.\.\.\)",
             r"params.scale has shape \(4,\)",
-            r"features \(3,\) on axis -1",
+            r"features \(3,\) on axis 1",
             r"bn_init\(3\)",
         ],
     ),

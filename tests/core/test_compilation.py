@@ -37,6 +37,17 @@ def test_examples_under_vmap_cost_linear_in_their_number():
     assert flops(4096) / flops(2048) == pytest.approx(2, rel=0.05)
 
 
+def test_the_parts_are_named_in_compiled_programs_and_so_in_profiles():
+    step = jax.jit(jax.grad(lambda x: jnp.sum(bnjax.bn_apply(PARAMS, STATE, x, True)[0] ** 2)))
+    forward = jax.jit(lambda x: bnjax.bn_apply(PARAMS, STATE, x, True))
+    assert all(f"bnjax.{part}/" in compiled(forward) for part in ("moments", "normalize", "running"))
+    assert all(f"bnjax.{part}" in compiled(step) for part in ("moments", "normalize"))
+
+
+def compiled(function):
+    return function.lower(jnp.asarray(X, jnp.float32)).compile().as_text()
+
+
 def test_scan_carries_the_state_like_a_loop():
     xs = RNG.standard_normal((5, ROWS, FEATURES)).astype(np.float32)
     carried, ys = lax.scan(lambda state, x: bnjax.bn_apply(PARAMS, state, x, True)[::-1], STATE, xs)

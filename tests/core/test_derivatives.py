@@ -202,6 +202,7 @@ def test_normalize_derivative_matches_its_autodiff_version(rng):
     chex.assert_trees_all_close(got, want, rtol=1e-12)
 
 
+@pytest.mark.lowerings
 def test_the_gradient_needs_one_pair_of_reductions_of_full_size(rng):
     # Whatever else the rule is for, this is what it buys: sum g and sum g (x - mean) serve x, scale and bias alike.
     x = jnp.asarray(rng.standard_normal((64, 32)))

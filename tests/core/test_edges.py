@@ -1,7 +1,5 @@
 """Edges of what is accepted: weights far from 1, values not finite at masked places, momenta out of range, names."""
 
-import importlib
-import sys
 from functools import cache, partial
 
 import flax.linen as nn
@@ -297,6 +295,7 @@ def test_keywords_that_are_not_there_are_named_with_their_call():
 
 LAYERS = {
     "BatchNorm": ({}, {}),
+    "AdaptiveBatchNorm": ({"source_weight": 2}, {}),
     "GhostBatchNorm": ({"ghost_size": 2}, {}),
     "RenormBatchNorm": ({}, {}),
     "IndexedBatchNorm": ({"num_indices": 2}, {"index": 1}),
@@ -356,17 +355,3 @@ def test_layers_need_no_promotion_of_dtypes(name, options, layer, dtype):
         flax = nn.BatchNorm(use_running_average=False, **options).init_with_output(jax.random.key(0), x)[0]
     assert strict.dtype == standard.dtype == (flax.dtype if layer is linen else standard.dtype)
     np.testing.assert_array_equal(np.asarray(strict, np.float32), np.asarray(standard, np.float32))
-
-
-def test_modules_reload():
-    names = ["jax_internals", "records", "reductions", "array_moments", "moments", "options", "running", "apply"]
-    names = [f"core.{name}" for name in names] + ["deploy.affine", "variants.lstm"]
-    before = {name: module for name, module in sys.modules.items() if name.split(".")[0] == "bnjax"}
-    contents = {name: dict(vars(module)) for name, module in before.items()}
-    try:
-        for name in names:
-            importlib.reload(sys.modules[f"bnjax.{name}"])
-    finally:  # the classes that other tests have imported
-        for name, module in before.items():
-            vars(module).clear()
-            vars(module).update(contents[name])

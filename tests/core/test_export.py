@@ -79,6 +79,11 @@ CASES = {
     "gradients of ghost": (gradients(bnjax.ghost_bn_apply, ghost_size=2), "2*b, 3", TWO),
     "ghost in evaluation": (lambda x: bnjax.ghost_bn_apply(PARAMS, STATE, x, False, ghost_size=4), "b, 3", TWO),
     "renormalized": (lambda x: bnjax.renorm_bn_apply(PARAMS, STATE, x, True, r_max=2.0, d_max=1.0), "b, 3", TWO),
+    "adaptive": (
+        lambda x: bnjax.adaptive_bn_apply(PARAMS, STATE, x, source_weight=4, mask=rows(x))[0],
+        "b, h, 3",
+        IMAGES,
+    ),
     "indexed": (lambda x: bnjax.indexed_bn_apply(INDEXED, INDEXED_STATE, x, True, index=1), "b, 3", TWO),
     "conditional": (
         lambda x: bnjax.bn_apply(bnjax.conditional_params(CLASSES, jnp.arange(x.shape[0]) % 2, x), STATE, x, True),

@@ -161,6 +161,7 @@ def test_groups_are_exact_without_a_guard(size, everywhere, rng):
     assert error.max() <= 2 * FACTOR * EPS * 1e3
 
 
+@pytest.mark.lowerings
 def test_one_gpu_has_no_conditional_and_several_have_the_guard(everywhere):
     # The host of a GPU waits for the predicate of a conditional. Lowering for a GPU needs none.
     traced = {
@@ -171,6 +172,7 @@ def test_one_gpu_has_no_conditional_and_several_have_the_guard(everywhere):
     assert several.count("stablehlo.case") == 1
 
 
+@pytest.mark.lowerings
 def test_each_gpu_of_a_shard_map_has_no_conditional(everywhere):
     apply = functools.partial(bnjax.bn_apply, PARAMS, FRESH, train=True, axis_name="data")
     mapped = jax.shard_map(apply, mesh=everywhere.mesh, in_specs=P("data"), out_specs=(P("data"), P()))
@@ -189,6 +191,7 @@ def test_moments_around_a_part_are_exact_where_the_part_is_as_far_off_as_can_be(
     assert_exact(x, found, var)
 
 
+@pytest.mark.lowerings
 def test_models_under_vmap_share_one_conditional(everywhere, rng):
     # As a select both branches would run, three reads for one.
     x = jnp.asarray(np.stack([batch(0.0, 1.0, rng), batch(1e4, 1.0, rng)]))

@@ -1,7 +1,5 @@
 """batch_moments and merge."""
 
-import itertools
-
 import chex
 import hypothesis
 import jax
@@ -9,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import strategies as st
-from jax.sharding import PartitionSpec as P
 
 import bnjax
 from tests.support import reference
@@ -102,52 +99,3 @@ def test_moments_count_beyond_the_integers_of_float32():
     got = bnjax.batch_moments(jnp.ones((rows, 1)), mask=jnp.ones((rows, 1), bool))
     np.testing.assert_allclose(got.weight, rows, rtol=1e-7)
     np.testing.assert_allclose(got.mean, 1, rtol=1e-6)
-
-
-def test_moments_on_different_devices_merge(rng):
-    """One device each, a whole mesh, and meshes whose axes are explicit: the result lies where the first part does."""
-    x = rng.standard_normal((8, 4)).astype(np.float32)
-    devices = jax.devices()
-    explicit = jax.make_mesh((4,), ("a",), axis_types=(jax.sharding.AxisType.Explicit,))
-    auto = jax.make_mesh((4,), ("a",), axis_types=(jax.sharding.AxisType.Auto,))
-    places = [
-        devices[1],
-        devices[0],
-        jax.sharding.NamedSharding(auto, P("a")),
-        jax.sharding.NamedSharding(explicit, P()),
-        jax.sharding.NamedSharding(explicit, P("a")),
-    ]
-    parts = [bnjax.batch_moments(part) for part in np.split(x, [2, 3, 5])]
-    for first, second in itertools.pairwise(places):
-        put = [jax.device_put(parts[1], first), jax.device_put(parts[2], second)]
-        got = bnjax.merge_moments(parts[0], *put, parts[3])
-        np.testing.assert_allclose(got.mean, x.astype(float).mean(0), atol=1e-6)
-        np.testing.assert_allclose(got.var, x.astype(float).var(0), rtol=1e-5)
-        assert got.mean.devices() == put[0].mean.devices()
-    with jax.set_mesh(explicit):
-        merge = jax.jit(bnjax.merge_moments)
-        got = merge(*(jax.device_put(m, p) for m, p in zip(parts, (places[3], places[4]) * 2, strict=True)))
-        np.testing.assert_allclose(got.var, x.astype(float).var(0), rtol=1e-5)
-
-
-def test_a_weight_that_is_lost_in_the_total_is_a_warning():
-    def moments(weight):
-        return bnjax.Moments(jnp.array(weight), jnp.zeros(2), jnp.ones(2))
-
-    total, row = moments([2.0**24, 1.0]), moments([1.0, 1.0])
-    with pytest.warns(
-        UserWarning, match=r"^merge_moments\(...\): a weight of 1 is lost in a total of 16777216,.*float32"
-    ):
-        bnjax.merge_moments(total, row)
-    # The remedy: rows are merged with each other first.
-    merged = bnjax.merge_moments(total, bnjax.merge_moments(*[row] * 2))
-    np.testing.assert_array_equal(merged.weight, [2.0**24 + 2, 3])
-    with jax.enable_x64(True):
-        wide, row = (jax.tree.map(lambda v: jnp.asarray(v, jnp.float64), m) for m in (total, row))
-        np.testing.assert_array_equal(bnjax.merge_moments(wide, row).weight, [2.0**24 + 1, 2])
-
-
-def test_small_weights_beside_large_ones_do_not_warn():
-    """Real-valued weights, whose parts may be of any size."""
-    parts = [bnjax.Moments(jnp.array([w]), jnp.zeros(1), jnp.ones(1)) for w in (1e-9, 10.0, 0.0)]
-    np.testing.assert_allclose(bnjax.merge_moments(*parts).weight, 10, rtol=1e-7)

@@ -147,6 +147,7 @@ def step(params, x, cotangent):
     return y, new, pullback(cotangent)
 
 
+@pytest.mark.lowerings
 def test_on_one_device_nothing_of_full_size_is_written_but_the_output_and_the_gradient():
     # What speed is: memory traffic. XLA's own lowering wrote x - mean as well, twice.
     x = jax.ShapeDtypeStruct((64, 7, 7, 32), jnp.float32)
@@ -159,6 +160,7 @@ def test_on_one_device_nothing_of_full_size_is_written_but_the_output_and_the_gr
     assert compiled.memory_analysis().temp_size_in_bytes < 64 * 7 * 7 * 32 * 4 / 2
 
 
+@pytest.mark.lowerings
 def test_slabs_are_for_arrays_that_one_device_holds():
     mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     params, x = bnjax.bn_init(3)[0], jnp.ones((64, 3))
@@ -175,6 +177,7 @@ def test_slabs_are_for_arrays_that_one_device_holds():
     assert complex_sums(jax.jit(mapped), sharded)
 
 
+@pytest.mark.lowerings
 def test_the_backward_pass_keeps_x_and_nothing_else_of_its_size():
     params, state = bnjax.bn_init(3)
 

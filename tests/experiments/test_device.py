@@ -38,6 +38,7 @@ def test_a_small_run_is_exact_far_from_zero_and_flax_is_not(tmp_path, flax_promo
     assert "Device: cpu" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_small_run_times_the_layer_and_the_guard(tmp_path, flax_promotion):
     blocks = ["--blocks", "bn", "--dtypes", "float32", "--libraries", "bnjax", "Flax Linen"]
     shapes = ["--shapes", "4x2x2x8", "--guard-shapes", "4x2x2x8", "--layers", "2"]
@@ -57,6 +58,7 @@ def test_a_small_run_times_the_layer_and_the_guard(tmp_path, flax_promotion):
     assert "copy" in results["parts"]  # the limit of all else
 
 
+@pytest.mark.slow
 def test_a_small_run_times_a_network_whose_running_means_are_near(tmp_path, monkeypatch, flax_promotion):
     monkeypatch.setattr(device_network.resnet50, "STAGES", (1,))
     flags = ["--images", "4", "--size", "16", "--libraries", "bnjax"]

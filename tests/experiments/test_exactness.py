@@ -39,6 +39,7 @@ def test_a_library_that_is_not_known_is_an_error():
         exactness.Exactness(libraries=("Theano",))
 
 
+@pytest.mark.results
 def test_the_committed_errors_of_this_library_grow_no_faster_than_the_bound():
     entries = exactness.read(RESULTS)
     assert json.loads((RESULTS / "config.json").read_text())["config"]["rows"] == 4096

@@ -263,6 +263,7 @@ def test_all_in_smoke_write_report_and_verdicts_and_go_on_where_they_were_stoppe
     assert again == claims
 
 
+@pytest.mark.results
 def test_committed_verdicts_follow_from_the_committed_metrics(tmp_path, monkeypatch):
     assert len([*RESULTS.rglob("verdicts.json")]) == 1
     claims = report.read(RESULTS / "verdicts.json")
@@ -290,6 +291,7 @@ def test_committed_verdicts_follow_from_the_committed_metrics(tmp_path, monkeypa
     assert_report_has(RESULTS, claims)
 
 
+@pytest.mark.results
 def test_no_part_that_holds_on_one_data_set_is_refuted_on_the_other():
     """The documentation says so of the committed results."""
     several = [claim for claim in report.read(RESULTS / "verdicts.json") if len(claim.results) > 1]
@@ -324,6 +326,7 @@ def figures_of(folder, name):
     ]
 
 
+@pytest.mark.results
 @pytest.mark.slow
 def test_the_committed_report_is_drawn_without_a_message():
     messages, drawn = open_in_browser(RESULTS / "report.html")

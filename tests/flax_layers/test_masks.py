@@ -1,4 +1,4 @@
-"""Masks of the Flax layers: by NumPy's broadcasting, but never of features by mistake; weights are 0 or more."""
+"""Masks of lower rank than x, and weights below 0, in the layers of both frameworks."""
 
 import jax
 import jax.numpy as jnp
@@ -6,116 +6,111 @@ import numpy as np
 import pytest
 from flax import nnx
 
-import bnjax
 import bnjax.linen
 import bnjax.nnx
-from tests.support import reference
 
-SQUARE = np.random.default_rng(0).standard_normal((3, 3, 3, 3)).astype(np.float32)
-WIDE = np.random.default_rng(1).standard_normal((2, 3, 4, 5)).astype(np.float32)
+pytestmark = pytest.mark.usefixtures("flax_promotion")
+
+FRAMEWORKS = ["linen", "nnx"]
 
 
-def linen_mean(x, mask, axis=-1):
-    layer = bnjax.linen.BatchNorm(use_running_average=False, momentum=0.0, axis=axis)
-    variables = layer.init(jax.random.key(0), x)
+def mean(framework, x, mask, axis=-1, kind="BatchNorm", **options):
+    """The mean that a layer finds in training, of the shape of the features."""
+    options = {"axis": axis, "momentum": 0.0, "use_running_average": False, **options}
+    if framework == "nnx":
+        layer = getattr(bnjax.nnx, kind)(x.shape[axis], rngs=nnx.Rngs(0), **options)
+        layer(x, mask=mask)
+        return layer.mean[...]
+    zeros, ones = np.zeros(x.shape[axis], "f"), np.ones(x.shape[axis], "f")
+    variables = {"params": {"scale": ones, "bias": zeros}, "batch_stats": {"mean": zeros, "var": ones}}
+    layer = getattr(bnjax.linen, kind)(**options)
     return layer.apply(variables, x, mask=mask, mutable=["batch_stats"])[1]["batch_stats"]["mean"]
 
 
-def nnx_mean(x, mask, axis=-1):
-    layer = bnjax.nnx.BatchNorm(x.shape[axis], momentum=0.0, axis=axis, rngs=nnx.Rngs(0))
-    layer(x, mask=mask)
-    return layer.mean[...]
-
-
-@pytest.fixture(params=[linen_mean, nnx_mean], ids=["linen", "nnx"])
-def mean(request):
-    return request.param
-
-
-# Shape of x, the feature axis, and shape of the mask; the shape with which it masks examples or positions.
-MISTAKES = {
-    "examples": ((3, 3), -1, (3,), "mask[..., None]", (3, 1)),
-    "examples of sequences": ((3, 3, 3), -1, (3,), "mask.reshape(3, 1, 1)", (3, 1, 1)),
-    "positions": ((3, 3, 3), -1, (3, 3), "mask[..., None]", (3, 3, 1)),
-    "pixels": ((3, 3, 3, 3), -1, (3, 3, 3), "mask[..., None]", (3, 3, 3, 1)),
-    "pixels of all examples": ((2, 3, 3, 3), -1, (3, 3), "mask.reshape(1, 3, 3, 1)", (1, 3, 3, 1)),
-    "positions, channels first": ((3, 3, 3), 1, (3, 3), "mask.reshape(3, 1, 3)", (3, 1, 3)),
-    "pixels, channels first": ((3, 3, 3, 3), 1, (3, 3, 3), "mask.reshape(3, 1, 3, 3)", (3, 1, 3, 3)),
+# Shape of x, feature axis, shape of a mask that could mean two things, and the expressions that the error shows.
+TWO_MEANINGS = {
+    "examples as features": ((4, 4), -1, (4,), ["mask[:, None]", "mask[None, :]"]),
+    "examples, rank 3": ((4, 5, 4), -1, (4,), ["mask[:, None, None]", "mask[None, None, :]"]),
+    "positions as features": ((6, 4, 4), -1, (4,), ["mask[None, :, None]", "mask[None, None, :]"]),
+    "all the same": ((3, 3, 3), -1, (3,), ["mask[:, None, None]", "mask[None, :, None]", "mask[None, None, :]"]),
+    "pixels of a square image": ((4, 4, 4, 4), -1, (4, 4, 4), ["mask[:, :, :, None]", "mask[None, :, :, :]"]),
+    "sequences": ((4, 4, 4), -1, (4, 4), ["mask[:, :, None]", "mask[None, :, :]"]),
+    "examples, channels first": ((4, 3, 4), 1, (4,), ["mask[:, None, None]", "mask[None, None, :]"]),
+    "examples and length": ((3, 3, 5), 1, (3, 5), ["mask[:, None, :]", "mask[None, :, :]"]),
+    "an image, channels first": (
+        (4, 3, 4, 3),
+        1,
+        (4, 3),
+        ["mask[None, None, :, :]", "mask[:, None, None, :]", "mask[:, :, None, None]"],
+    ),
+    "features first": ((4, 4), 0, (4,), ["mask[None, :]"]),
+    "by feature only": ((6, 5, 3), -1, (3,), ["mask[None, None, :]"]),
+    "no fit, examples": ((6, 5, 3), -1, (6,), ["mask[:, None, None]"]),
+    "no fit, sequences": ((6, 5, 3), -1, (6, 5), ["mask[:, :, None]"]),
 }
 
 
-@pytest.mark.parametrize("case", MISTAKES)
-def test_a_mask_that_would_mask_features_is_refused_with_the_shape_to_pass(case, mean):
-    shape, axis, mask_shape, spelled, fitting = MISTAKES[case]
-    x, mask = (
-        SQUARE.reshape(-1)[: np.prod(shape)].reshape(shape),
-        np.arange(np.prod(mask_shape)).reshape(mask_shape) != 1,
-    )
-    with pytest.raises(ValueError, match=r"^BatchNorm\(mask=...\): .*masks features, axis") as caught:
-        mean(x, mask, axis)
-    assert f"pass {spelled}, of shape {fitting}." in str(caught.value)
-    remedy = mask.reshape(fitting)
-    np.testing.assert_allclose(mean(x, remedy, axis), reference.moments(x, axis, remedy)[1], atol=1e-6)
+COMPUTED = ("all the same", "an image, channels first", "by feature only")
 
 
-def test_a_mask_of_examples_that_does_not_broadcast_is_shown_its_shape(mean):
-    with pytest.raises(ValueError, match=r"does not broadcast.*pass mask\.reshape\(2, 1, 1, 1\)"):
-        mean(WIDE, np.ones(2, bool))
-    with pytest.raises(ValueError, match=r"does not broadcast.*Reshape it so that its last axes"):
-        mean(WIDE, np.ones((2, 2), bool))
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+@pytest.mark.parametrize("case", TWO_MEANINGS)
+def test_a_mask_with_two_meanings_is_refused_and_each_remedy_is_the_meaning_it_names(framework, case, rng):
+    shape, axis, mask_shape, expressions = TWO_MEANINGS[case]
+    x = rng.normal(2, 3, shape).astype(np.float32)
+    mask = np.resize([1.0, 3.0, 0.5, 2.0, 0.0], mask_shape).astype(np.float32)
+    with pytest.raises(ValueError, match=r"BatchNorm\(mask=...\)") as raised:
+        mean(framework, x, mask, axis)
+    message = str(raised.value)
+    assert f"has shape {mask_shape}" in message
+    assert f"x has shape {shape}" in message
+    reduced = tuple(a for a in range(len(shape)) if a != axis % len(shape))
+    for expression in expressions:
+        assert expression in message
+        if framework == "linen" or case not in COMPUTED:  # the code is the same, and each shape is compiled
+            continue
+        full = eval(expression, {"mask": mask})
+        weight = np.broadcast_to(full, shape).astype(np.float64)
+        total = weight.sum(reduced)
+        expected = (weight * x).sum(reduced) / np.where(total > 0, total, 1)  # 0, as it was, where all is masked
+        np.testing.assert_allclose(mean(framework, x, full, axis), expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("shape", [(5,), (1, 5)])
-def test_a_mask_of_features_alone_is_refused_below_the_rank_of_x(shape, mean):
-    with pytest.raises(
-        ValueError, match=r"masks features, axis 3 of x\. To mask features pass mask\.reshape\(1, 1, 1, 5\)"
-    ):
-        mean(WIDE, np.ones(shape, bool))
-    mask = np.arange(5).reshape(1, 1, 1, 5) < 4
-    np.testing.assert_array_equal(np.asarray(mean(WIDE, mask)) != 0, mask.reshape(-1))  # momentum 0, from mean 0
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+@pytest.mark.parametrize("kind", ["BatchNorm", "GhostBatchNorm", "RenormBatchNorm"])
+def test_a_mask_of_lower_rank_that_has_one_meaning_passes(framework, kind, rng):
+    options = {"ghost_size": 4} if kind == "GhostBatchNorm" else {}
+    x = rng.normal(2, 3, (4, 5, 5)).astype(np.float32)
+    lengths = np.array([True, False, True, True, False])
+    for axis, mask in ((-1, lengths[:, None]), (1, lengths), (1, lengths[None, :])):
+        found = mean(framework, x, mask, axis, kind, **options)
+        moved = x if axis == -1 else x.swapaxes(1, 2)
+        np.testing.assert_allclose(found, moved[:, lengths].mean((0, 1)), rtol=1e-5)
+    np.testing.assert_allclose(mean(framework, x, True, kind=kind, **options), x.mean((0, 1)), rtol=1e-5)
+    with pytest.raises(ValueError, match=rf"{kind}\(mask=...\): .*could mask features"):
+        mean(framework, x, lengths, kind=kind, **options)
 
 
+@pytest.mark.parametrize("framework", FRAMEWORKS)
 @pytest.mark.parametrize(
-    ("shape", "axis"),
-    [((), -1), ((1,), -1), ((4, 1), -1), ((3, 4, 1), -1), ((4, 5), -1), ((4, 5), 1), ((5,), 1), ((5,), 0)],
+    ("shape", "axis", "mask_shape"),
+    [
+        ((4, 3), -1, (4, 1)),
+        ((4, 5, 3), -1, (5, 1)),
+        ((4, 5, 3), 1, (3,)),
+        ((4, 2, 5, 3), -1, (4, 2, 5, 1)),
+        ((4, 3, 2, 5), 1, (2, 5)),
+        ((4, 3), -1, ()),
+    ],
 )
-def test_what_numpy_broadcasts_without_a_doubt_passes(shape, axis, mean):
-    mask = np.random.default_rng(2).random(shape) < 0.8 if shape else np.array(True)
-    want = reference.moments(WIDE, axis, np.broadcast_to(mask, WIDE.shape))[1]
-    np.testing.assert_allclose(mean(WIDE, mask, axis), want, atol=1e-6)
-
-
-PARAMS, STATE = bnjax.bn_init(3)
-X = SQUARE[0, 0]
-CALLS = {
-    "bn_apply": lambda mask: bnjax.bn_apply(PARAMS, STATE, X, True, mask=mask)[1],
-    "batch_moments": lambda mask: bnjax.batch_moments(X, mask=mask),
-    "ghost_bn_apply": lambda mask: bnjax.ghost_bn_apply(PARAMS, STATE, X, True, ghost_size=2, mask=mask)[1],
-    "renorm_bn_apply": lambda mask: bnjax.renorm_bn_apply(PARAMS, STATE, X, True, r_max=1, d_max=0, mask=mask)[1],
-    "indexed_bn_apply": lambda mask: bnjax.indexed_bn_apply(
-        PARAMS, bnjax.indexed_bn_init(3, 2)[1], X, True, index=0, mask=mask
-    )[1],
-    "linen": lambda mask: linen_mean(X, mask),
-    "nnx": lambda mask: nnx_mean(X, mask),
-}
-
-
-@pytest.mark.parametrize("call", CALLS)
-@pytest.mark.parametrize("wrong", [-1.0, np.nan, np.inf])
-def test_a_known_weight_that_is_no_weight_is_an_error_and_an_unknown_one_masks(call, wrong):
-    name = "BatchNorm" if call in ("linen", "nnx") else call
-    weights = np.array([[1.0], [2.0], [wrong]], np.float32)
-    for mask in (weights, jnp.asarray(weights)):
+def test_a_negative_weight_that_is_known_is_refused(framework, shape, axis, mask_shape, rng):
+    x = rng.normal(size=shape).astype(np.float32)
+    mask = np.ones(mask_shape, np.float32)
+    mask[(0,) * len(mask_shape)] = -1
+    for known in mask, jnp.asarray(mask), mask.astype(np.int32):
         with pytest.raises(
-            ValueError, match=rf"^{name}\(mask=...\): expected booleans or finite weights >= 0, got {wrong}"
+            ValueError, match=r"BatchNorm\(mask=...\): expected booleans or weights of 0 or more, got -1"
         ):
-            CALLS[call](mask)
-    if not wrong > 0:
-        got, want = (jax.jit(CALLS[call])(np.where(weights >= 0, weights, value)) for value in (wrong, 0))
-        for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-            np.testing.assert_array_equal(a, b)
-
-
-def test_a_negative_integer_weight_is_an_error():
-    with pytest.raises(ValueError, match=r"^bn_apply\(mask=...\): .*got -2 among them"):
-        CALLS["bn_apply"](np.array([[1], [0], [-2]]))
+            mean(framework, x, known, axis)
+    with pytest.raises(ValueError, match="weights of 0 or more, got -1"):  # a constant of a compiled function
+        jax.jit(lambda x: mean(framework, x, mask, axis))(x)

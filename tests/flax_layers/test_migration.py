@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from flax.errors import ModifyScopeVariableError
 
 import bnjax
 import bnjax.linen
@@ -111,6 +112,14 @@ def not_finite(framework, rng):
     np.testing.assert_allclose(ours.mean[[0, 2]], 0.1 * x.mean(0)[[0, 2]], rtol=1e-5)
 
 
+def overflow(framework, rng):
+    x = data(rng, mean=0.0) * np.array([3e19, 1, 1], np.float32)
+    flax, ours = both(framework, x, momentum=0.9)
+    np.testing.assert_array_equal(flax.y[:, 0], 0)
+    assert np.isnan(ours.y).any(0).tolist() == [True, False, False]
+    assert (ours.mean[0], ours.var[0]) == (0, 1)
+
+
 def no_valid_value(framework, rng):
     x = data(rng)
     flax, ours = both(framework, x, mask=np.zeros((64, 1), bool))
@@ -152,26 +161,6 @@ def mask_that_is_an_error(framework, rng):
         with pytest.raises(ValueError, match="where must be None or a boolean array"):
             run(framework, flax, x, mask=mask)
         np.testing.assert_allclose(run(framework, ours, x, mask=mask, momentum=0.0).mean, mean, rtol=1e-5)
-
-
-def mask_of_lower_rank(framework, rng):
-    flax, ours = LAYERS[framework]
-    x, mask = rng.standard_normal((4, 4)).astype(np.float32), np.array([True, True, True, False])
-    assert np.isnan(run(framework, flax, x, mask=mask, momentum=0.0).mean).tolist() == [False, False, False, True]
-    with pytest.raises(ValueError, match=r"masks features.*pass mask\[\.\.\., None\], of shape \(4, 1\)"):
-        run(framework, ours, x, mask=mask)
-    np.testing.assert_allclose(
-        run(framework, ours, x, mask=mask[..., None], momentum=0.0).mean, x[:3].mean(0), rtol=1e-5
-    )
-
-
-def negative_weight(framework, rng):
-    flax, ours = LAYERS[framework]
-    x, weight = data(rng), np.ones((64, 1), np.float32)
-    weight[3] = -1
-    np.testing.assert_allclose(run(framework, flax, x, mask=weight, momentum=0.0).mean, x.mean(0), rtol=1e-5)
-    with pytest.raises(ValueError, match=r"BatchNorm\(mask=...\): expected booleans or finite weights >= 0, got -1\.0"):
-        linen_run(ours(), x, weight)
 
 
 def cast(framework, rng, narrow, wide):
@@ -222,6 +211,19 @@ def bad_arguments(framework, rng):
     assert "axis=2" not in str(raised.value)
 
 
+def training_without_an_update(framework, rng):
+    x = data(rng)
+    for number, cls in enumerate(LAYERS[framework]):
+        layer = cls()
+        variables = layer.init(jax.random.key(0), x, use_running_average=True)
+        if number == 0:
+            with pytest.raises(ModifyScopeVariableError, match="batch_stats"):
+                layer.apply(variables, x, use_running_average=False)
+            continue
+        y = layer.apply(variables, x, use_running_average=False)
+        np.testing.assert_allclose(y, normalized(x, x.mean(0), x.var(0)), atol=1e-5)
+
+
 def momentum_as_a_function(framework, rng):
     flax, ours = LAYERS[framework]
     x = data(rng)
@@ -230,22 +232,37 @@ def momentum_as_a_function(framework, rng):
     np.testing.assert_allclose(run(framework, ours, x, momentum=bnjax.cumulative_average).mean, x.mean(0), rtol=1e-5)
 
 
+def mask_of_lower_rank(framework, rng):
+    flax, ours = LAYERS[framework]
+    x, mask = data(rng, (8, 8)), np.arange(8) < 6
+    result = run(framework, flax, x, mask=mask, momentum=0.0)
+    np.testing.assert_allclose(result.mean[:6], x.mean(0)[:6], rtol=1e-5)
+    assert np.isnan(result.mean[6:]).all()
+    with pytest.raises(ValueError, match=r"has shape \(8,\), which could mask features.*mask\[:, None\]"):
+        run(framework, ours, x, mask=mask)
+    result = run(framework, ours, x, mask=mask[:, None], momentum=0.0)
+    np.testing.assert_allclose(result.mean, x[:6].mean(0), rtol=1e-5)
+    with pytest.raises((TypeError, ValueError), match="broadcast"):  # the same call with an example less
+        run(framework, flax, x[1:], mask=mask[1:])
+
+
 # The test of each row, by words of its first cell.
 CASES = {
     "The variance is E[x²] - E[x]²": fast_variance,
     "rounds squares and means to half precision": half_precision_reductions,
     "A batch of one value": one_value,
     "Statistics of a batch that are not finite": not_finite,
+    "Finite values whose squares overflow": overflow,
     "A feature without a valid value": no_valid_value,
     "merged by the mean of means": unequal_shards,
     "not boolean is True where it is not 0": mask_that_is_true_unless_0,
+    "A mask of lower rank than `x`": mask_of_lower_rank,
     "not boolean is an error": mask_that_is_an_error,
-    "A mask of lower rank": mask_of_lower_rank,
-    "A negative weight in a mask": negative_weight,
     "cast to `param_dtype`": cast_to_param_dtype,
     "cast to `dtype`": cast_to_dtype,
     "complex `x` loses its imaginary part": complex_mean,
     "A momentum outside [0, 1]": bad_arguments,
+    "is an error unless `batch_stats` is mutable": training_without_an_update,
     "Momentum is a number": momentum_as_a_function,
 }
 

@@ -61,15 +61,19 @@ def test_another_order_is_an_error_until_names_tell_all_that_it_moves():
     how = {"model": Shortcut(), "inputs": LAST}
     with pytest.raises(ValueError, match=r"PyTorch's 'conv1' has \{'kernel': \(4, 3, 3, 3\)\}, and 'shortcut'.*needs"):
         interop.from_torch_model(arrays, variables, **how)
-    with pytest.raises(ValueError, match=r"ambiguous: the convolutions named are in different orders.*'bn1', 'bn2'"):
+    with pytest.raises(ValueError, match=r"ambiguous: the convolutions matched by name are in .*'bn1': "):
         interop.from_torch_model(arrays, variables, {"down.0": "shortcut"}, **how)
     names = {"down.0": "shortcut", "down.1": "shortcut_norm"}
+    words = r"only some of the normalizations.*Pass names=.*'shortcut_norm', 'bn1': \.\.\., 'bn2': \.\.\.\}"
+    with pytest.raises(ValueError, match=words):
+        interop.from_torch_model(arrays, variables, names, **how)
+    names["bn1"] = "norm0"
     new, report = interop.from_torch_model(arrays, variables, names, **how)
     assert [(row.theirs, row.ours, row.by) for row in report.tensors if row.theirs.endswith(".weight")] == [
         ("conv1.weight", "conv0/kernel", "shape"),
-        ("bn1.weight", "norm0/scale", "order"),
+        ("bn1.weight", "norm0/scale", "names"),
         ("conv2.weight", "conv1/kernel", "shape"),
-        ("bn2.weight", "norm1/scale", "order"),
+        ("bn2.weight", "norm1/scale", "shape"),
         ("down.0.weight", "shortcut/kernel", "names"),
         ("down.1.weight", "shortcut_norm/scale", "names"),
     ]

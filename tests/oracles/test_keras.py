@@ -81,7 +81,7 @@ def test_renorm_bn_apply_matches_keras(agree, r_max, d_max):
     clipping = {"rmax": r_max, "rmin": 1 / r_max, "dmax": d_max}
     options = {"momentum": 0.9, "epsilon": 1e-3}
     module = layer(LAST[2], renorm=True, renorm_clipping=clipping, renorm_momentum=0.9, **options)
-    params, state = interop.from_keras(module.get_weights()[:4])
+    params, state = interop.from_keras(module)
     # Keras starts its standard deviation at 1, without epsilon.
     state = state._replace(var=state.var - options["epsilon"])
     our = ours(params, state, bnjax.renorm_bn_apply, r_max=r_max, d_max=d_max, **options)
@@ -95,12 +95,25 @@ def test_keras_round_trip_is_exact(agree, dtype, scale, center):
         module(batch(step, LAST[2], dtype)[0], training=True)
     params, state = interop.from_keras(module.get_weights(), scale, center)
     fresh = layer(LAST[2], dtype, scale=scale, center=center)
-    fresh.set_weights(interop.to_keras(params, state))
+    fresh.set_weights(interop.to_keras(params, state, fresh))
+    again, back = interop.from_keras(fresh)
+    leaves = (jax.tree.leaves(values) for values in ((again, back[:2]), (params, state[:2])))
+    for our, their in zip(*leaves, strict=True):
+        agree("round trip", our, their, growth=0)
     assert len(fresh.get_weights()) == 2 + scale + center
     for our, their in zip(fresh.get_weights(), module.get_weights(), strict=True):
         agree("round trip", our, their, growth=0)
     for our, their in zip((v for v in (*params, *state[:2]) if v is not None), module.get_weights(), strict=True):
         agree("round trip", our, their, growth=0)
+
+
+def test_from_keras_says_what_a_layer_must_be():
+    with pytest.raises(ValueError, match=r"has no weights yet. Call it once, or layer.build"):
+        interop.from_keras(keras.layers.BatchNormalization())
+    with pytest.raises(ValueError, match=r"expected a BatchNormalization.*got LayerNormalization"):
+        interop.from_keras(keras.layers.LayerNormalization())
+    with pytest.raises(ValueError, match="scale=True, center=False, but scale and bias are None and present"):
+        interop.to_keras(*bnjax.bn_init(5, scale=None), layer(LAST[2], center=False))
 
 
 RATE = 0.125

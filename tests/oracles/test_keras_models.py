@@ -153,8 +153,147 @@ def test_a_whole_model_computes_as_in_keras_and_back(agree, name):
         agree("round trip", new, old, growth=0)
 
 
-def test_from_keras_model_rejects_channels_first():
-    inner = keras.layers.Conv2D(4, 1, data_format="channels_first", name="inner")
-    theirs = keras.Sequential([keras.Input((3, 8, 8)), keras.Sequential([inner])])
-    with pytest.raises(ValueError, match=r"from_keras_model\(weights=\.\.\.\): \['inner'\] have data_format"):
-        interop.from_keras_model(theirs, {"params": {}})
+FIRST = "channels_first"
+
+
+def first_or_last(way):
+    """An image model of square images, in either format, with `way` to flatten: "plain", "moved" or "last"."""
+    layers, rng = keras.layers, np.random.default_rng(0)
+    kept = {"data_format": "channels_last" if way == "last" else FIRST}
+    inputs = keras.Input((8, 8, 3) if way == "last" else (3, 8, 8))
+    axis = -1 if way == "last" else 1
+    x = layers.BatchNormalization(axis=axis)(layers.DepthwiseConv2D(3, depth_multiplier=2, **kept)(inputs))
+    x = layers.LayerNormalization(axis=axis)(layers.SeparableConv2D(4, 2, **kept)(x))
+    x = layers.multiply([x, squeeze(x, way, kept)])
+    x = layers.MaxPooling2D(2, **kept)(layers.Conv2D(4, 2, groups=2, **kept)(x))
+    x = layers.BatchNormalization()(layers.Flatten(FIRST if way == "moved" else None)(x))
+    x = layers.Dense(30)(x)
+    if way == "plain":
+        x = layers.Conv2DTranspose(4, 3, strides=2, **kept)(layers.Reshape((5, 2, 3))(x))
+    model = keras.Model(inputs, x)
+    model.set_weights([w + 0.1 + 0.1 * rng.random(w.shape, "float32") for w in model.get_weights()])
+    return model
+
+
+def squeeze(x, way, kept):
+    layers = keras.layers
+    s = layers.Dense(4, "sigmoid")(layers.GlobalAveragePooling2D(**kept)(x))
+    return layers.Reshape((1, 1, 4) if way == "last" else (4, 1, 1))(s)
+
+
+class LinenFirst(nn.Module):
+    """The model of `first_or_last`; with `image` its last part forms an image."""
+
+    image: bool
+
+    @nn.compact
+    def __call__(self, x):
+        norm = partial(bnjax.linen.BatchNorm, use_running_average=True, **NORM)
+        conv = partial(nn.Conv, padding="VALID")
+        x = norm()(conv(6, (3, 3), feature_group_count=3)(x))
+        x = conv(4, (1, 1))(conv(6, (2, 2), feature_group_count=6, use_bias=False)(x))
+        x = nn.LayerNorm(epsilon=1e-3)(x)
+        x = x * nn.sigmoid(nn.Dense(4)(x.mean((1, 2))))[:, None, None]
+        x = nn.max_pool(conv(4, (2, 2), feature_group_count=2)(x), (2, 2), (2, 2))
+        x = nn.Dense(30)(norm()(x.reshape(len(x), -1)))
+        if self.image:
+            x = nn.ConvTranspose(4, (3, 3), (2, 2), padding="VALID", transpose_kernel=True)(x.reshape(-1, 2, 3, 5))
+        return x
+
+
+@pytest.mark.parametrize("way", ["plain", "moved", "last"])
+def test_a_model_with_channels_first_computes_as_in_keras_and_back(agree, way):
+    with promotion():
+        theirs = first_or_last(way)
+        x = np.random.default_rng(1).normal(size=(4, 8, 8, 3)).astype("float32")
+        wanted = np.asarray(theirs(x if way == "last" else np.moveaxis(x, -1, 1), training=False))
+    model = LinenFirst(way == "plain")
+    variables, how = model.init(jax.random.key(0), x), {"model": model, "inputs": x}
+    moved, _ = interop.from_keras_model(theirs, variables, **how)
+    agree("output", jax.jit(model.apply)(moved, x), np.moveaxis(wanted, 1, -1) if way == "plain" else wanted)
+    weights, _ = interop.to_keras_model(moved, theirs, **how)
+    for ours, weight in zip(weights, theirs.weights, strict=True):
+        agree("round trip", ours, np.asarray(weight), growth=0)
+
+
+def two_formats(first, last):
+    """A convolution in each of two formats, and a Flatten after the second."""
+    layers = keras.layers
+    parts = [keras.Input((3, 6, 7) if first == FIRST else (6, 7, 3)), layers.Conv2D(5, 3, data_format=first)]
+    parts += [layers.BatchNormalization(axis=1 if first == FIRST else -1)]
+    if first != last:
+        parts += [layers.Permute((2, 3, 1) if first == FIRST else (3, 1, 2))]
+    return keras.Sequential([*parts, layers.Conv2D(4, 2, data_format=last), layers.Flatten(), layers.Dense(3)])
+
+
+class LinenTwo(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        conv = partial(nn.Conv, padding="VALID")
+        x = bnjax.linen.BatchNorm(use_running_average=True, **NORM)(conv(5, (3, 3))(x))
+        return nn.Dense(3)(conv(4, (2, 2))(x).reshape(len(x), -1))
+
+
+@pytest.mark.parametrize("formats", [(FIRST, "channels_last"), ("channels_last", FIRST)])
+def test_a_model_of_two_formats_is_refused_and_the_remedy_keeps_its_outputs(agree, formats):
+    x = np.random.default_rng(0).normal(size=(2, 6, 7, 3)).astype("float32")
+    with promotion():
+        theirs, remedy = two_formats(*formats), two_formats(formats[1], formats[1])
+        remedy.set_weights(theirs.get_weights())
+        wanted = np.asarray(theirs(np.moveaxis(x, -1, 1) if formats[0] == FIRST else x, training=False))
+    variables, how = LinenTwo().init(jax.random.key(0), x), {"model": LinenTwo(), "inputs": x}
+    with pytest.raises(ValueError, match=r"\['conv2d.*in every layer, and set the same weights"):
+        interop.from_keras_model(theirs, variables, **how)
+    moved, _ = interop.from_keras_model(remedy, variables, **how)
+    agree("output", LinenTwo().apply(moved, x), wanted)
+
+
+@pytest.mark.parametrize("kind", ["BatchNormalization", "LayerNormalization", "GroupNormalization", "Dense"])
+def test_a_layer_on_the_width_of_a_square_image_is_refused(kind):
+    flax = {
+        "BatchNormalization": bnjax.linen.BatchNorm(use_running_average=True),
+        "LayerNormalization": nn.LayerNorm(),
+        "GroupNormalization": nn.GroupNorm(2),
+        "Dense": nn.Dense(4),
+    }[kind]
+    make, x = getattr(keras.layers, kind), np.ones((1, 4, 4, 3), np.float32)
+    model = nn.Sequential([nn.Conv(4, (1, 1)), flax])
+    variables = model.init(jax.random.key(0), x)
+    options = {"groups": 2} if kind == "GroupNormalization" else {"units": 4} if kind == "Dense" else {}
+    layers = [keras.layers.Conv2D(4, 1, data_format=FIRST), make(**options, name="on_width")]
+    models = [keras.Sequential([keras.Input((3, 4, 4)), *layers])]
+    if kind != "Dense":
+        layers = [keras.layers.Conv2D(4, 1), make(**options, axis=1, name="on_height")]
+        models += [keras.Sequential([keras.Input((4, 4, 3)), *layers])]
+    places = r"axis -1 of 4, which is axis -2 with", r"axis 1 of 4, which is axis -3 with"
+    for theirs, words in zip(models, places, strict=False):
+        with pytest.raises(ValueError, match=words):
+            interop.from_keras_model(theirs, variables, model=model, inputs=x)
+
+
+def test_a_renormalized_model_evaluates_as_in_keras_and_goes_back(agree):
+    layers = keras.layers
+    clipping = {"rmax": 2.0, "rmin": 0.5, "dmax": 1.0}
+    norm = layers.BatchNormalization(renorm=True, renorm_clipping=clipping)
+    theirs = keras.Sequential([keras.Input((20,)), layers.Dense(5), norm])
+    x = np.random.default_rng(0).normal(size=(16, 20)).astype("float32")
+    with promotion():
+        for _ in range(3):
+            theirs(x, training=True)
+        wanted = np.asarray(theirs(x, training=False))
+    model = nn.Sequential([nn.Dense(5), bnjax.linen.RenormBatchNorm(use_running_average=True, **NORM)])
+    variables, how = model.init(jax.random.key(0), x), {"model": model, "inputs": x}
+    moved, report = interop.from_keras_model(theirs, variables, **how)
+    agree("output", model.apply(moved, x), wanted)
+    assert [row.theirs for row in report.tensors] == [*(weight.path for weight in theirs.weights), ""]
+    assert report.tensors[-1].done == "0: not counted there"
+    weights, _ = interop.to_keras_model(moved, theirs, **how)
+    params, state = interop.from_keras(norm)
+    for ours, single in zip(weights[2:], interop.to_keras(params, state, norm), strict=True):
+        agree("round trip", ours, single, growth=0)
+    theirs.set_weights(weights)
+    # Keras's momentum of its variance is that of its standard deviation, so both statistics agree after any training.
+    agree("running std", np.asarray(norm.moving_stddev), np.sqrt(np.asarray(norm.moving_variance) + norm.epsilon))
+    agree("running mean", np.asarray(norm.renorm_mean), np.asarray(norm.moving_mean), growth=0)
+    with promotion():
+        agree("output", np.asarray(theirs(x, training=False)), wanted)

@@ -140,6 +140,29 @@ def test_from_torch_takes_a_state_dict_in_bfloat16(agree):
         agree("round trip", our, array(getattr(module, name).float()), growth=0)
 
 
+def test_a_layer_without_bias_goes_back_without_bias(agree, dtype):
+    module = trained(layer(nn.BatchNorm2d, getattr(torch, dtype)))
+    module.register_parameter("bias", None)  # bias=False, which older releases do not have
+    params, state = interop.from_torch(module)
+    back = interop.to_torch(params, state)
+    assert list(back) == list(module.state_dict())
+    assert back.pop("num_batches_tracked") == STEPS
+    for name, value in back.items():
+        agree("round trip", value, array(module.state_dict()[name]), growth=0)
+
+
+@pytest.mark.parametrize("make", [nn.LayerNorm, nn.InstanceNorm1d, partial(nn.Linear, 3), partial(nn.GroupNorm, 1)])
+def test_from_torch_takes_no_module_of_another_kind(make):
+    with pytest.raises(ValueError, match=r"expected a BatchNorm, got|Layers with running_mean"):
+        interop.from_torch(make(3))
+
+
+@pytest.mark.parametrize("make", [nn.LazyBatchNorm2d, partial(nn.BatchNorm2d, 3, device="meta")])
+def test_from_torch_takes_no_module_without_values(make):
+    with pytest.raises(ValueError, match=r"from_torch\(prefix=''\): 'weight' has no values yet"):
+        interop.from_torch(make())
+
+
 class Network(nn.Sequential):
     """784-256-128-10, a BatchNorm1d after each hidden Linear and before its ReLU."""
 

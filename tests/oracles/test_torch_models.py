@@ -11,6 +11,7 @@ import pytest
 import torch
 from flax import nnx
 from torch import nn
+from torch.nn.utils import prune
 
 import bnjax.linen
 import bnjax.nnx
@@ -307,3 +308,67 @@ def test_the_network_moves_without_the_flax_model(agree):
     x = np.random.default_rng(0).normal(size=(8, 784)).astype("float32")
     agree("output", ours.evaluate(variables, x), array(model(tensor(x))), growth=784**0.5)
     assert {row.by for row in report.tensors} == {"shape"}
+
+
+class LinenSmall(linen.Module):
+    affine: bool = True
+
+    @linen.compact
+    def __call__(self, x, train):
+        options = {"use_running_average": not train, "use_scale": self.affine, "use_bias": self.affine, **NORM}
+        return linen.Dense(2)(linen.relu(bnjax.linen.BatchNorm(**options)(linen.Dense(5)(x))))
+
+
+def small(linear=lambda layer: layer, **options):
+    torch.manual_seed(0)
+    model = nn.Sequential(linear(nn.Linear(6, 5)), nn.BatchNorm1d(5, **options), nn.ReLU(), nn.Linear(5, 2))
+    if options.get("affine", True):
+        nn.init.normal_(model[1].weight)
+        nn.init.normal_(model[1].bias)
+    return model
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("names", [None, {"1": "BatchNorm_0"}])
+def test_a_model_that_tracks_no_statistics_computes_as_in_pytorch(agree, affine, names):
+    model, ours = small(affine=affine, track_running_stats=False), LinenSmall(affine)
+    x = np.random.default_rng(0).normal(size=(8, 6)).astype("float32")
+    variables, how = ours.init(jax.random.key(0), x, True), {"model": ours, "inputs": x, "train": True}
+    new, report = interop.from_torch_model(model, variables, names, **how)
+    agree("output", ours.apply(new, x, True, mutable=["batch_stats"])[0], array(model(tensor(x))))
+    assert jax.tree.leaves(new["batch_stats"]) == jax.tree.leaves(variables["batch_stats"])
+    assert [row.ours for row in report.tensors[-2:]] == ["BatchNorm_0/mean", "BatchNorm_0/var"]
+    back, _ = interop.to_torch_model(new, names, state_dict=model, **how)
+    assert list(back) == list(model.state_dict())
+
+
+COMPUTED = {
+    "weight_norm": (nn.utils.weight_norm, nn.utils.remove_weight_norm),
+    "spectral_norm": (nn.utils.spectral_norm, nn.utils.remove_spectral_norm),
+    "prune": (lambda layer: prune.l1_unstructured(layer, "weight", 7), lambda layer: prune.remove(layer, "weight")),
+}
+COMPUTED |= {
+    f"parametrizations.{name}": (
+        getattr(nn.utils.parametrizations, name),
+        lambda layer: nn.utils.parametrize.remove_parametrizations(layer, "weight"),
+    )
+    for name in ("weight_norm", "spectral_norm", "orthogonal")
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
+@pytest.mark.parametrize("name", COMPUTED)
+def test_computed_weights_are_refused_and_the_remedy_keeps_the_outputs(agree, name):
+    apply, remove = COMPUTED[name]
+    model = small(apply)
+    x = np.random.default_rng(0).normal(size=(8, 6)).astype("float32")
+    model(tensor(x))
+    ours = LinenSmall()
+    variables, how = ours.init(jax.random.key(0), x, False), {"model": ours, "inputs": x, "train": False}
+    parts = [key for key in model.state_dict() if key.startswith(("0.weight", "0.parametrizations"))]
+    with pytest.raises(ValueError, match=rf"from_torch_model: .*{parts}.*model.eval\(\)".replace("[", r"\[")):
+        interop.from_torch_model(model, variables, **how)
+    theirs = array(model.eval()(tensor(x)))
+    remove(model[0])
+    new, _ = interop.from_torch_model(model, variables, **how)
+    agree("output", ours.apply(new, x, False), theirs)

@@ -98,10 +98,12 @@ def test_readme_has_at_most_180_lines_and_an_example_by_line_15():
     assert any("bn_apply(" in line for line in lines[:15])
 
 
+@pytest.mark.results
 def test_readme_has_the_committed_numbers():
     assert tables.comparison() in README
 
 
+@pytest.mark.results
 def test_the_committed_verdicts_are_on_the_page_of_claims():
     shown = tables.verdicts()
     claims = tables.claims()
@@ -114,12 +116,14 @@ def test_the_committed_verdicts_are_on_the_page_of_claims():
             assert f"{result.dataset}: {result.measured}".replace("|", "\\|") in row
 
 
+@pytest.mark.results
 def test_the_readme_has_the_table_of_the_committed_verdicts():
     """`python -m experiments report --out experiments/results --readme README.md` writes it."""
     table = readme.table(tables.RESULTS / "verdicts.json")
     assert readme.replaced(README, table) == README
 
 
+@pytest.mark.results
 def test_every_table_is_on_a_page_and_can_be_made():
     text = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
     named = re.findall(r"^ *<!-- table: (\S+) -->$", text, re.MULTILINE)
@@ -136,11 +140,13 @@ def test_the_pictures_of_the_guide_show_what_it_says(flax_promotion):
     assert problems == {
         "healthy": set(),
         "shifted": {"variance differs", "mean shifted"},
+        "feature": {"variance differs"},
         "lagging": {"initial values", "variance differs"},
         "dead": {"dead features"},
     }
 
 
+@pytest.mark.results
 def test_links_of_readme_and_contributing_lead_to_files():
     for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md"):
         text = (ROOT / name).read_text(encoding="utf-8")

@@ -6,7 +6,7 @@ pytest.importorskip("mkdocs", reason="the documentation is built by the extra `d
 
 from tests.support import site
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.results]
 
 
 @pytest.fixture(scope="module")

@@ -53,6 +53,22 @@ def train(x, scale, bias, running_mean, running_var, axis=-1, momentum=0.99, eps
     )
 
 
+def adapted(x, running_mean, running_var, source_weight, axis=-1, mask=None):
+    """Mean and variance of section 2 of Schneider et al. (2020).
+
+    Examples lie on the first axis that is reduced. One counts as its largest weight, and n is their effective number
+    (Kish, 1965). A feature without a valid place has the running statistics.
+    """
+    total, mean, var = moments(x, axis, mask)
+    first, *inner = _axes(x, axis)
+    example = weights(x, mask).max(tuple(inner), keepdims=True)
+    square = (example**2).sum((first, *inner))
+    n = np.where(total > 0, example.sum((first, *inner)) ** 2 / np.where(square > 0, square, 1), 0)
+    weight = np.where(n > 0, source_weight + n, 1)
+    keep, take = np.where(n > 0, source_weight / weight, 1), n / weight
+    return keep * _wide(running_mean) + take * mean, keep * _wide(running_var) + take * var
+
+
 def gradients(x, g, scale, axis=-1, epsilon=1e-5, mask=None):
     """Gradients of sum(g y) in x, scale and bias, by the chain of section 3 of the paper; real x."""
     x, g, w, axes = _wide(x), _wide(g), weights(x, mask), _axes(x, axis)

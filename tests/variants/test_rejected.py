@@ -37,8 +37,32 @@ ERRORS = {
     ),
     "index": (lambda: bnjax.indexed_bn_apply(*INDEXED, X, True, index=4), ValueError, "index=4.*0 to 3"),
     "index -1": (lambda: bnjax.indexed_bn_apply(*INDEXED, X, True, index=-1), ValueError, "index=-1"),
-    "index 1.0": (lambda: bnjax.indexed_bn_apply(*INDEXED, X, True, index=1.0), TypeError, "scalar integer"),
-    "an index each": (lambda: bnjax.indexed_bn_apply(*INDEXED, X, True, index=jnp.arange(4)), TypeError, "vmap"),
+    "index 1.0": (lambda: bnjax.indexed_bn_apply(*INDEXED, X, True, index=1.0), TypeError, r"got 1.0\. Pass an"),
+    "a list of indices": (
+        lambda: bnjax.indexed_bn_apply(*INDEXED, X, True, index=[0, 1, 2, 3]),
+        TypeError,
+        r"got \[0, 1, 2, 3\]\. .*jnp.asarray",
+    ),
+    "boolean indices": (
+        lambda: bnjax.indexed_bn_apply(*INDEXED, X, True, index=np.ones(4, bool)),
+        TypeError,
+        r"got bool\. .*astype\(jnp.int32\)",
+    ),
+    "another number of indices": (
+        lambda: bnjax.indexed_bn_apply(*INDEXED, X, True, index=jnp.arange(3)),
+        ValueError,
+        r"shape \(4,\).*x has shape \(4, 3\) and its examples along axis 0, got shape \(3,\)",
+    ),
+    "a column of indices": (
+        lambda: bnjax.indexed_bn_apply(*INDEXED, X, True, index=jnp.zeros((4, 1), int)),
+        ValueError,
+        r"got shape \(4, 1\)\. Pass",
+    ),
+    "an index for each of no examples": (
+        lambda: bnjax.indexed_bn_apply(*INDEXED, X[0], True, index=jnp.zeros(3, int)),
+        ValueError,
+        r"all axes of x, of shape \(3,\), are feature axes",
+    ),
     "num_indices": (lambda: bnjax.indexed_bn_init(3, 0), ValueError, "num_indices=0"),
     "r_max of a schedule": (
         lambda: bnjax.renorm_bn_apply(PARAMS, STATE, X, True, r_max=lambda count: 0.5, d_max=0),
@@ -50,7 +74,12 @@ ERRORS = {
         ValueError,
         r"r_max=\.\.\..*\(3,\).*\(5,\)",
     ),
-    "ramp": (lambda: bnjax.linear_ramp(1.0, 3.0, 10, 10), ValueError, "start < stop"),
+    "ramp": (lambda: bnjax.linear_ramp(1.0, 3.0, 11, 10), ValueError, r"start=11, stop=10\): expected start <= stop"),
+    "average": (
+        lambda: bnjax.renorm_bn_apply(PARAMS, STATE, X, False, r_max=1, d_max=0, average="variance"),
+        ValueError,
+        r"renorm_bn_apply\(average='variance'\): expected \"std\".*or \"var\"",
+    ),
     "class tables": (
         lambda: bnjax.conditional_params(bnjax.BNParams(jnp.ones((4, 1)), None), jnp.zeros(4, int), X),
         ValueError,

@@ -1,5 +1,7 @@
 """Ghost, renormalized and indexed batch normalization against oracles written from their papers."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -160,8 +162,8 @@ def test_a_ghost_on_one_device_needs_no_communication_for_its_output(rng):
     assert_close(both(x)[1].var, expected[2])
 
 
-def renorm_oracle(params, state, x, r_max, d_max, momentum=0.8, mask=None):
-    """Algorithm 1 of Ioffe (2017), in float64; its sigma is sqrt(var + epsilon)."""
+def renorm_oracle(params, state, x, r_max, d_max, momentum=0.8, mask=None, average="std"):
+    """Algorithm 1 of Ioffe (2017), in float64; its sigma is sqrt(var + epsilon). Or the variance is averaged."""
     params, state = jax.tree.map(lambda v: np.asarray(v, np.float64), (params, state))
     _, mean, var = reference.moments(x, -1, mask)
     sigma, running = np.sqrt(var + EPSILON), np.sqrt(state.var + EPSILON)
@@ -169,18 +171,22 @@ def renorm_oracle(params, state, x, r_max, d_max, momentum=0.8, mask=None):
     d = np.clip((mean - state.mean) / running, -d_max, d_max)
     y = params.scale * ((x - mean) / sigma * r + d) + params.bias
     std = momentum * running + (1 - momentum) * sigma
-    return y, momentum * state.mean + (1 - momentum) * mean, std**2 - EPSILON
+    new_var = momentum * state.var + (1 - momentum) * var if average == "var" else std**2 - EPSILON
+    return y, momentum * state.mean + (1 - momentum) * mean, new_var
 
 
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize(("r_max", "d_max"), [(1.0, 0.0), (1.5, 0.3), (100.0, 100.0)])
-def test_renorm_bn_apply_matches_the_oracle_over_steps(r_max, d_max, masked, rng):
+@pytest.mark.parametrize(
+    ("r_max", "d_max", "average"), [(1.0, 0.0, "std"), (1.5, 0.3, "std"), (1.5, 0.3, "var"), (100.0, 100.0, "std")]
+)
+def test_renorm_bn_apply_matches_the_oracle_over_steps(r_max, d_max, average, masked, rng):
     params, state = variables((4,), rng)
     for step in range(5):
         x = rng.normal(step, 1 + step, (6, 4)).astype(np.float32)
         mask = rng.random((6, 1)) < 0.8 if masked else None
-        y, new = bnjax.renorm_bn_apply(params, state, x, True, r_max=r_max, d_max=d_max, mask=mask, **OPTIONS)
-        expected, mean, var = renorm_oracle(params, state, x, r_max, d_max, mask=mask)
+        limits = {"r_max": r_max, "d_max": d_max, "mask": mask, "average": average}
+        y, new = bnjax.renorm_bn_apply(params, state, x, True, **limits, **OPTIONS)
+        expected, mean, var = renorm_oracle(params, state, x, **limits)
         assert_close(y, expected, 1e-4)
         assert_close(new.mean, mean)
         assert_close(new.var, var)
@@ -274,6 +280,33 @@ def test_the_renorm_schedule_is_that_of_the_paper():
     assert_close(bnjax.RENORM_D_MAX(counts), [0, 0, 2.5, 5, 5, 5], 1e-6)
     assert_close(bnjax.RENORM_R_MAX(counts), [1, 1, 1 + 2 * 10 / 35, 1 + 2 * 20 / 35, 3, 3], 1e-6)
     assert bnjax.linear_ramp(1.0, 3.0, 5_000, 40_000) == bnjax.RENORM_R_MAX
+
+
+def test_a_ramp_from_a_count_to_itself_is_a_step_with_a_finite_derivative():
+    step = bnjax.linear_ramp(1.0, 3.0, 40, 40)
+    assert step(jnp.array([0, 39, 40, 41])).tolist() == [1, 1, 3, 3]
+    assert (jax.grad(step)(40.0), jax.grad(step)(39.0)) == (0, 0)
+    assert step == bnjax.linear_ramp(1.0, 3.0, 40, 40)
+
+
+def test_one_count_may_serve_all_features(rng):
+    """As in PyTorch: an update of any feature counts, and the count stays a scalar, as a scan's carry must."""
+    x = rng.normal(2, 3, (8, 2)).astype(np.float32)
+    params, state = variables((2,), rng)
+    mask = np.array([[True, False]])
+    limits = {"r_max": bnjax.linear_ramp(1.0, 3.0, 9, 9), "d_max": bnjax.linear_ramp(0.0, 5.0, 9, 9)}
+    for count, (r_max, d_max) in {8: (1.0, 0.0), 9: (3.0, 5.0)}.items():
+        counted = state._replace(count=jnp.int32(count))
+        y, new = bnjax.renorm_bn_apply(params, counted, x, True, **limits, **OPTIONS)
+        assert_close(y, renorm_oracle(params, state, x, r_max, d_max)[0], 1e-4)
+        assert (new.count.shape, int(new.count)) == ((), count + 1)
+    momentum = {"momentum": bnjax.cumulative_average}
+    for apply in bnjax.bn_apply, partial(bnjax.ghost_bn_apply, ghost_size=8):
+        _, new = apply(params, state._replace(count=jnp.int32(3)), x, True, mask=mask, **momentum)
+        assert int(new.count) == 4
+        assert_close(new.mean, [0.75 * state.mean[0] + 0.25 * x[:, 0].mean(), state.mean[1]])
+        _, same = apply(params, state._replace(count=jnp.int32(3)), x[:1], True, **momentum)
+        assert int(same.count) == 3
 
 
 def test_renorm_bounds_follow_each_features_count(rng):

@@ -1,5 +1,6 @@
-"""Folding one layer, and recalibration against moments taken in float64."""
+"""Recalibration against moments taken in float64."""
 
+import itertools
 import sys
 from functools import partial
 from typing import Any
@@ -16,84 +17,7 @@ from jax.sharding import PartitionSpec as P
 import bnjax
 import bnjax.linen
 import bnjax.nnx
-from tests.support.folding import CLOSE, drawn, numbers
-
-
-@pytest.mark.parametrize(("scale", "bias"), [(1.0, 0.0), (None, 0.0), (1.0, None), (None, None)])
-def test_fold_is_the_formula(scale, bias):
-    params, state = drawn(bnjax.bn_init((3, 4), scale=scale, bias=bias))
-    x = numbers(7, 3, 4).astype(np.float64)
-    mean, var = (np.asarray(v, np.float64) for v in state[:2])
-    gamma, beta = (
-        np.float64(d) if v is None else np.asarray(v, np.float64) for v, d in zip(params, (1, 0), strict=True)
-    )
-    want = (x - mean) / np.sqrt(var + 1e-3) * gamma + beta
-    affine = bnjax.fold(params, state, epsilon=1e-3)
-    np.testing.assert_allclose(x * np.asarray(affine.scale) + np.asarray(affine.bias), want, rtol=1e-5, atol=1e-5)
-
-
-def test_fold_of_half_precision_parameters_is_float32():
-    params, state = drawn(bnjax.bn_init(3, dtype=jnp.bfloat16))
-    affine = bnjax.fold(params, state)
-    assert {v.dtype for v in affine} == {jnp.dtype("float32")}
-    want, _ = bnjax.bn_apply(params, state, numbers(5, 3), False)
-    np.testing.assert_allclose(numbers(5, 3) * affine.scale[None] + affine.bias[None], want, **CLOSE)
-    kernel, bias = bnjax.fold_into_previous(jnp.ones((2, 3), jnp.bfloat16), None, affine)
-    assert (kernel.dtype, bias.dtype) == (jnp.bfloat16, jnp.bfloat16)
-
-
-def test_fold_of_complex_layers():
-    params, state = bnjax.bn_init(2, dtype=jnp.complex64)
-    state = state._replace(mean=jnp.array([1 + 2j, 3j], jnp.complex64), var=jnp.array([4.0, 1.0]))
-    affine = bnjax.fold(params, state)
-    x = (numbers(5, 2) + 1j * numbers(5, 2)[::-1]).astype(np.complex64)
-    want, _ = bnjax.bn_apply(params, state, x, False)
-    np.testing.assert_allclose(x * affine.scale[None] + affine.bias[None], want, **CLOSE)
-    with pytest.raises(TypeError, match=r"float32 kernel cannot hold a complex layer"):
-        bnjax.fold_into_previous(jnp.ones((3, 2)), None, affine)
-
-
-def test_fold_is_differentiable_and_compiles():
-    params, state = drawn(bnjax.bn_init(3))
-    gradient = jax.jit(jax.grad(lambda p: bnjax.fold(p, state).bias.sum()))(params)
-    np.testing.assert_allclose(gradient.scale, -state.mean / np.sqrt(state.var + 1e-5), rtol=1e-5)
-    np.testing.assert_array_equal(gradient.bias, np.ones(3))
-
-
-def test_fold_rejects():
-    params, state = bnjax.bn_init(3)
-    with pytest.raises(ValueError, match=r"fold\(state=None\).*normalizes by its batch"):
-        bnjax.fold(params, None)
-    with pytest.raises(ValueError, match=r"params.scale has shape \(4, 1, 3\), state.mean \(3,\)"):
-        bnjax.fold(bnjax.BNParams(jnp.ones((4, 1, 3)), None), state)
-    with pytest.raises(ValueError, match=r"fold\(epsilon=0"):
-        bnjax.fold(params, state, epsilon=0)
-    affine = bnjax.fold(params, state)
-    with pytest.raises(ValueError, match=r"fold_into_previous.*shape \(3, 2\) and so 2 features.*\(3,\)"):
-        bnjax.fold_into_previous(jnp.ones((3, 2)), None, affine)
-    with pytest.raises(ValueError, match=r"fold_into_next.*shape \(2, 4\) and so 4 features.*\(3,\)"):
-        bnjax.fold_into_next(jnp.ones((2, 4)), None, affine, groups=2)
-
-
-@pytest.mark.parametrize(
-    ("function", "kernel", "bias", "options", "message"),
-    [
-        ("previous", np.ones((2, 3)), np.ones(2), {}, r"\(bias=...\): expected shape \(3,\), .* got \(2,\)"),
-        ("previous", np.ones((2, 3)), [0.0] * 3, {}, r"\(bias=...\): expected a floating or complex array, got list"),
-        ("previous", [[1.0] * 3], None, {}, r"\(kernel=...\): expected a floating or complex array, got list"),
-        ("previous", np.ones((2, 3)), None, {"axis": 7}, r"\(axis=7\): kernel has shape \(2, 3\).*axis of kernel that"),
-        ("previous", np.ones((2, 3)), None, {"axis": (1, -1)}, r".*repeated, since kernel has shape \(2, 3\)"),
-        ("next", np.ones((3, 2)), np.ones(3), {}, r"\(bias=...\): expected shape \(2,\), .* got \(3,\)"),
-        ("next", np.ones((3, 2)), None, {"groups": 0}, r"\(groups=0\): expected a positive integer"),
-        ("next", np.ones(3), None, {}, r"\(kernel=...\): expected shape \(..., inputs / groups, outputs\), got \(3,\)"),
-        ("next", np.ones((1, 4)), None, {"groups": 3}, r"\(groups=3\): .* 4 outputs, which are no multiple of groups"),
-    ],
-)
-def test_fold_into_a_neighbour_rejects(function, kernel, bias, options, message):
-    affine = bnjax.fold(*bnjax.bn_init(3))
-    kernel, bias = (v.astype(np.float32) if isinstance(v, np.ndarray) else v for v in (kernel, bias))
-    with pytest.raises((TypeError, ValueError), match=rf"fold_into_{function}{message}"):
-        getattr(bnjax, f"fold_into_{function}")(kernel, bias, affine, **options)
+from tests.support.folding import drawn, numbers
 
 
 class Network(nn.Module):
@@ -252,6 +176,114 @@ def test_recalibrate_shows_progress_on_request(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "tqdm", None)
     with pytest.raises(ImportError, match="pip install tqdm"):
         bnjax.recalibrate(apply, variables, BATCHES, progress=True)
+
+
+def test_recalibrate_uses_so_many_batches_and_draws_no_more():
+    apply, variables = linen_network()
+    drawn_batches = []
+
+    def batches():
+        for i in itertools.count():
+            drawn_batches.append(i)
+            yield BATCHES[i % 2]
+
+    after = bnjax.recalibrate(apply, variables, batches(), num_batches=2)["batch_stats"]["first"]
+    assert drawn_batches == [0, 1]
+    both = np.concatenate(BATCHES[:2]).astype(np.float64)
+    check(after, (both.mean(0), both.var(0)))
+    with pytest.warns(UserWarning, match=r"recalibrate\(num_batches=4\): `batches` ended after 2\."):
+        fewer = bnjax.recalibrate(apply, variables, BATCHES[:2], num_batches=4)["batch_stats"]["first"]
+    jax.tree.map(np.testing.assert_array_equal, fewer, after)
+    for number in (0, -1, 2.0, True):
+        with pytest.raises(ValueError, match=rf"recalibrate\(num_batches={number}\): expected a positive integer"):
+            bnjax.recalibrate(apply, variables, BATCHES, num_batches=number)
+    for wrong in (3, batches):
+        with pytest.raises(TypeError, match=r"recalibrate\(batches=...\): expected an iterable of batches, got a"):
+            bnjax.recalibrate(apply, variables, wrong)
+
+
+class Own(nn.Module):
+    """A project's own batch normalization."""
+
+    @nn.compact
+    def __call__(self, x):
+        self.variable("statistics", "moving_mean", jnp.zeros, (3,))
+        self.variable("statistics", "moving_variance", jnp.ones, (3,))
+        return x
+
+
+def test_recalibrate_names_the_layers_that_it_leaves(caplog):
+    batch = BATCHES[0]
+
+    class Mixed(nn.Module):
+        own: bool = False
+
+        @nn.compact
+        def __call__(self, x):
+            x = bnjax.linen.BatchNorm(name="evaluates", use_running_average=True)(x)
+            x = bnjax.linen.BatchNorm(name="frozen", use_running_average=False, frozen=True)(x)
+            x = bnjax.linen.BatchNorm(name="trains", use_running_average=False)(x)
+            return Own(name="own")(x) if self.own else x
+
+    variables = drawn(Mixed(True).init(jax.random.key(0), batch))
+    before = variables["batch_stats"]
+    with pytest.warns(UserWarning, match=r"running statistics of own stay as they were\. These layers are neither"):
+        after = bnjax.recalibrate(Mixed(True).apply, variables, [batch])["batch_stats"]
+    assert "statistics stay as they were: evaluates, frozen. These layers are frozen" in caplog.text
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        [after[n] for n in ("evaluates", "frozen")],
+        [before[n] for n in ("evaluates", "frozen")],
+    )
+    del variables["statistics"]
+    bnjax.recalibrate(Mixed().apply, variables, [batch])  # frozen layers are no reason for a warning
+
+
+def test_recalibrate_deletes_nothing_and_takes_other_collections():
+    class Counting(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            count = self.variable("counts", "calls", lambda: jnp.zeros(()))
+            if self.is_mutable_collection("counts"):
+                count.value += 1
+            return bnjax.linen.BatchNorm(use_running_average=False)(x)
+
+    variables = Counting().init(jax.random.key(0), BATCHES[0])
+    new = bnjax.recalibrate(Counting().apply, variables, BATCHES[:1])
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(variables))
+    assert new["counts"] == variables["counts"]
+
+
+def test_recalibrate_says_what_to_do_after_a_conversion_of_some_layers():
+    class Two(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.BatchNorm(use_running_average=False)(nn.BatchNorm(use_running_average=False)(x))
+
+    def some(path):
+        return path.endswith("_0")
+
+    x = BATCHES[0]
+    model = bnjax.linen.convert(Two(), frozen=True, where=some)
+    variables = model.init(jax.random.key(0), x)
+    with pytest.raises(ValueError, match=r"no moments of the batch: BatchNorm_1\..*once more without where="):
+        bnjax.recalibrate(model.apply, variables, [x])
+    model = bnjax.linen.convert(model)
+    after = bnjax.recalibrate(model.apply, variables, [x])["batch_stats"]
+    jax.tree.map(np.testing.assert_array_equal, after["BatchNorm_0"], variables["batch_stats"]["BatchNorm_0"])
+    np.testing.assert_allclose(after["BatchNorm_1"]["mean"], np.float64(x).mean(0) / np.sqrt(1 + 1e-5), rtol=1e-5)
+
+    def layers():
+        return nnx.Sequential(*(nnx.BatchNorm(3, rngs=nnx.Rngs(0)) for _ in range(2)))
+
+    model = bnjax.nnx.convert(layers(), frozen=True, where=lambda path: path == "layers/0")
+    apply, variables = bnjax.nnx.functional(model)
+    with pytest.raises(ValueError, match=r"no moments of the batch: layers/1\..*once more without where="):
+        bnjax.recalibrate(apply, variables, [x])
+    apply, variables = bnjax.nnx.functional(bnjax.nnx.convert(model))
+    after = bnjax.recalibrate(apply, variables, [x])["batch_stats"]["layers"]
+    assert after[0]["var"][...].tolist() == [1, 1, 1]
+    np.testing.assert_allclose(after[1]["mean"][...], np.float64(x).mean(0) / np.sqrt(1 + 1e-5), rtol=1e-5)
 
 
 def test_recalibrate_rejects():

@@ -1,4 +1,8 @@
-"""Compiled steps of training and evaluation, and a rematerialization policy for them."""
+"""A compiled training step and evaluation, gradient accumulation, and rematerialization.
+
+A model is any function with the signature of Linen's `Module.apply`: `apply_fn(variables, *args, mutable=, rngs=)`.
+`bnjax.nnx.functional` returns such a function for an NNX model. This module has no training loop, no data and no loss.
+"""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -7,9 +11,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from bnjax.core import checks, trees
+from bnjax.core import checks, frozen, trees
 from bnjax.core.checkpoint import CHECKPOINT_NAME
-from bnjax.training.state import TrainState, check_state
+from bnjax.training.state import TrainState, check_alive, check_unshared
 
 Loss = Callable[["Model", Any, bool], Array | tuple[Array, Mapping[str, Array]]]
 
@@ -63,26 +67,10 @@ class Model:
             kwargs = {"rngs": self._rngs, **kwargs}
         if not self._mutable:
             return self._apply(self.variables, *args, **kwargs)
-        output, updates = self._apply(self.variables, *args, mutable=self._mutable, **kwargs)
+        with frozen.model_called():
+            output, updates = self._apply(self.variables, *args, mutable=self._mutable, **kwargs)
         self.variables = {**self.variables, **updates}
         return output
-
-
-class Step:
-    """A compiled step, before which the state is checked on the host. Its other attributes are those of `jax.jit`."""
-
-    def __init__(self, call: str, compiled: Any):
-        self._call, self._compiled = call, compiled
-
-    def __call__(self, state: TrainState, batch: Any) -> Any:
-        """The result of the step for a state and a batch."""
-        check_state(self._call, state)
-        return self._compiled(state, batch)
-
-    def __getattr__(self, name: str) -> Any:
-        if name in ("_call", "_compiled"):  # not set yet, in a copy
-            raise AttributeError(name)
-        return getattr(self._compiled, name)
 
 
 def train_step(
@@ -91,6 +79,9 @@ def train_step(
     """Make a compiled training step.
 
         gradient = sum_i gradient_i / accumulate
+
+    Scale and bias of layers with `frozen_params=True` stay as they are under every optimizer. To weight decay, their
+    gradient is 0, and it would shrink them.
 
     Args:
       loss: `loss(model, batch, train)` calls `model` like the module and returns the loss, or the loss and a dictionary
@@ -105,19 +96,19 @@ def train_step(
         like the loss; integer metrics are counts, which are summed in 32 bits or more. So return a mean as a floating
         number and a sum over examples as an integer. A boolean metric is an error, and so is one with a batch axis.
       policy: policy of `jax.checkpoint` for the whole loss, such as `save_statistics`.
-      donate: whether the new state reuses the memory of the old one, which is then deleted: the old state, and what was
-        taken out of it (`state.params`), cannot be used again. Keep a copy, `jax.tree.map(jnp.copy, state.params)`, or
-        pass False.
+      donate: whether the new state reuses the memory of the old one, which is then deleted, and with it every other
+        name of its arrays, such as `ema = state.params`. Copy what is kept, `jax.tree.map(jnp.copy, state.params)`.
 
     Returns:
       `step(state, batch)`, which returns the new state and `{"loss": ..., **metrics}`. With sharded arrays the result
       is the global batch's.
 
     Raises:
-      TypeError, ValueError: if `accumulate` is not positive. By the step: for a state that is not a `TrainState`, or
-        that an earlier step deleted. While tracing: for metrics that are not a dictionary; with micro-batches also if
-        `accumulate` does not divide the batch, if a layer with running statistics collects no moments, if a metric
-        cannot be combined, or if another collection changes its shapes.
+      TypeError, ValueError: if `accumulate` is not positive. In a call: for a state that an earlier step deleted, and
+        if a donated state holds one array twice. While tracing: for a state that is not a `TrainState` and for metrics
+        that are not a dictionary; with micro-batches also if `accumulate` does not divide the batch, if a layer with
+        running statistics collects no moments, if a metric cannot be combined, or if another collection
+        changes its shapes.
 
     Example:
       >>> import flax.linen as nn, jax, jax.numpy as jnp, optax
@@ -184,12 +175,15 @@ def train_step(
         return jax.tree.map(lambda sum, leaf: _combined(sum, accumulate, leaf.dtype), total, shapes), updated
 
     def step(state, batch):
+        _check_state("train_step", state)
         before = {"batch_stats": state.batch_stats, **state.collections}
-        (gradients, metrics), updated = accumulated(state, batch) if merging else one_batch(state, before, batch, 0)
+        with frozen.listening() as layers:
+            (gradients, metrics), updated = accumulated(state, batch) if merging else one_batch(state, before, batch, 0)
         changes = {"batch_stats": updated["batch_stats"], "collections": {n: updated[n] for n in state.collections}}
-        return state.apply_gradients(grads=gradients, **changes), metrics
+        new = state.apply_gradients(grads=gradients, **changes)
+        return new.replace(params=layers.unchanged(new.params, state.params)), metrics
 
-    return Step("train_step", jax.jit(step, donate_argnums=0 if donate else ()))
+    return _Step("train_step", jax.jit(step, donate_argnums=0 if donate else ()), donate)
 
 
 def eval_step(loss: Loss) -> Callable[[TrainState, Any], dict[str, Array]]:
@@ -202,8 +196,8 @@ def eval_step(loss: Loss) -> Callable[[TrainState, Any], dict[str, Array]]:
       `step(state, batch)`, which returns `{"loss": ..., **metrics}`.
 
     Raises:
-      TypeError, ValueError: for a state that is not a `TrainState`, or that a training step deleted, and while tracing
-        for metrics that are not a dictionary.
+      TypeError, ValueError: for a state that a training step deleted; while tracing, for a state that is not a
+        `TrainState` and for metrics that are not a dictionary.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -216,10 +210,37 @@ def eval_step(loss: Loss) -> Callable[[TrainState, Any], dict[str, Array]]:
     """
 
     def step(state, batch):
+        _check_state("eval_step", state)
         variables = {"params": state.params, "batch_stats": state.batch_stats, **state.collections}
         return _with_metrics(loss(Model(state.apply_fn, variables, [], None), batch, False))[1]
 
-    return Step("eval_step", jax.jit(step))
+    return _Step("eval_step", jax.jit(step))
+
+
+class _Step:
+    """A compiled step, which first checks that the arrays of its state are there: XLA's own error names no state."""
+
+    def __init__(self, call: str, compiled: Any, donate: bool = False):
+        self._call, self._compiled, self._donate = f"{call}(...)(state=...)", compiled, donate
+
+    def __call__(self, state: Any, batch: Any) -> Any:
+        arrays = check_alive(self._call, state)
+        if self._donate:
+            check_unshared(self._call, state, arrays)
+        return self._compiled(state, batch)
+
+    def __getattr__(self, name: str) -> Any:  # of the compiled function: lower, trace, clear_cache
+        if name == "_compiled":  # not there while copied or unpickled
+            raise AttributeError(name)
+        return getattr(self._compiled, name)
+
+
+def _check_state(call, state):
+    if not isinstance(state, TrainState):
+        raise TypeError(
+            f"{call}(...)(state=...): expected bnjax.training.TrainState, got {type(state).__module__}."
+            f"{type(state).__name__}, which has no running statistics. Call bnjax.training.TrainState.create."
+        )
 
 
 def _keys(state, index):

@@ -1,4 +1,4 @@
-"""Which parameters an optimizer decays."""
+"""Which parameters weight decay applies to."""
 
 from typing import Any
 

@@ -1,0 +1,25 @@
+"""What `flax.nnx.bridge` does not offer itself: a Linen module around NNX layers, and whether it collects moments."""
+
+from typing import Any
+
+from flax.core.scope import DenyList
+from flax.nnx import bridge
+from flax.nnx.bridge import wrappers
+
+
+def collects(module: Any) -> bool:
+    """Whether the call of a Linen module asks for the collection `batch_moments`.
+
+    By name only: with mutable=True, a program that passes back all collections would accumulate moments unawares.
+    """
+    return (
+        not module.is_initializing()
+        and not isinstance(module.scope.mutable, bool | DenyList)
+        and module.is_mutable_collection("batch_moments")
+    )
+
+
+def linen_collects() -> bool:
+    """Whether NNX layers that are made here belong to a Linen model (`bridge.to_linen`) that collects moments."""
+    module = wrappers.current_linen_module()
+    return isinstance(module, bridge.ToLinen) and collects(module)

@@ -1,0 +1,174 @@
+"""Test-time adaptation of batch normalization: running statistics that give way to those of the data at hand.
+
+Schneider et al. (2020), section 2; with source_weight = 0 prediction-time batch normalization, Nado et al. (2020).
+Nothing is learned and nothing is stored: the state stays as training left it.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from bnjax.core import checks
+from bnjax.core.apply import apply, batch_statistics, normalize_by, validate
+from bnjax.core.moments import Batch, merge_over_axes, support_of
+from bnjax.core.options import Options, checked, fitted
+from bnjax.core.records import BNParams, BNState, Collected, Moments
+from bnjax.core.running import average
+from bnjax.core.sharding import select, sharded_as
+from bnjax.core.weights import divided, is_real, nonzero, total_weight
+
+
+def adaptive_bn_apply(
+    params: BNParams,
+    state: BNState,
+    x: Array,
+    *,
+    source_weight: float | Array,
+    axis: checks.Axis = -1,
+    epsilon: float = 1e-5,
+    mask: Array | None = None,
+    axis_name: checks.AxisName | None = None,
+    axis_index_groups: Sequence[Sequence[int]] | None = None,
+) -> tuple[Array, BNState]:
+    """Evaluation that adapts to the batch, for data unlike those of training (Schneider et al., 2020, section 2).
+
+        mean = (N running mean + n batch mean) / (N + n)          N = source_weight, n = number of examples
+        var = (N running var + n batch var) / (N + n)
+        y = scale * (x - mean) / sqrt(var + epsilon) + bias
+
+    The running statistics come from the source, the data of training, and the batch from the target, such as images
+    with another camera, noise or contrast. With N = 0 the batch alone counts, which is prediction-time batch
+    normalization (Nado et al., 2020); a large N, or infinity, is evaluation by the running statistics.
+
+    The variance is averaged as in the paper, without the spread of the two means, N n |running mean - batch mean|^2 /
+    (N + n)^2. With it, var would be the variance of source and target put together. A batch of the target alone has not
+    that variance: its output would become the smaller, the farther the two are apart.
+
+    Args:
+      source_weight: how many examples the running statistics count as, >= 0. A number, which may be traced, so that a
+        sweep compiles once; a value that is known only at run time is raised to 0. The smaller it is, the more the
+        batch decides; the larger, the less does the noise of a small batch.
+      state: running statistics, which normalize alone where a feature has no valid value in the batch. None is an
+        error, because there would be nothing to adapt.
+      mask: as in `bnjax.bn_apply`. An example counts for a feature if any of its elements is valid, however many are,
+        so that padding has no effect. Real-valued weights count as many examples as would average as well if they were
+        equal, (sum w)^2 / sum w^2 with w the largest weight in an example (Kish, 1965).
+      axis_name: mapped axis, or several, whose devices or examples share statistics. Examples of all of them count.
+        Under `vmap` a call with `x` of the features' shape is one example; an example with other axes, such as an
+        image, needs one for the batch: `x[None]`.
+      params, x, and the rest: as in `bnjax.bn_apply`.
+
+    Returns:
+      y: of x's shape and dtype. Reductions are float32 or wider.
+      state: the given one, unchanged.
+
+    The examples lie on the first axis that is not a feature axis. `x` is read as in training, and derivatives go
+    through the batch's statistics too.
+
+    Raises:
+      TypeError, ValueError: as `bnjax.bn_apply`, and for a state that is None, or a `source_weight` that is not a
+        number, or known to be negative.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import bnjax
+      >>> params, state = bnjax.bn_init(1)  # mean 0 and variance 1
+      >>> x = jnp.array([[3.0], [5.0]])
+      >>> y, _ = bnjax.adaptive_bn_apply(params, state, x, source_weight=2)
+      >>> y[:, 0].round(3).tolist()  # mean (2 * 0 + 2 * 4) / 4, variance (2 * 1 + 2 * 1) / 4
+      [1.0, 3.0...]
+    """
+    options = checked(
+        "adaptive_bn_apply",
+        False,
+        axis=axis,
+        epsilon=epsilon,
+        axis_name=axis_name,
+        axis_index_groups=axis_index_groups,
+        unbiased_var=False,
+    )
+    return apply_adaptive(params, state, x, options, momentum=0.0, mask=mask, source_weight=source_weight)[:2]
+
+
+def apply_adaptive(
+    params: Any,
+    state: BNState | None,
+    x: Array,
+    options: Options,
+    *,
+    momentum: Any,
+    mask: Array | None,
+    source_weight: Any,
+    adapts: Any = True,
+    earlier: Collected | None = None,
+) -> tuple[Array, Any, Collected | None]:
+    """`adaptive_bn_apply` with checked options, as `bnjax.core.apply.apply` is `bn_apply`.
+
+    It is `bn_apply` in training, and wherever `adapts` is False.
+    """
+    source_weight = check_source_weight(options.call, source_weight)
+    if options.train or not adapts:
+        return apply(params, state, x, options, momentum=momentum, mask=mask, earlier=earlier)
+    if state is None:
+        raise ValueError(
+            f"{options.call}(state=None): there are no running statistics to adapt. Pass the state of bn_init after "
+            "training, or call bn_apply with state=None, which normalizes by the batch."
+        )
+    y = _apply_adaptive(params, state, x, mask, source_weight, options=fitted(options, x, mask))
+    return y, state, None
+
+
+@partial(jax.jit, static_argnames="options", inline=True)
+def _apply_adaptive(params, state, x, mask, source_weight, *, options):
+    batch = validate(params, state, x, mask, options._replace(train=True))  # as in training, axes have to be bound
+    moments = batch_statistics(batch, state, options).moments
+    examples = _examples(batch, moments.weight, options)
+    share = examples / nonzero(jnp.maximum(source_weight, 0).astype(examples.dtype) + examples)
+
+    def adapted(running, own):
+        running = sharded_as(own, running)
+        merged = average(running, own, (1 - share, share))
+        # Times a share of 0, a NaN of the batch would still be one.
+        return select(share > 0, merged, running.astype(merged.dtype))
+
+    mean, var = adapted(state.mean, moments.mean), adapted(state.var.real, moments.var)
+    scale, bias = params
+    return normalize_by(mean, var, scale, bias, batch, options)
+
+
+def _examples(batch: Batch, weight: Array, options: Options) -> Array:
+    """The number of examples that a feature has in the batch, over the named axes too; `weight` is the moments'."""
+    inner = batch.axes[1:]  # the axes of one example
+    shape = tuple(1 if a in inner else n for a, n in enumerate(batch.x.shape))
+    if batch.mask is None:  # the moments know of all devices already
+        examples, elements = (total_weight(s, None, batch.axes, weight) for s in (shape, batch.x.shape))
+        return weight * divided(examples, elements)
+    if is_real(batch.mask):
+        mask = jnp.max(jnp.where(batch.mask > 0, batch.mask, 0), inner, keepdims=True, initial=0)
+    else:
+        mask = jnp.any(batch.mask, inner, keepdims=True)
+    total = total_weight(shape, mask, batch.axes, weight)
+    zeros = jnp.zeros_like(weight)
+    counted = Collected(Moments(total, zeros, zeros), support_of(total, shape, mask, batch.axes))
+    counted = merge_over_axes(counted, options.axis_names, options.axis_index_groups, is_real(mask))
+    examples = divided(counted.moments.weight, counted.support.mean_weight)
+    return jnp.where(weight > 0, examples, 0)  # an image of no pixels is no example
+
+
+def check_source_weight(call: str, value: Any) -> Any:
+    """The weight of the running statistics, a number; one that is known is 0 or more."""
+    array = isinstance(value, Array | np.ndarray | np.number)
+    real = array and any(jnp.issubdtype(value.dtype, kind) for kind in (jnp.floating, jnp.integer))
+    if (real or type(value) in (int, float)) and np.ndim(value) == 0:
+        number = checks.known(value) if isinstance(value, Array) else value
+        if number is None or number >= 0:
+            return value if number is None else float(number)
+    raise ValueError(
+        f"{call}(source_weight={value!r}): expected a number of 0 or more, how many examples the running statistics "
+        "count as. Pass 16, say; 0 normalizes by the batch alone."
+    )
