@@ -221,17 +221,14 @@ def known(values: Array) -> np.ndarray | None:
     return None if unknown else np.asarray(jax.device_get(values))
 
 
-def momentum(call: str, value: Any, *, clamped: bool = False) -> tuple[Any, Any]:
-    """The momentum and its complement, both in [0, 1]; an array is clamped if only run time knows it, or if asked for.
-
-    Looking into an array makes the host wait for it. Our own schedules stay in [0, 1] and spare eager calls that wait.
-    """
+def momentum(call: str, value: Any) -> tuple[Any, Any]:
+    """The momentum and its complement, both in [0, 1]; an array that only run time knows is clamped."""
     if isinstance(value, np.ndarray) and value.ndim:
         value = jnp.asarray(value)
     if isinstance(value, Array):
         if not (jnp.issubdtype(value.dtype, jnp.floating) or jnp.issubdtype(value.dtype, jnp.integer)):
             raise TypeError(f"{call}(momentum=...): expected real numbers, got {value.dtype}.")
-        numbers = None if clamped else known(value)
+        numbers = known(value)
         if numbers is None:
             value = jnp.where(value < 0, 0, jnp.where(value > 1, 1, value))
         elif not np.all((numbers >= 0) & (numbers <= 1)):

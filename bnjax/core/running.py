@@ -19,8 +19,10 @@ from bnjax.core.sharding import select, sharded_as
 
 def momentum_argument(call: str, momentum: Any, state: Any, train: bool) -> tuple[Any, Any]:
     """The weights of the old value and of the new one, numbers that are arguments of a compiled function."""
-    number = at_count(call, "momentum", momentum, state, train, unused=1.0)
-    return checks.momentum(call, number, clamped=momentum is cumulative_average or isinstance(momentum, debiased))
+    ours = debiased(1.0) if momentum is cumulative_average else momentum
+    if isinstance(ours, debiased):
+        return at_count(call, "momentum", ours.weights, state, train, unused=(1.0, 0.0))
+    return checks.momentum(call, at_count(call, "momentum", momentum, state, train, unused=1.0))
 
 
 @jax.named_scope("bnjax.running")

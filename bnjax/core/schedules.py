@@ -1,11 +1,15 @@
 """Numbers that may be functions of the number of updates, like an optax schedule: the momentum, and bounds."""
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from math import log
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from bnjax.core import checks
@@ -18,8 +22,8 @@ def cumulative_average(count: Array) -> Array:
 
         momentum = count / (count + 1)
 
-    This is PyTorch's `momentum=None`. A weight that rounds to 1 is the largest number below 1 instead, so that in
-    float32 the average becomes an exponential one after 2^24 updates.
+    This is PyTorch's `momentum=None`. A weight that rounds to 1, as in float32 after 2^24 updates, is the largest
+    number below 1 instead. The running statistics still take the new batch by its exact weight, 1 / (count + 1).
 
     Args:
       count: number of updates so far, as in `BNState.count`.
@@ -32,9 +36,7 @@ def cumulative_average(count: Array) -> Array:
       >>> bnjax.cumulative_average(jnp.array([0, 1, 3])).tolist()
       [0.0, 0.5, 0.75]
     """
-    # As 1 - 1 / (count + 1), because count + 1 is count in float32 from 2^24 on. float64 is used where it is enabled.
-    momentum = 1 - 1 / (jnp.asarray(count).astype(float) + 1)
-    return jnp.minimum(momentum, 1 - jnp.finfo(momentum.dtype).epsneg)
+    return debiased(1.0)(count)
 
 
 @dataclass(frozen=True)
@@ -65,11 +67,26 @@ class debiased:  # noqa: N801  a function with one parameter bound, which hashes
         object.__setattr__(self, "momentum", checks.momentum("debiased", value)[0])
 
     def __call__(self, count: Array) -> Array:
-        if self.momentum in (0, 1):
-            return self.momentum * cumulative_average(count)
-        # 1 - momentum^t as -expm1(t log momentum): no digit is lost where momentum is near 1.
-        count = jnp.asarray(count).astype(float)
-        return self.momentum * jnp.expm1(count * log(self.momentum)) / jnp.expm1((count + 1) * log(self.momentum))
+        return self.weights(count)[0]
+
+    def weights(self, count: Array) -> tuple[Array, Array]:
+        """The weight of the old value, and that of the new one, which a difference from 1 would round."""
+        rate = log(self.momentum) if self.momentum else 0.0
+        return _weights(jnp.asarray(count), rate, limit=self.momentum if self.momentum in (0, 1) else None)
+
+
+# One program, so that an eager call dispatches once for its schedule.
+@partial(jax.jit, static_argnames="limit", inline=True)
+def _weights(count, rate, *, limit):
+    count = count.astype(float)  # float64 where that is enabled
+    if limit == 0:
+        new = jnp.ones_like(count)
+    elif limit == 1:
+        new = 1 / (count + 1)
+    else:  # (1 - momentum) / (1 - momentum^(t + 1)): no digit is lost where momentum is near 1
+        new = jnp.expm1(rate) / jnp.expm1((count + 1) * rate)
+    # An old value of weight 1 would never change again.
+    return jnp.minimum(1 - new, 1 - float(jnp.finfo(new.dtype).epsneg)), new
 
 
 @dataclass(frozen=True)
@@ -107,14 +124,22 @@ class linear_ramp:  # noqa: N801  a function with its parameters bound, which ha
             )
 
     def __call__(self, count: Array) -> Array:
-        count = jnp.asarray(count).astype(float)
-        if self.start == self.stop:  # the quotient would be 0 / 0
-            return jnp.where(count < self.start, self.low, self.high).astype(count.dtype)
-        rise = jnp.clip((count - self.start) / (self.stop - self.start), 0, 1)
-        return self.low + (self.high - self.low) * rise
+        start, length = self.start, float(self.stop - self.start)
+        exact = isinstance(start, int | np.integer) and abs(start) < 2**30
+        start = start if exact else float(start)
+        return _ramp(jnp.asarray(count), self.low, self.high, start, length, step=length == 0)
 
 
-def at_count(call: str, name: str, value: Any, state: Any, train: bool, unused: float) -> Any:
+@partial(jax.jit, static_argnames="step", inline=True)
+def _ramp(count, low, high, start, length, *, step):
+    # Integers are subtracted as such, because float32 holds them to 2^24 only.
+    integers = all(jnp.issubdtype(jnp.result_type(v), jnp.integer) for v in (count, start))
+    passed = (count.astype(int if integers else float) - start).astype(float)
+    rise = (passed >= 0).astype(float) if step else passed / length
+    return low + (high - low) * jnp.clip(rise, 0, 1)
+
+
+def at_count(call: str, name: str, value: Any, state: Any, train: bool, unused: Any) -> Any:
     """The option `name`, a number or a function of the count of updates, as a number for this call.
 
     In evaluation, where no count is asked, a function gives the number `unused`.
@@ -130,13 +155,30 @@ def at_count(call: str, name: str, value: Any, state: Any, train: bool, unused: 
         )
     if not train or not hasattr(state, "count"):
         return unused
-    number = value(jnp.asarray(state.count))
+    try:
+        number = value(jnp.asarray(state.count))
+    except TypeError as error:
+        if _takes_one_argument(value):
+            raise
+        function = getattr(value, "__name__", type(value).__name__)
+        raise TypeError(
+            f"{call}({name}=...): expected a number or a function of state.count, got {function}, which cannot be "
+            f"called with the count alone. If it makes schedules, pass the one that it makes: {name}={function}(...)."
+        ) from error
     if callable(number):
         raise TypeError(
             f"{call}({name}={value!r}): of state.count it returned another function, {number!r}. Pass that function: "
             "what makes a schedule has to be called with its options first."
         )
     return number
+
+
+def _takes_one_argument(function):
+    try:
+        inspect.signature(function).bind(0)
+    except (TypeError, ValueError):  # ValueError: a built-in function without a signature
+        return False
+    return True
 
 
 _EXAMPLES = {debiased: "bnjax.debiased(0.99)", linear_ramp: "bnjax.linear_ramp(1.0, 3.0, 5_000, 40_000)"}

@@ -86,7 +86,13 @@ def _checked(name: str, value: Any) -> Any:
         checks.boolean("convert", name, value)
     if name == "average":
         check_average("convert", value)
-    return value if callable(value) else getattr(value, "item", lambda: value)()
+    if not callable(value):
+        return getattr(value, "item", lambda: value)()
+    try:
+        hash(value)
+    except TypeError:  # a schedule that holds arrays, say; a partial is told apart by its identity
+        return functools.partial(value)
+    return value
 
 
 def other_library(name: str) -> Any:

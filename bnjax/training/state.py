@@ -2,11 +2,12 @@
 
 import dataclasses
 from collections.abc import Mapping
+from functools import reduce
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import serialization, struct
+from flax import nnx, serialization, struct
 from flax.core import unfreeze
 from flax.training import train_state
 from jax import Array
@@ -116,12 +117,12 @@ def _name(path):
 
 
 def _register(cls):
-    """Register a class of states with `flax.serialization`, whose format has no typed keys."""
+    """Register a class of states with `flax.serialization`, whose format has no typed keys and no states of NNX."""
     data = [field.name for field in dataclasses.fields(cls) if field.metadata.get("pytree_node", True)]
 
     def to_state_dict(state):
         check_alive("to_state_dict(...)", state)
-        fields = {name: serialization.to_state_dict(getattr(state, name)) for name in data}
+        fields = {name: serialization.to_state_dict(_nested(getattr(state, name))) for name in data}
         return jax.tree.map(_packed, fields)
 
     def from_state_dict(state, stored):
@@ -131,10 +132,50 @@ def _register(cls):
                 "Restore into a state of the class that was stored."
             )
         fields = jax.tree.map(_unpacked, stored, is_leaf=_is_packed)
-        restored = {n: serialization.from_state_dict(getattr(state, n), fields[n], name=n) for n in data}
+        restored = {}
+        for name in data:
+            own = getattr(state, name)
+            new = serialization.from_state_dict(_nested(own), fields[name], name=name)
+            has_states = any(map(_is_nnx, jax.tree.leaves(own, is_leaf=_is_nnx)))
+            restored[name] = jax.tree.map(_filled, own, new, is_leaf=_is_nnx) if has_states else new
         return state.replace(**restored)
 
     serialization.register_serialization_state(cls, to_state_dict, from_state_dict, override=True)
+
+
+def _nested(tree):
+    """The tree with dictionaries of arrays, by names, in place of the states of NNX."""
+
+    def nested(node):
+        if not _is_nnx(node):
+            return node
+        found: dict[str, Any] = {}
+        for path, leaf in jax.tree_util.tree_leaves_with_path(node):
+            *above, last = _keys(path)
+            parent = found
+            for key in above:
+                parent = parent.setdefault(key, {})
+            parent[last] = leaf
+        return found
+
+    return jax.tree.map(nested, tree, is_leaf=_is_nnx)
+
+
+def _filled(own, new):
+    """`new`, as a state of NNX if the own one is: then `new` is what `_nested` makes of such a state."""
+    if not _is_nnx(own):
+        return new
+    paths, treedef = jax.tree_util.tree_flatten_with_path(own)
+    return jax.tree.unflatten(treedef, [reduce(lambda node, key: node[key], _keys(path), new) for path, _ in paths])
+
+
+def _keys(path):
+    keys = [jax.tree_util.keystr((key,), simple=True) for key in path]
+    return keys[:-1] if isinstance(path[-1], jax.tree_util.GetAttrKey) else keys  # the value of a variable
+
+
+def _is_nnx(node):
+    return isinstance(node, nnx.State)
 
 
 def _packed(leaf):

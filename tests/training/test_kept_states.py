@@ -197,3 +197,24 @@ def test_orbax_restores_a_state_with_typed_keys(x, tmp_path):
     keys = [jax.random.key_data(s.rngs["dropout"]) for s in (restored, state)]
     np.testing.assert_array_equal(*keys)
     assert jax.random.key_impl(restored.rngs["dropout"]) == "rbg"
+
+
+def test_the_state_of_an_nnx_model_goes_through_bytes(x):
+    """Its parameters and the optimizer's moments are states of NNX, and the noise of the optimizer has a key."""
+
+    def create(seed):
+        rngs = nnx.Rngs(seed)
+        model = nnx.Sequential(nnx.Linear(x.shape[-1], 4, rngs=rngs), bnjax.nnx.BatchNorm(4, rngs=rngs))
+        apply, variables = bnjax.nnx.functional(model)
+        tx = optax.chain(optax.add_noise(0.1, 0.5, jax.random.key(seed)), optax.adam(0.1))
+        return training.TrainState.create(apply_fn=apply, tx=tx, **variables)
+
+    step = training.train_step(lambda model, x, train: jnp.sum(model(x) ** 3), donate=False)
+    state, target = step(create(1), x)[0], create(2)
+    restored = flax.serialization.from_bytes(target, flax.serialization.to_bytes(state))
+    assert jax.tree.structure(restored) == jax.tree.structure(target)
+    assert isinstance(restored.params, nnx.State)
+    after, same = (step(s.replace(apply_fn=target.apply_fn, tx=target.tx), x)[0] for s in (state, restored))
+    for a, b in zip(jax.tree.leaves(after), jax.tree.leaves(same), strict=True):
+        a, b = (jax.random.key_data(v) if jnp.issubdtype(v.dtype, jax.dtypes.prng_key) else v for v in (a, b))
+        np.testing.assert_array_equal(a, b)
