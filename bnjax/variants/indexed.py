@@ -19,7 +19,7 @@ from bnjax.core.apply import aligned, apply, bn_init, choose_statistics, normali
 from bnjax.core.domains import Domains, row_sharding
 from bnjax.core.jax_internals import mesh_axes
 from bnjax.core.moments import collect
-from bnjax.core.options import Options, checked
+from bnjax.core.options import Options, checked, fitted
 from bnjax.core.records import BNParams, BNState, Collected
 from bnjax.core.running import momentum_argument, update
 from bnjax.core.schedules import Momentum
@@ -164,8 +164,11 @@ def apply_indexed(
             f"{len(features)} of features, got state.mean of shape {shape}. Pass what indexed_bn_init returned."
         )
     _check_index(call, index, shape[0], x, features)
+    _check_count(call, state)
     if np.ndim(index):
-        momentum = momentum_argument(call, momentum, state, options.train)
+        options = fitted(options, x, mask)
+        by_feature = jnp.expand_dims(state.count, tuple(range(np.ndim(state.count), np.ndim(state.mean))))
+        momentum = momentum_argument(call, momentum, state._replace(count=by_feature), options.train)
         return _apply_to_each(params, state, x, mask, momentum, earlier, index, options=options)
     at = _clamped(index, shape[0])
 
@@ -236,6 +239,16 @@ def _put(values, row, at):
 def _is_row(values, at):
     """Where the index is `at`, of the shape of `values`: explicit sharding has no slices of an axis that may be cut."""
     return lax.broadcasted_iota(jnp.int32, values.shape, 0, out_sharding=jax.typeof(values).sharding) == at
+
+
+def _check_count(call, state):
+    """Each index counts its own updates, of each feature or of all of them."""
+    shape, got = np.shape(state.mean), np.shape(state.count)
+    if got not in (shape, shape[:1]):
+        raise ValueError(
+            f"{call}(state=...): state.count has shape {got}, but each of the {shape[0]} indices counts its own updates: "
+            f"expected shape {shape} or {shape[:1]}. Pass jnp.broadcast_to(count, {shape}), if all had as many."
+        )
 
 
 def _check_index(call, index, number, x, features):
