@@ -7,6 +7,7 @@ from typing import Any
 
 import jax.numpy as jnp
 from jax import Array
+from jax.core import Tracer
 
 from bnjax.core import checks
 
@@ -50,7 +51,7 @@ class debiased:  # noqa: N801  a function with one parameter bound, which hashes
       momentum: the limit of the weight of the old value for many updates, in [0, 1].
 
     Raises:
-      TypeError, ValueError: for a momentum that is no number in [0, 1].
+      TypeError, ValueError: for a momentum that is no number in [0, 1], or known only at run time.
 
     Example:
       >>> import bnjax, jax.numpy as jnp
@@ -61,7 +62,13 @@ class debiased:  # noqa: N801  a function with one parameter bound, which hashes
     momentum: float
 
     def __post_init__(self) -> None:
-        value = self.momentum.item() if isinstance(self.momentum, Array) else self.momentum
+        value = self.momentum
+        if isinstance(value, Tracer):
+            raise TypeError(
+                "debiased(momentum=...): expected a Python number, got an array of a jitted function. Make the "
+                "schedule outside of it, or pass your own function of state.count."
+            )
+        value = value.item() if isinstance(value, Array) else value
         object.__setattr__(self, "momentum", checks.momentum("debiased", value)[0])
 
     def __call__(self, count: Array) -> Array:
@@ -107,10 +114,13 @@ class linear_ramp:  # noqa: N801  a function with its parameters bound, which ha
             )
 
     def __call__(self, count: Array) -> Array:
-        count = jnp.asarray(count).astype(float)
+        count = jnp.asarray(count)
+        if jnp.issubdtype(count.dtype, jnp.integer):
+            count = count.astype(int)
+        since = (count - self.start).astype(float)  # from 2^24 on float32 would round the count itself
         if self.start == self.stop:  # the quotient would be 0 / 0
-            return jnp.where(count < self.start, self.low, self.high).astype(count.dtype)
-        rise = jnp.clip((count - self.start) / (self.stop - self.start), 0, 1)
+            return jnp.where(since < 0, self.low, self.high).astype(since.dtype)
+        rise = jnp.clip(since / (self.stop - self.start), 0, 1)
         return self.low + (self.high - self.low) * rise
 
 

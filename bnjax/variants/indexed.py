@@ -96,7 +96,8 @@ def indexed_bn_apply(
 
     Args:
       params, state: the variables from `indexed_bn_init`. A scale or bias of the state's shape has a row for each
-        index. (A conditional scale or bias of that very shape needs one more axis, to tell it apart.)
+        index. (A conditional scale or bias of that very shape needs one more axis, to tell it apart.) A count of shape
+        (num_indices,) counts the updates of an index for all of its features.
       index: an integer; or an integer array, which may be traced, that is a scalar or has shape (batch,), with an index
         for each example. Arrays are clamped to [0, num_indices), so that timesteps past the last one use the statistics
         of the last one. The batch axis is the first axis of x that is not a feature axis. A scalar is the index of all
@@ -246,8 +247,8 @@ def _check_count(call, state):
     shape, got = np.shape(state.mean), np.shape(state.count)
     if got not in (shape, shape[:1]):
         raise ValueError(
-            f"{call}(state=...): state.count has shape {got}, but each of the {shape[0]} indices counts its own updates: "
-            f"expected shape {shape} or {shape[:1]}. Pass jnp.broadcast_to(count, {shape}), if all had as many."
+            f"{call}(state=...): state.count has shape {got}, but each of the {shape[0]} indices counts its own updates, "
+            f"in shape {shape} or {shape[:1]}. Pass jnp.broadcast_to(count, {shape}), if all had as many."
         )
 
 
