@@ -70,10 +70,10 @@ __all__ = [
 
 if not TYPE_CHECKING:  # a type checker knows the names that exist
     _ELSEWHERE = {
-        "linen": "BNLSTM BNLSTMCell BatchNorm ConditionalBatchNorm GhostBatchNorm IndexedBatchNorm RenormBatchNorm "
-        "convert exact_batch_norm fold_model",
-        "nnx": "BNLSTMCell BatchNorm ConditionalBatchNorm GhostBatchNorm IndexedBatchNorm RenormBatchNorm convert "
-        "fold_model fold_report functional",
+        "linen": "AdaptiveBatchNorm BNLSTM BNLSTMCell BatchNorm ConditionalBatchNorm GhostBatchNorm IndexedBatchNorm "
+        "RenormBatchNorm convert exact_batch_norm fold_model",
+        "nnx": "AdaptiveBatchNorm BNLSTMCell BatchMoments BatchNorm ConditionalBatchNorm GhostBatchNorm Identity "
+        "IndexedBatchNorm RenormBatchNorm convert fold_model fold_report functional",
         "training": "TrainState decay_mask eval_step save_statistics train_step",
         "interop": "from_keras from_keras_model from_torch from_torch_model to_keras to_keras_model to_torch "
         "to_torch_model",

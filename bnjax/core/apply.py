@@ -116,7 +116,8 @@ def bn_apply(
       train: a Python bool. True normalizes by the batch and updates the state, False by the running statistics.
       axis: the feature axis of `x`, or several; features are in the order of increasing axes.
       momentum: weight of the OLD value, in [0, 1], as in Flax and Keras (PyTorch's momentum is 1 minus it), or a
-        function of `state.count` such as `cumulative_average` or `debiased(0.99)`.
+        function of `state.count` such as `cumulative_average` or `debiased(0.99)`. The function is called in Python:
+        your own `jit` keeps what it read from elsewhere while tracing.
       epsilon: number that is added to the variance, > 0.
       mask: array of x's rank that broadcasts to it, boolean or weights >= 0. A negative weight is an error, or 0 where
         only run time knows it. Only the ratios of weights count, and their sum must be finite in float32. Masked

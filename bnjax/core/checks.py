@@ -291,6 +291,12 @@ def variables(call: str, params: Any, state: Any, x: Array, features: tuple[int,
                     f"has shape {np.shape(value)}. Pass the axis that bn_init was given, or initialize with "
                     f"bn_init({_text(shape)})."
                 )
+        if not jnp.issubdtype(getattr(state.count, "dtype", type(state.count)), jnp.integer):
+            got = getattr(state.count, "dtype", type(state.count).__name__)
+            raise TypeError(
+                f"{call}(state=...): state.count has the dtype {got}, but it counts updates. Pass an integer array, "
+                "count.astype(jnp.int32), or zeros if nothing was counted."
+            )
         named["mean"] = state.mean
         if jnp.iscomplexobj(x) and not jnp.iscomplexobj(state.mean):
             raise TypeError(

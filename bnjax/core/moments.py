@@ -150,7 +150,7 @@ def merge_moments(*moments: Moments) -> Moments:
       Moments of that shape, in the dtypes that theirs promote to.
 
     Raises:
-      TypeError: for an argument that is not `Moments`.
+      TypeError: for an argument that is not `Moments` of floating arrays.
       ValueError: without arguments, if shapes differ, or if the moments lie on different devices.
 
     Example:
@@ -165,6 +165,14 @@ def merge_moments(*moments: Moments) -> Moments:
             f"merge_moments(...): expected Moments as arguments, got {[type(m).__name__ for m in moments]}. "
             "Unpack a list: merge_moments(*list)."
         )
+    for name, leaf in ((name, leaf) for m in moments for name, leaf in m._asdict().items()):
+        sequence = isinstance(leaf, list | tuple)
+        if sequence or not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
+            got = type(leaf).__name__ if sequence else jnp.result_type(leaf)
+            raise TypeError(
+                f"merge_moments(...): expected floating arrays, got {name} of {got}. Convert it with "
+                f"jnp.asarray({name}, jnp.float32)."
+            )
     shapes = {np.shape(leaf) for m in moments for leaf in m}
     if len(shapes) != 1:
         raise ValueError(

@@ -52,8 +52,8 @@ def absorb(
 ) -> BNState:
     """`state` after one update, in its own dtypes. A feature without enough information stays as it is.
 
-    Two valid values whose statistics are finite are enough. A count without axes is one count of the whole layer, as
-    PyTorch's `num_batches_tracked` is: it counts the updates that any feature absorbed.
+    Two valid values whose statistics are finite are enough. A count without axes of features is one count of the whole
+    layer, as PyTorch's `num_batches_tracked` is, or of an index: it counts the updates that any feature absorbed.
 
     Args:
       state: the running statistics.
@@ -77,7 +77,7 @@ def absorb(
         old, new = (jnp.sqrt(v.real.astype(dtype) + std_epsilon) for v in (state.var, var))
         std = average(old, new, weights)
         var = jnp.maximum(std * std - std_epsilon, 0)
-    absorbed = enough if state.count.ndim else jnp.any(enough)
+    absorbed = jnp.any(enough, tuple(range(state.count.ndim, enough.ndim)))
     return BNState(
         select(enough, mean.astype(state.mean.dtype), state.mean),
         select(enough, var.astype(state.var.dtype), state.var),

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.core import Tracer
 
 from bnjax.core import checks
 
@@ -52,7 +53,7 @@ class debiased:  # noqa: N801  a function with one parameter bound, which hashes
       momentum: the limit of the weight of the old value for many updates, in [0, 1].
 
     Raises:
-      TypeError, ValueError: for a momentum that is no number in [0, 1].
+      TypeError, ValueError: for a momentum that is no number in [0, 1], or known only at run time.
 
     Example:
       >>> import bnjax, jax.numpy as jnp
@@ -63,7 +64,13 @@ class debiased:  # noqa: N801  a function with one parameter bound, which hashes
     momentum: float
 
     def __post_init__(self) -> None:
-        value = self.momentum.item() if isinstance(self.momentum, Array) else self.momentum
+        value = self.momentum
+        if isinstance(value, Tracer):
+            raise TypeError(
+                "debiased(momentum=...): expected a Python number, got an array of a jitted function. Make the "
+                "schedule outside of it, or pass your own function of state.count."
+            )
+        value = value.item() if isinstance(value, Array) else value
         object.__setattr__(self, "momentum", checks.momentum("debiased", value)[0])
 
     def __call__(self, count: Array) -> Array:

@@ -96,7 +96,8 @@ def indexed_bn_apply(
 
     Args:
       params, state: the variables from `indexed_bn_init`. A scale or bias of the state's shape has a row for each
-        index. (A conditional scale or bias of that very shape needs one more axis, to tell it apart.)
+        index. (A conditional scale or bias of that very shape needs one more axis, to tell it apart.) A count of shape
+        (num_indices,) counts the updates of an index for all of its features.
       index: an integer; or an integer array, which may be traced, that is a scalar or has shape (batch,), with an index
         for each example. Arrays are clamped to [0, num_indices), so that timesteps past the last one use the statistics
         of the last one. The batch axis is the first axis of x that is not a feature axis. A scalar is the index of all
@@ -164,8 +165,10 @@ def apply_indexed(
             f"{len(features)} of features, got state.mean of shape {shape}. Pass what indexed_bn_init returned."
         )
     _check_index(call, index, shape[0], x, features)
+    _check_count(call, state)
     if np.ndim(index):
-        momentum = momentum_argument(call, momentum, state, options.train)
+        by_feature = jnp.expand_dims(state.count, tuple(range(np.ndim(state.count), np.ndim(state.mean))))
+        momentum = momentum_argument(call, momentum, state._replace(count=by_feature), options.train)
         return _apply_to_each(params, state, x, mask, momentum, earlier, index, options=options)
     at = _clamped(index, shape[0])
 
@@ -236,6 +239,16 @@ def _put(values, row, at):
 def _is_row(values, at):
     """Where the index is `at`, of the shape of `values`: explicit sharding has no slices of an axis that may be cut."""
     return lax.broadcasted_iota(jnp.int32, values.shape, 0, out_sharding=jax.typeof(values).sharding) == at
+
+
+def _check_count(call, state):
+    """Each index counts its own updates, of each feature or of all of them."""
+    shape, got = np.shape(state.mean), np.shape(state.count)
+    if got not in (shape, shape[:1]):
+        raise ValueError(
+            f"{call}(state=...): state.count has shape {got}, but each of the {shape[0]} indices counts its own, "
+            f"in shape {shape} or {shape[:1]}. Pass jnp.broadcast_to(count, {shape}), if all had as many."
+        )
 
 
 def _check_index(call, index, number, x, features):

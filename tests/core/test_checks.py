@@ -16,6 +16,11 @@ def apply(x=X, train=True, features=3, params=None, dtype=jnp.float32, **options
     return bnjax.bn_apply(fresh if params is None else params, state, x, train, **options)
 
 
+def counted(count):
+    params, state = bnjax.bn_init(3)
+    return params, state._replace(count=count)
+
+
 # The call, then pieces of the message: the argument, what came, what was expected, what to do.
 REJECTED = {
     "features": (
@@ -64,6 +69,19 @@ REJECTED = {
     "momentum_none": (lambda: apply(momentum=None), TypeError, ["momentum=None", "cumulative_average"]),
     "momentum_in_evaluation": (lambda: apply(momentum=2, train=False), ValueError, ["momentum=2"]),
     "debiased": (lambda: bnjax.debiased(1.01), ValueError, [r"debiased\(momentum=1\.01\)", r"\[0, 1\]"]),
+    "debiased_traced": (lambda: jax.jit(bnjax.debiased)(0.9), TypeError, [r"debiased\(momentum=", "outside", "count"]),
+    "count_floating": (
+        lambda: bnjax.bn_apply(*counted(np.zeros(3, np.float32)), X, True),
+        TypeError,
+        ["state.count has the dtype float32", r"astype\(jnp.int32\)"],
+    ),
+    "count_none": (lambda: bnjax.bn_apply(*counted(None), X, True), TypeError, ["state.count", "NoneType", "zeros"]),
+    "merged_integers": (
+        lambda: bnjax.merge_moments(bnjax.Moments(np.ones(3, int), X[0], X[0])),
+        TypeError,
+        [r"merge_moments\(", "weight of int", "jnp.float32"],
+    ),
+    "merged_lists": (lambda: bnjax.merge_moments(bnjax.Moments([1.0], [1.0], [1.0])), TypeError, ["weight of list"]),
     "epsilon_zero": (lambda: apply(epsilon=0), ValueError, [r"bn_apply\(epsilon=0\)", "positive", "1e-5"]),
     "epsilon_negative": (lambda: apply(epsilon=-1e-5), ValueError, ["epsilon=-1e-05", "positive"]),
     "epsilon_nan": (lambda: apply(epsilon=float("nan")), ValueError, ["epsilon=nan", "positive"]),

@@ -295,3 +295,25 @@ def test_several_models_under_vmap_have_indices_of_their_own(rng):
     assert_close((y[0], y[1][::-1]), (expected, expected), 1e-4)
     for model in range(2):
         assert_close(jax.tree.map(lambda v, m=model: v[m], new), row)
+
+
+def test_a_weight_known_to_be_negative_is_an_error_for_each_index_too(rng):
+    x, index = jnp.asarray(rng.normal(size=(6, 2)), jnp.float32), jnp.array([0, 1, 2, 0, 1, 2])
+    weights = np.array([1, 1, 1, 1, 1, -1], np.float32)[:, None]
+    with pytest.raises(ValueError, match=r"mask=.*weights of 0 or more, got -1"):
+        bnjax.indexed_bn_apply(*bnjax.indexed_bn_init(2, 3), x, True, index=index, mask=weights)
+
+
+@pytest.mark.parametrize("index", [1, np.array([1, 1, 2, 1, 1, 2])])
+def test_one_count_for_all_features_of_an_index_goes_on(index, rng):
+    x = jnp.asarray(rng.normal(size=(6, 2)), jnp.float32)
+    params, state = bnjax.indexed_bn_init(2, 3)
+    state = state._replace(count=jnp.array([5, 6, 7], jnp.int32))
+    _, new = bnjax.indexed_bn_apply(params, state, x, True, index=index, momentum=bnjax.cumulative_average)
+    one = np.ndim(index) == 0
+    assert new.count.tolist() == ([5, 7, 7] if one else [5, 7, 8])
+    own = np.asarray(x, np.float64)[slice(None) if one else index == 1]
+    np.testing.assert_allclose(new.mean[1], own.mean(0) / 7, rtol=1e-5)
+    np.testing.assert_allclose(new.var[1], (6 + own.var(0)) / 7, rtol=1e-5)
+    with pytest.raises(ValueError, match=r"state.count has shape \(\).*broadcast_to"):
+        bnjax.indexed_bn_apply(params, state._replace(count=jnp.int32(5)), x, True, index=index)

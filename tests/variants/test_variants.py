@@ -289,6 +289,12 @@ def test_a_ramp_from_a_count_to_itself_is_a_step_with_a_finite_derivative():
     assert step == bnjax.linear_ramp(1.0, 3.0, 40, 40)
 
 
+def test_ramps_and_steps_are_exact_beyond_the_integers_of_float32():
+    counts = 2**24 + jnp.arange(5)
+    assert bnjax.linear_ramp(0.0, 1.0, 2**24 + 1, 2**24 + 1)(counts).tolist() == [0, 1, 1, 1, 1]
+    assert bnjax.linear_ramp(0.0, 1.0, 2**24, 2**24 + 4)(counts).tolist() == [0, 0.25, 0.5, 0.75, 1]
+
+
 def test_one_count_may_serve_all_features(rng):
     """As in PyTorch: an update of any feature counts, and the count stays a scalar, as a scan's carry must."""
     x = rng.normal(2, 3, (8, 2)).astype(np.float32)
