@@ -1,29 +1,10 @@
 """What `convert` finds in a model, and what it says about layers that it leaves as they are."""
 
 import inspect
-import re
 import warnings
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from bnjax.flax_shared.conversion import Conversion
-
-_MEAN = re.compile(r"(?<![a-z])(mean|mu)(?![a-z])")
-_SPREAD = re.compile(r"(?<![a-z])(var|variance|std|stddev|sigma)(?![a-z])")
-_RUNNING = re.compile(r"(?<![a-z])(running|moving|ra|ema|pop|population|average|avg)(?![a-z])")
-
-
-def owns_statistics(collection: str, ranks: Mapping[str, int]) -> bool:
-    """Whether variables of one module, by the rank of each name, hold a running mean and variance of features.
-
-    Plain names such as `mean` and `var` count in a collection of statistics only: elsewhere they may be parameters of a
-    distribution, or constants of a data set. Scalars, such as the statistics of a reward, have no features.
-    """
-    names = {re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower() for name, rank in ranks.items() if rank > 0}
-    stems = {_MEAN.sub("", n) for n in names if _MEAN.search(n)} & {
-        _SPREAD.sub("", n) for n in names if _SPREAD.search(n)
-    }
-    return bool(stems) if "stat" in collection.lower() else any(_RUNNING.search(stem) for stem in stems)
 
 
 @dataclass
