@@ -73,18 +73,25 @@ def others(variables: Mapping[str, Any], handled: Iterable[str]) -> list[str]:
 _MEAN = re.compile(r"(?<![a-z])(mean|mu)(?![a-z])")
 _SPREAD = re.compile(r"(?<![a-z])(var|variance|std|stddev|sigma)(?![a-z])")
 _RUNNING = re.compile(r"(?<![a-z])(running|moving|ra|ema|pop|population|average|avg)(?![a-z])")
+_BATCH_NORM = re.compile(r"[Bb]atch_?([Rr]e)?[Nn]orm|BN(?!N)")
 
 
-def owns_statistics(collection: str, ranks: Mapping[str, int]) -> bool:
+def owns_statistics(collection: str, ranks: Mapping[str, int], owner: str = "") -> bool:
     """Whether variables of one module, by the rank of each name, hold a running mean and variance of features.
 
     Plain names such as `mean` and `var` count in a collection of statistics only: elsewhere they may be parameters of a
-    distribution, or constants of a data set. Scalars, such as the statistics of a reward, have no features.
+    distribution, or constants of a data set. Scalars, such as the statistics of a reward, have no features. If the
+    class of the module, `owner`, is called batch normalization, plain names count wherever they are no parameters, and
+    two variables of statistics count whatever their names are.
     """
     names = {re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower() for name, rank in ranks.items() if rank > 0}
     means, spreads = ({rule.sub("", n) for n in names if rule.search(n)} for rule in (_MEAN, _SPREAD))
     stems = means & spreads
-    return bool(stems) if "stat" in collection.lower() else any(_RUNNING.search(stem) for stem in stems)
+    batch_norm = _BATCH_NORM.search(owner) is not None
+    if "stat" in collection.lower():
+        return bool(stems) or (batch_norm and len(names) > 1)
+    plain = batch_norm and "param" not in collection.lower()
+    return any(plain or _RUNNING.search(stem) for stem in stems)
 
 
 def named(layers: Iterable[str]) -> str:

@@ -55,14 +55,14 @@ def recalibrate(
     Returns:
       The variables, with new statistics in the dtypes of the old ones. A count, if the model has one, becomes the
       number of batches that the feature absorbed. A feature with fewer than two valid values in all batches, or whose
-      statistics are not finite, keeps its old ones, and so do layers that ran in evaluation mode or are frozen, which
-      the logger `bnjax` names in a warning. Layers that own other running statistics, such as a `running_mean` and a
+      statistics are not finite, keeps its old ones, and so do layers that ran in evaluation mode or are frozen. The
+      logger `bnjax` names both in a warning. Layers that own other running statistics, such as a `running_mean` and a
       `running_var`, keep them too, which is a UserWarning.
 
     Raises:
       TypeError, ValueError: for an array or a dictionary instead of an iterable of batches, if there is no batch or no
-        `batch_stats`, if `num_batches` is not positive, if `apply` does not accept a batch, or if a layer with running
-        statistics or the whole model collected no moments.
+        `batch_stats`, if `num_batches` is not positive, if `apply` does not accept a batch, if no layer has running
+        statistics, or if such a layer or the whole model collected no moments.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -75,6 +75,12 @@ def recalibrate(
       ([4.0], [12.5])
     """
     trees.check_no_report("recalibrate(variables=...)", variables)
+    if not isinstance(variables, Mapping):
+        raise TypeError(
+            f"recalibrate(variables=...): expected variables by collection, got a {type(variables).__name__}. "
+            "The order is recalibrate(apply, variables, batches). For an NNX model the first two are what "
+            "bnjax.nnx.functional(model) returns."
+        )
     if "batch_stats" not in variables:
         raise ValueError(
             f"recalibrate(variables=...): no batch_stats among {sorted(variables)}. Pass the variables that init or "
@@ -94,6 +100,10 @@ def recalibrate(
         checks.positive_integer("recalibrate", "num_batches", num_batches)
         batches = itertools.islice(batches, num_batches)
     layers = {name: state for name, (_, state) in trees.norms({}, variables["batch_stats"]).items()}
+    unknown = trees.others(variables, layers)
+    if not layers:
+        found = f" It has layers of other classes: {trees.named(unknown)}. Use bnjax's BatchNorm there." * bool(unknown)
+        raise ValueError(f"recalibrate(variables=...): no layer has running statistics `mean` and `var`.{found}")
     # Every batch starts from count 0: the count after it is then 1 if a feature absorbed it and 0 otherwise, and
     # renormalization, whose limits depend on the count, does not correct.
     counts = {name: jnp.zeros_like(state.count) for name, state in layers.items() if state.count is not None}
@@ -117,7 +127,7 @@ def recalibrate(
     if len(kept) == len(layers):
         raise ValueError(
             "recalibrate(apply=...): no layer saw a value in training mode. Call the model with train=True, or with "
-            "another argument by which its layers use the batch statistics."
+            "another argument by which its layers use the batch statistics. Frozen layers keep their statistics."
         )
     if num_batches is not None and used < num_batches:
         warnings.warn(f"recalibrate(num_batches={num_batches}): `batches` ended after {used}.", stacklevel=2)
@@ -127,15 +137,17 @@ def recalibrate(
             "in evaluation mode, or were not called.",
             trees.named(kept),
         )
-    if unknown := trees.others(variables, layers):
+    if unknown:
         warnings.warn(
             f"recalibrate(apply=...): running statistics of {trees.named(unknown)} stay as they were. These layers are "
             "neither bnjax's nor converted ones: use bnjax's BatchNorm in their place.",
             stacklevel=2,
         )
-    new = {}
+    new, partly = {}, []
     for name, state in layers.items():
         mean, var, enough = _population(*collected[name], unbiased_var)
+        if name not in kept and not jnp.all(enough):
+            partly.append(f"{trees.named([name])} ({jnp.sum(~enough)} of {enough.size})")
         if jnp.isrealobj(state.mean) and jnp.iscomplexobj(mean):  # complex data make a real running mean complex
             state = state._replace(mean=state.mean.astype(mean.dtype))
         pairs = {"mean": (mean, state.mean), "var": (var, state.var)}
@@ -143,6 +155,12 @@ def recalibrate(
         if name in counts:
             some = enough if state.count.ndim else jnp.any(enough)  # one count may serve all features
             new[name]["count"] = select(some, counts[name], state.count)
+    if partly:
+        LOG.warning(
+            "recalibrate: statistics of some features stay as they were: %s. All batches together gave them fewer than "
+            "two valid values, or values that are not finite.",
+            ", ".join(partly),
+        )
     return {**variables, "batch_stats": trees.replaced(variables["batch_stats"], new)}
 
 

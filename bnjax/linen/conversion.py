@@ -336,7 +336,7 @@ def _record(module, layer, kind):
         found.left.pop(path, None)
         if kind is not None and found.conversion.to is not None and found.conversion.to.__name__ != kind.__name__:
             found.leave(path, f"{layer.__name__} keeps its class, since its call is not that of BatchNorm")
-    elif path not in {*found.layers, *found.left} and () in _with_statistics(module.scope):
+    elif path not in {*found.layers, *found.left} and () in _with_statistics(module.scope, class_of(module).__name__):
         found.leave(path, _reason(class_of(module)))
 
 
@@ -346,19 +346,21 @@ def _reason(cls):
     return f"{cls.__name__} holds running statistics, but is no BatchNorm layer of Flax or bnjax"
 
 
-def _with_statistics(scope):
-    """The paths below a scope with a running mean and a running variance."""
+def _with_statistics(scope, owner=""):
+    """The paths below a scope, that of an `owner` of this class, with a running mean and a running variance."""
     ranks: dict[Any, dict[str, int]] = {}
     for collection, tree in nn.meta.unbox(scope.variables()).items():
         for (*path, name), value in flatten_dict(tree).items():
             ranks.setdefault((tuple(path), collection), {})[name] = getattr(value, "ndim", 0)
-    return {path for (path, collection), names in ranks.items() if owns_statistics(collection, names)}
+    return {
+        path for (path, collection), names in ranks.items() if owns_statistics(collection, names, "" if path else owner)
+    }
 
 
 def _finish(found, module, method, place):
     """Tell what was found, once all is: a call of a method, or a block that was compiled before, may skip layers."""
     with_statistics = _with_statistics(module.scope)
-    paths = {"/".join((*place.prefix, *path)) for path in with_statistics}
+    paths = {"/".join(map(str, (*place.prefix, *path))) for path in with_statistics}  # NNX layers have numbers
     unseen = {path: found.conversion.converts(path) for path in paths - {*found.layers, *found.left}}
     found.layers.update({path: False for path, converts in unseen.items() if not converts})
     complete = not any(unseen.values()) and (method == "__call__" or (bool(paths) and not module.is_initializing()))

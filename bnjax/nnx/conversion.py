@@ -181,8 +181,12 @@ def _owns_statistics(node):
     collections: dict[str, dict[str, int]] = {}
     for name, value in getattr(node, "__dict__", {}).items():
         if isinstance(value, nnx.Variable):
-            collections.setdefault(type(value).__name__, {})[name] = getattr(value.get_value(), "ndim", 0)
-    return any(owns_statistics(collection, ranks) for collection, ranks in collections.items())
+            held = value.get_value()  # one array, or a dictionary of them
+            arrays = held if isinstance(held, dict) else {name: held}
+            ranks = {str(key): getattr(array, "ndim", 0) for key, array in arrays.items()}
+            collections.setdefault(type(value).__name__, {}).update(ranks)
+    owner = type(node).__name__
+    return any(owns_statistics(collection, ranks, owner) for collection, ranks in collections.items())
 
 
 def check_model(call: str, model: Any, *, containers: bool = True) -> None:

@@ -5,13 +5,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-from flax import nnx
+from flax import linen, nnx
 from flax.nnx import bridge, variablelib
 
 from bnjax.core import frozen
 from bnjax.core.records import Collected
 from bnjax.flax_shared import conventions
 from bnjax.nnx import bridged
+from bnjax.nnx.conversion import check_model
 from bnjax.nnx.norm import BatchMoments, BatchNorm, collect
 from bnjax.nnx.serialization import serializable
 
@@ -34,9 +35,9 @@ def functional(model: nnx.Module) -> tuple[Callable[..., Any], dict[str, Any]]:
 
     Returns:
       apply: `apply(variables, *args, mutable=(), rngs=None, **kwargs)` returns the model's output; with `mutable` it
-        returns the output and the collections named. `rngs` is a dictionary of keys by name, which seed the model's own
-        streams, those of stacked layers included; a model whose call has a parameter `rngs` gets them as `nnx.Rngs`. An
-        `nnx.Rngs` is passed to the call and seeds no stream.
+        returns the output and the collections named, or all for True. `rngs` is a dictionary of keys by name, which
+        seed the model's own streams, those of stacked layers included; a model whose call has a parameter `rngs` gets
+        them as `nnx.Rngs`. An `nnx.Rngs` is passed to the call and seeds no stream.
       variables: `params` and `batch_stats` as nnx.State, and the model's other variables, each type in a collection of
         its name, such as `cache`. Collections that `mutable` does not name stay unchanged. To put variables back into
         the model, call `nnx.update(model, *variables.values())`. `jax.export` serializes programs that take or return
@@ -58,16 +59,27 @@ def functional(model: nnx.Module) -> tuple[Callable[..., Any], dict[str, Any]]:
       >>> updates["batch_stats"]["mean"][...].round(3).tolist()
       [0.0..., 0.2...]
     """
-    if isinstance(model, type) or not isinstance(model, nnx.Module):
-        name = getattr(model, "__name__", type(model).__name__)
+    if isinstance(model, linen.Module):
+        name = type(model).__name__
         raise TypeError(f"functional(model={name}): expected an NNX module. A Linen module has `apply` already.")
+    check_model("functional", model, containers=False)
     filters = {"params": nnx.Param, "batch_stats": nnx.BatchStat, **_other_collections(model)}
     graphdef, *states, rest = nnx.split(model, *filters.values(), ...)
     initial = {name: serializable(state) for name, state in zip(filters, states, strict=True)}
     takes_rngs = inspect.signature(type(model).__call__).parameters.get("rngs")
 
-    def apply(variables: Mapping[str, Any], *args: Any, mutable: Sequence[str] = (), rngs: Any = None, **kwargs: Any):
+    def apply(
+        variables: Mapping[str, Any],
+        *args: Any,
+        mutable: Sequence[str] | str | bool = (),
+        rngs: Any = None,
+        **kwargs: Any,
+    ):
         _check_variables(variables, initial)
+        if isinstance(mutable, str):
+            mutable = (mutable,)
+        elif mutable is True:  # as in Linen every collection, but moments are collected by name only
+            mutable = tuple(filters)
         states = [variables.get(name, state) for name, state in initial.items()]
         model = nnx.merge(graphdef, *states, rest, copy=True)
         keys = {} if rngs is None or isinstance(rngs, nnx.Rngs) else dict(rngs)

@@ -127,11 +127,12 @@ def test_recalibrate_takes_batches_of_any_form_and_models_of_flax():
     check(after, (valid.mean(0), valid.var(0)))
 
 
-def test_recalibrate_keeps_what_has_no_information():
+def test_recalibrate_keeps_what_has_no_information(caplog):
     apply, variables = linen_network()
     x = BATCHES[0].copy()
     x[3, 1] = np.nan
     after = bnjax.recalibrate(apply, variables, [x])["batch_stats"]["first"]
+    assert "statistics of some features stay as they were: first (1 of 3), second (1 of 3). All batches" in caplog.text
     before = variables["batch_stats"]["first"]
     for name, want in zip(("mean", "var"), (x[:, [0, 2]].mean(0), x[:, [0, 2]].var(0)), strict=True):
         assert after[name][1] == before[name][1]
@@ -295,6 +296,15 @@ def test_recalibrate_rejects():
     flax = nn.BatchNorm(use_running_average=False)
     with pytest.raises(ValueError, match=r"recalibrate.*gave no moments of the batch: the model itself"):
         bnjax.recalibrate(flax.apply, flax.init(jax.random.key(0), BATCHES[0]), BATCHES)
+    for wrong in (apply, None, nnx_network()):
+        with pytest.raises(
+            TypeError, match=rf"recalibrate\(variables=...\): expected.*got a {type(wrong).__name__}\. "
+        ):
+            bnjax.recalibrate(apply, wrong, BATCHES)
+    with pytest.raises(ValueError, match=r"no layer has running statistics `mean` and `var`\.$"):
+        bnjax.recalibrate(*bnjax.nnx.functional(nnx.Linear(3, 3, rngs=nnx.Rngs(0))), BATCHES)
+    with pytest.raises(ValueError, match=r"It has layers of other classes: own\. Use bnjax's BatchNorm there"):
+        bnjax.recalibrate(apply, {"batch_stats": {"own": {"ra_mean": np.ones(3), "ra_var": np.ones(3)}}}, BATCHES)
 
 
 def test_recalibrate_rejects_what_it_would_take_apart():

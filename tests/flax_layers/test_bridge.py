@@ -125,6 +125,23 @@ def test_a_linen_part_of_an_nnx_model_needs_keys_only_where_it_draws():
     np.testing.assert_array_equal(y, same)
 
 
+def test_a_converted_linen_model_around_numbered_layers_of_flax():
+    class Numbered(nnx.Module):
+        def __init__(self, rngs):
+            self.norms = nnx.List([nnx.BatchNorm(4, rngs=rngs), nnx.BatchNorm(4, rngs=rngs)])
+
+        def __call__(self, x):
+            return self.norms[1](self.norms[0](x))
+
+    model = bnjax.linen.convert(bridge.to_linen(Numbered), momentum=0.0, where=lambda path: path == "norms/0")
+    _, updates = model.apply(model.init(KEY, X), X, mutable=["batch_stats"])
+    first, second = (updates["batch_stats"]["norms"][n]["mean"] for n in (0, 1))
+    np.testing.assert_allclose(first, X.mean(0), rtol=1e-5)
+    np.testing.assert_allclose(second, np.zeros(4), atol=1e-6)
+    with pytest.raises(ValueError, match=r"where matches no layer of ToLinen. Its layers are: 'norms/0', 'norms/1'"):
+        bnjax.linen.convert(bridge.to_linen(Numbered), where=lambda path: path == "norms/2").init(KEY, X)
+
+
 def test_recalibrate_names_a_bridged_layer_of_flax():
     apply, variables = bnjax.nnx.functional(NnxModel(nn.BatchNorm(use_running_average=False)))
     with pytest.raises(ValueError, match=r"gave no moments of the batch: part\. .*or bnjax.nnx.convert"):

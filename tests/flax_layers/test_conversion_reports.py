@@ -93,6 +93,28 @@ def test_other_variables_of_a_linen_model_raise_no_alarm(collection, names):
     variables_of(nn.Sequential([NORM(), Statistics("batch_stats", ("mean", "var"), shape=())]))  # of a reward, say
 
 
+def test_a_class_called_batch_norm_is_named_whatever_its_variables_are():
+    for name, collection, names in (("SyncBN", "buffers", ("mean", "var")), ("BatchNorm", "batch_stats", ("m", "v"))):
+        own = type(name, (Statistics,), {})(collection, names)
+        with pytest.warns(UserWarning, match=rf"'layers_1': {name} holds running statistics"):
+            variables_of(nn.Sequential([NORM(), own]))
+
+    class BatchRenorm(nnx.Module):
+        def __init__(self):
+            self.mean, self.var = nnx.Variable(X[0]), nnx.Variable(X[0])
+
+    with pytest.warns(UserWarning, match=r"'0': BatchRenorm holds running statistics"):
+        bnjax.nnx.convert(with_norm(BatchRenorm()))
+    with pytest.warns(UserWarning, match=r"'0': Own holds running statistics"):  # in one variable
+        bnjax.nnx.convert(with_norm(module_of(nnx.BatchStat, state={"mean": X[0], "var": X[0]})))
+
+    # Parameters of a distribution raise no alarm, nor do layers of bnjax.
+    variables_of(nn.Sequential([NORM(), type("BNNDense", (Statistics,), {})("buffers", ("mean", "var"))]))
+    variables_of(nn.Sequential([NORM(), type("BNDense", (Statistics,), {})("params", ("mean", "var"))]))
+    cell = bnjax.linen.BNLSTMCell(features=3, num_steps=8, use_running_average=False)
+    bnjax.linen.convert(nn.Sequential([NORM(), nn.RNN(cell)])).init(KEY, np.ones((2, 8, 4), np.float32))
+
+
 @pytest.mark.parametrize(
     "values",
     [

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import nnx
+from flax import linen, nnx
 
 import bnjax
 import bnjax.nnx
@@ -257,5 +257,19 @@ def test_functional_rejects_what_has_no_key_where_it_is_drawn_from(x):
     model.kept = nnx.Rngs(params=0)  # as many models keep what they were made with, and do not draw from it
     apply, variables = bnjax.nnx.functional(model)
     apply(variables, x, mutable=["batch_stats"], rngs={"dropout": KEY})
-    with pytest.raises(TypeError, match=r"functional\(model=OwnKeys\): expected an NNX module"):
+    with pytest.raises(TypeError, match=r"functional\(model=OwnKeys\): expected a module, got a class"):
         bnjax.nnx.functional(OwnKeys)
+    with pytest.raises(TypeError, match=r"functional\(model=list\): expected an NNX module. Pass the module"):
+        bnjax.nnx.functional([model])
+    with pytest.raises(TypeError, match=r"functional\(model=BatchNorm\): .* A Linen module has `apply` already"):
+        bnjax.nnx.functional(linen.BatchNorm())
+
+
+def test_mutable_is_that_of_linen(x):
+    """One name, or True for all collections, as `apply` of Linen takes."""
+    apply, variables = bnjax.nnx.functional(bnjax.nnx.BatchNorm(6, rngs=nnx.Rngs(0)))
+    for mutable, names in (("batch_stats", ["batch_stats"]), (True, ["batch_stats", "params"])):
+        _, updates = apply(variables, x, mutable=mutable)
+        assert sorted(updates) == names
+        np.testing.assert_allclose(updates["batch_stats"]["mean"][...], 0.01 * x.mean(0), rtol=1e-4)
+    np.testing.assert_allclose(apply(variables, x, mutable=False), x / np.sqrt(1 + 1e-5), rtol=1e-6)
