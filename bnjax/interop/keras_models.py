@@ -13,6 +13,12 @@ RENORM: tuple[str, ...] = ("moving_stddev", "renorm_mean", "renorm_stddev")
 """What a Keras layer with renorm=True has beside its moving mean and variance, in the order of its weights."""
 
 
+_BY_PATH = (
+    "Pass its arrays by path, [(w.path, w) for w in model.weights], and flatten={path: ()} for each Flax layer whose "
+    "features are in Keras's order."
+)
+
+
 def model_layers(call: str, source: Any) -> tuple[Arrays, Library, list[Layer]]:
     """The arrays of a Keras model by path, the library with the order of its axes, and its layers."""
     arrays = keras_arrays(call, source)
@@ -36,6 +42,12 @@ def _library(call, source):
         elif _regroups(layer):
             (moving if first else plain).append(layer.name)
     first, last = formats.values()
+    steps = [*_layers(source), *getattr(source, "operations", ())]
+    if permuted := sorted({step.name for step in steps if _regroups_permuted(step)}):
+        raise ValueError(
+            f"{call}(weights=...): {permuted} flatten axes that were permuted before, so the order of the features is "
+            f"unclear. {_BY_PATH}"
+        )
     remedy = None
     if first and last:
         remedy = (
@@ -45,10 +57,7 @@ def _library(call, source):
     elif moving and plain:
         remedy = "Convert the parts of the model before and after the dense layers as models of their own."
     elif moving and not first:
-        remedy = (
-            "Pass its arrays by path, [(w.path, w) for w in model.weights], and flatten={path: ()} for each Flax layer "
-            "whose features are in Keras's order."
-        )
+        remedy = _BY_PATH
     if remedy:
         raise ValueError(
             f"{call}(weights=...): {first + moving} have data_format='channels_first', and {last + plain} do not, so "
@@ -146,5 +155,27 @@ def _regroups(layer):
     shape = _input_shape(layer)
     if shape is None:
         return True
-    before, after = ([n for n in s[1:] if n != 1] for s in (shape, layer.compute_output_shape(shape)))
+    result = layer.compute_output_shape(shape) if hasattr(layer, "compute_output_shape") else layer.output.shape
+    before, after = ([n for n in s[1:] if n != 1] for s in (shape, result))
     return len(before) != len(after)
+
+
+def _regroups_permuted(layer):
+    """Whether a Flatten or Reshape of a graph joins or splits axes of an image that were permuted after the last layer
+    with weights, as the axes of a convolution's output."""
+    if type(layer).__name__ not in ("Flatten", "Reshape") or not _regroups(layer) or _rank(layer) == 3:
+        return False
+    try:
+        before = [layer.input]
+    except (AttributeError, ValueError):  # a layer of a model that is not a graph, or one that is called twice
+        return False
+    seen = set()
+    while before:
+        operation = before.pop()._keras_history.operation
+        if type(operation).__name__ in ("Permute", "Transpose", "Moveaxis", "Swapaxes"):
+            return True
+        weighted = any(w.path.endswith(("kernel", "embeddings")) for w in getattr(operation, "weights", []))
+        if id(operation) not in seen and not weighted and len(getattr(operation, "_inbound_nodes", ())) == 1:
+            before += operation._inbound_nodes[0].input_tensors
+        seen.add(id(operation))
+    return False

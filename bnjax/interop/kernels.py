@@ -98,6 +98,12 @@ def moves(call: str, theirs: Layer, ours: Layer, library: Library, flatten: dict
     embed = ours.called.kind == "embed"
     into = same(features) if embed else _layout(call, ours, "in", library, flatten, features)
     if ours.sort == NORM:
+        if (
+            library is TORCH
+            and "mean" in theirs.arrays
+            and any(isinstance(a.role, int) for a in ours.called.into or ())
+        ):
+            _check_channels(call, theirs, ours)
         return {name: _move(shape, (0,), [into]) for name, shape in shapes.items() if name in theirs.arrays}
     out = _layout(call, ours, "out", library, flatten, shapes["kernel"][-1])
     kernel, order = shapes["kernel"], _order(ours, library)
@@ -109,6 +115,15 @@ def moves(call: str, theirs: Layer, ours: Layer, library: Library, flatten: dict
     if (depthwise := theirs.shapes()["kernel"]) != move.theirs:
         move = move._replace(theirs=depthwise, split=depthwise)
     return found | {"kernel": move}
+
+
+def _check_channels(call, theirs, ours):
+    """Check that a batch normalization does not have its features on an axis of pixels alone."""
+    if all(isinstance(atom.role, int) for atom in ours.called.into):
+        raise ValueError(
+            f"{call}(model=...): PyTorch's {theirs.name!r} normalizes channels, but the features of {ours.name!r} are "
+            f"on axis {ours.called.kind.removeprefix('norm')}, which holds pixels. Give the Flax layer axis=-1."
+        )
 
 
 def _order(ours, library):

@@ -1,5 +1,6 @@
 """Conversion of a single layer of batch normalization from and to PyTorch and Keras."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -7,7 +8,7 @@ import numpy as np
 
 from bnjax.core.moments import wider
 from bnjax.core.records import BNParams, BNState
-from bnjax.interop.arrays import checked, plain, tensors, updates
+from bnjax.interop.arrays import as_array, checked, plain, tensors, updates
 from bnjax.interop.keras_models import RENORM, renorm_statistics
 from bnjax.interop.torch_modules import check_computed, is_batch_norm, modules
 
@@ -52,7 +53,9 @@ def from_torch(state_dict: Any, prefix: str = "") -> tuple[BNParams, BNState | N
     check_computed(call, {k: v for k, v in state_dict.items() if k.startswith(tuple(lead + part for part in _PARTS))})
     names = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
     found = {name: state_dict[lead + name] for name in names if lead + name in state_dict}
-    if not found and is_batch_norm(module):
+    if (
+        not found and module is not None and is_batch_norm(module) and not module.state_dict()
+    ):  # a compiled one has tensors of other names
         return BNParams(None, None), None
     if not found:
         near = sorted({key.rpartition(".")[0] for key in state_dict if key.endswith("running_mean")})
@@ -96,6 +99,10 @@ def to_torch(params: BNParams, state: BNState | None, prefix: str = "") -> dict[
       >>> sorted(interop.to_torch(*bnjax.bn_init(3), prefix="bn1"))
       ['bn1.bias', 'bn1.num_batches_tracked', 'bn1.running_mean', 'bn1.running_var', 'bn1.weight']
     """
+    if isinstance(params[0], BNParams):
+        raise ValueError(
+            "to_torch(params=...): got params and state in one tuple. Pass both, as in to_torch(params, state)."
+        )
     scale, bias = params
     if scale is None and bias is not None:
         scale = jnp.ones_like(bias)
@@ -138,6 +145,11 @@ def from_keras(weights: Any, scale: bool = True, center: bool = True, count: int
       >>> params.scale is None, state.var.tolist()
       (True, [1.0, 1.0, 1.0])
     """
+    if isinstance(weights, Mapping):
+        raise ValueError(
+            "from_keras(weights=...): expected the layer or layer.get_weights(), got a mapping. A mapping of paths to "
+            "arrays is converted by from_keras_model."
+        )
     if not hasattr(weights, "__len__"):
         own = _keras_facts("from_keras(weights=...)", weights)
         if (not scale and own.scale) or (not center and own.center):
@@ -145,7 +157,7 @@ def from_keras(weights: Any, scale: bool = True, center: bool = True, count: int
                 f"from_keras(scale={scale}, center={center}): the layer has scale={own.scale}, center={own.center}. "
                 "Leave both out if you pass the layer."
             )
-        weights, scale, center = own.get_weights(), own.scale, own.center
+        weights, scale, center = [as_array(w) for w in own.weights], own.scale, own.center
     names = [*(["gamma"] * scale), *(["beta"] * center), "moving_mean", "moving_variance"]
     if len(weights) - len(names) not in (0, len(RENORM)):
         raise ValueError(

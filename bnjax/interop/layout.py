@@ -98,7 +98,8 @@ def layout(atoms: list[Atom], channels_first: bool) -> Layout | None:
     roles = [atom.role for atom in atoms]
     placed = [role for role in roles if role == CHANNEL or isinstance(role, int)]
     partly = 0 < len(placed) < len(roles)
-    if channels_first and (UNCLEAR in roles or roles.count(INPUT) > 1 or partly):
+    split = len({id(_whole(atom)) for atom in atoms}) == 1  # an axis that was split and joined again is one axis
+    if channels_first and (UNCLEAR in roles or (roles.count(INPUT) > 1 and not split) or partly):
         return None
     last = -1 if channels_first else float("inf")
     keys = [last if role == CHANNEL else role for role in placed]
@@ -119,6 +120,13 @@ def expand(atoms: list[Atom]) -> list[Atom]:
     return [leaf for leaf in leaves if leaf.size > 1]
 
 
+def _whole(atom):
+    """The axis that an atom was split from, or the atom itself."""
+    while atom.whole is not None:
+        atom = atom.whole
+    return atom
+
+
 def _give(atoms, role):
     """Give atoms a role. It replaces INPUT; any other two roles contradict each other, which makes the atom UNCLEAR."""
     for atom in expand(atoms):
@@ -134,7 +142,7 @@ def _join(first, second):
         for a, b in zip(first, second, strict=True):
             if a is not b:
                 _give([b], a.role)
-                a.parts = [b]
+                a.parts, b.whole = [b], b.whole or a.whole
     elif len(first) == 1 or len(second) == 1:
         one, many = (first, second) if len(first) == 1 else (second, first)
         if one[0].role is not None:
@@ -256,10 +264,7 @@ def _merged(axis):
         return [Atom(prod(atom.size for atom in axis))]
     if pixels:
         for atom in axis:
-            whole = atom
-            while whole.whole is not None:
-                whole = whole.whole
-            if atom.role == CHANNEL and not set(expand([whole])) <= set(axis):
+            if atom.role == CHANNEL and not set(expand([_whole(atom)])) <= set(axis):
                 _give([atom], UNCLEAR)
     return axis
 

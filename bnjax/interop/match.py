@@ -300,7 +300,7 @@ def _check_order(call, library, names, pairs, ordered, known, theirs, ours, call
             if same is not our and same is not None and fits(library, their, same):
                 why = why or f"their order pairs {their.name!r} with {our.name!r} and not with {same.name!r}"
         for (t, o, _), (t2, o2, _) in combinations(unsure, 2):
-            if fits(library, t, o2) and known.reversed((t.name, o.name), (t2.name, o2.name)):
+            if fits(library, t, o2) and known.crossed((t.name, o.name), (t2.name, o2.name)):
                 why = why or f"their order pairs {t.name!r} with {o.name!r} and {t2.name!r} with {o2.name!r}"
         if why:
             raise ValueError(

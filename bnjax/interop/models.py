@@ -12,7 +12,7 @@ from bnjax.interop.kernels import TORCH
 from bnjax.interop.layers import from_torch, to_torch
 from bnjax.interop.match import Report
 from bnjax.interop.options import compare
-from bnjax.interop.pairs import matched, moved, no_model, rows, weights_of
+from bnjax.interop.pairs import check_names, matched, moved, no_model, rows, weights_of
 from bnjax.interop.verify import verify
 
 
@@ -217,7 +217,8 @@ def from_keras_model(
 
     Raises:
       ValueError: as `from_torch_model`; if a layer has its features on another axis than the Flax layer; and if images
-        of two data formats, or a Flatten that moves channels and a Reshape that does not, leave an order unclear.
+        of two data formats, axes that are permuted before a Flatten, or a Flatten that moves channels and a Reshape that
+        does not, leave an order unclear.
 
     Example:
       >>> import flax.linen as nn, jax, jax.numpy as jnp, numpy as np
@@ -310,6 +311,13 @@ def _named_norms(state_dict, variables, names):
 
 def _named(call, variables, names):
     """The model's batch normalization layers, which must include all of `names`."""
+    check_names(call, names)
+    if not isinstance(variables, Mapping) or "batch_stats" not in variables:
+        raise ValueError(
+            f"{call}(variables=...): expected a mapping with batch_stats, got {type(variables).__name__}"
+            f"{f' of {list(variables)}' if isinstance(variables, Mapping) else ''}. Pass the result of a Linen model's "
+            "init, or bnjax.nnx.functional(model)[1] of an NNX model."
+        )
     ours = trees.norms(variables.get("params", {}), variables["batch_stats"])
     for theirs, name in names.items():
         if name not in ours:

@@ -7,7 +7,7 @@ own ("conv2d_1" in Keras, "Conv_0" in Flax, "3" in PyTorch's Sequential) count e
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 Words = tuple[str | int, ...]
@@ -18,7 +18,9 @@ _KERAS = (  # names that Keras gives to layers without one
     r"((depthwise_|separable_)?conv[123]d(_transpose)?|dense|einsum_dense|embedding|rms_normalization|"
     r"(batch|layer|group|unit|spectral)_normalization|sequential|functional)(_\d+)?"
 )
-_AUTOMATIC = re.compile(rf"\d+|layers_\d+|[A-Z]\w*_\d+|{_KERAS}")  # a part of a name that no one chose
+_FLAX = r"layers_\d+|[A-Z]\w*_\d+"
+_AUTOMATIC = re.compile(rf"\d+|{_FLAX}|{_KERAS}")  # a part of a name that no one chose
+_KINDS = ({"bn", "norm", "ln", "gn"}, {"fc", "dense", "linear"})  # words for the same kinds of layers
 _ALIKE = {"kernel": "weight", "scale": "weight", "embedding": "weight", "gamma": "weight", "beta": "bias"}
 
 
@@ -30,18 +32,26 @@ class Names(NamedTuple):
     same: dict[str, str]  # by their name, our name that certainly means the same
     doubtful: dict[str, str]  # by their name, our equal name, whose number may count other layers
 
-    def reversed(self, first: tuple[str, str], second: tuple[str, str]) -> bool:
-        """Whether two pairs of names count in opposite directions: bn1 with bn2, and bn2 with bn1."""
+    def crossed(self, first: tuple[str, str], second: tuple[str, str]) -> bool:
+        """Whether two pairs of names contradict each other: they count in opposite directions, as bn1 with bn2 and bn2
+        with bn1, or the words that tell them apart are the other's, as q_proj with key and k_proj with query."""
         if re.fullmatch(_KERAS, re.split("[./]", first[0])[-1]):
             return False
         (t, o), (t2, o2) = ((self.theirs[t], self.ours[o]) for t, o in (first, second))
-        if not len(t) == len(t2) == len(o) == len(o2):
+        own = [[{w.lower() for w in words if isinstance(w, str)} for words in side] for side in ((t, t2), (o, o2))]
+        (their, their2), (our, our2) = ((a - b, b - a) for a, b in own)
+        if _any_alike(their, our2) and _any_alike(their2, our):
+            return not _any_alike(their, our) and not _any_alike(their2, our2)
+        theirs, ours = _counted(t, t2), _counted(o, o2)
+        if theirs is None or ours is None:
             return False
-        differing = [i for i in range(len(t)) if len({t[i], t2[i], o[i], o2[i]}) > 1]
-        if len(differing) != 1:
-            return False
-        numbers = [number for words in (t, t2, o, o2) if isinstance(number := words[differing[0]], int)]
-        return len(numbers) == 4 and (numbers[0] - numbers[1]) * (numbers[2] - numbers[3]) < 0
+        (stem, number, number2), (own_stem, own_number, own_number2) = theirs, ours
+        if stem != own_stem:  # then numbers mean the same only if both were chosen, and for layers of one sort
+            sides = zip((rf"\d+|{_KERAS}", rf"\d+|{_FLAX}"), first, second, strict=True)
+            automatic = any(re.fullmatch(pattern, part) for pattern, a, b in sides for part in _differing(a, b))
+            if automatic or not stem or not own_stem or not _alike(*(str(w[-1]).lower() for w in (stem, own_stem))):
+                return False
+        return (number - number2) * (own_number - own_number2) < 0
 
 
 def compare(theirs: Sequence[str], ours: Sequence[str], tensors: Iterable[str] = ()) -> Names:
@@ -77,6 +87,32 @@ def compare(theirs: Sequence[str], ours: Sequence[str], tensors: Iterable[str] =
         elif not automatic and all(a <= b or b <= a for a, b in numbers):
             doubtful[their] = our
     return Names(words[0], words[1], same, doubtful)
+
+
+def _counted(first: Words, second: Words) -> tuple[Words, int, int] | None:
+    """What stands before the numbers of two names that differ in nothing else, and the numbers."""
+    places = [i for i, pair in enumerate(zip(first, second, strict=False)) if pair[0] != pair[1]]
+    if len(first) != len(second) or len(places) != 1:
+        return None
+    a, b = (words[places[0]] for words in (first, second))
+    return (first[: places[0]], a, b) if isinstance(a, int) and isinstance(b, int) else None
+
+
+def _differing(first: str, second: str) -> set[str]:
+    """The parts that only one of two names has."""
+    return set(re.split("[./]", first)) ^ set(re.split("[./]", second))
+
+
+def _alike(first: str, second: str) -> bool:
+    """Whether two words may mean the same: q and query, norm and batchnorm, fc and dense."""
+    for a, b in ((first, second), (second, first)):
+        if a.startswith(b) or a.endswith(b):
+            return True
+    return any({first, second} <= kind for kind in _KINDS)
+
+
+def _any_alike(first: Iterable[str], second: Collection[str]) -> bool:
+    return any(_alike(a, b) for a in first for b in second)
 
 
 def _words(parts: Sequence[str]) -> Words:

@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -20,6 +21,7 @@ def matched(call, library, theirs, variables, names, model, inputs, flatten, kwa
             f"{call}(variables=...): expected a mapping with params, got {type(variables).__name__}. Pass the result "
             "of a Linen model's init, or bnjax.nnx.functional(model)[1] of an NNX model."
         )
+    check_names(call, names or {})
     leaves: dict[str, dict[str, Any]] = {}
     for collection in ("params", "batch_stats"):
         for path, own in trees.leaves(variables.get(collection, {})).items():
@@ -36,7 +38,16 @@ def matched(call, library, theirs, variables, names, model, inputs, flatten, kwa
     else:
         from bnjax.interop.flax_calls import calls  # imported here, since it needs Flax and the rest does not
 
-        called = calls(model, variables, shapes, inputs if isinstance(inputs, tuple) else (inputs,), kwargs)
+        args = inputs if isinstance(inputs, tuple) else (inputs,)
+        try:
+            called = calls(model, variables, shapes, args, kwargs)
+        except Exception as error:  # whatever the model raises
+            given = [tuple(np.shape(leaf)) for leaf in jax.tree.leaves(args)]
+            error.add_note(
+                f"{call}(inputs=...): the Flax model does not run with inputs of shapes {given}. Pass what its call "
+                "takes; images have their channels last."
+            )
+            raise
         if missing := sorted(set(leaves) - set(called)):
             raise ValueError(
                 f"{call}(inputs=...): with these inputs the model never calls {missing}. Pass inputs with which it "
@@ -46,6 +57,15 @@ def matched(call, library, theirs, variables, names, model, inputs, flatten, kwa
         raise ValueError(f"{call}(flatten=...): the model has no {unknown}, but {sorted(leaves)}.")
     pairs = match(call, theirs, own_layers(leaves, called), library, names or {}, model is not None)
     return [(pair, moves(call, pair.theirs, pair.ours, library, flatten or {})) for pair in pairs]
+
+
+def check_names(call: str, names: Any) -> None:
+    """Reject names that are not a mapping of names."""
+    if not isinstance(names, Mapping):
+        raise ValueError(
+            f"{call}(names=...): expected a mapping of the other model's names to paths of the Flax model, got "
+            f"{type(names).__name__}."
+        )
 
 
 def moved(call: str, variables: Mapping[str, Any], pairs: Pairs) -> dict[str, Any]:

@@ -312,3 +312,11 @@ def test_a_layer_without_statistics_leaves_those_of_the_model():
     after, unmatched = interop.from_torch_model(layer, variables, {"": ""})
     assert (after["params"]["scale"].tolist(), after["batch_stats"]["var"].tolist()) == ([2.0] * 3, [1.0] * 3)
     assert unmatched == ([], [])
+
+
+def test_arguments_of_another_kind_are_named():
+    params, state = bnjax.bn_init(3)
+    with pytest.raises(ValueError, match=r"to_torch\(params=...\): got params and state in one tuple"):
+        interop.to_torch((params, state), None)
+    with pytest.raises(ValueError, match=r"from_keras\(weights=...\): .* got a mapping.*from_keras_model"):
+        interop.from_keras({"bn/gamma": np.ones(3)})

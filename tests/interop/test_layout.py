@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+import bnjax.linen
 import bnjax.nnx
 from bnjax import interop
 from tests.support.torch_arrays import CLASSIFIER, IMAGE, LAST, conv, norm, normalized, state_dict
@@ -184,3 +185,30 @@ def test_an_image_flattened_into_the_first_layer_is_told_by_flatten():
         interop.from_torch_model(arrays, variables, flatten={"layers_1": (4, 5)})
     with pytest.raises(ValueError, match=r"flatten=\.\.\.\): the model has no \['fc'\], but \['layers_1'\]"):
         interop.from_torch_model(arrays, variables, flatten={"fc": ()})
+
+
+@pytest.mark.parametrize("shape", [(2, 4), (2, 3, 3, 4)])
+def test_groups_of_the_input_itself_have_the_order_of_the_input(shape):
+    model = nn.Sequential([nn.GroupNorm(2), nn.Dense(3, use_bias=False)])
+    x = np.ones(shape, "float32")
+    arrays = {"0.weight": np.arange(4.0), "0.bias": np.arange(4.0, 8), "1.weight": np.arange(12.0).reshape(3, 4)}
+    new, _ = interop.from_torch_model(arrays, jax.eval_shape(model.init, jax.random.key(0), x), model=model, inputs=x)
+    np.testing.assert_array_equal(new["params"]["layers_0"]["scale"], np.arange(4.0))
+    np.testing.assert_array_equal(new["params"]["layers_1"]["kernel"], arrays["1.weight"].T)
+
+
+@pytest.mark.parametrize("axis", [1, -1, "transposed"])
+def test_a_batch_normalization_of_the_rows_of_a_square_image_is_refused(axis):
+    norms = [norm() if axis == -1 else bnjax.linen.BatchNorm(use_running_average=True, axis=1)]
+    if axis == "transposed":
+        norms = [lambda x: x.transpose(0, 3, 1, 2), *norms]
+    model = nn.Sequential([nn.Conv(4, (1, 1), use_bias=False), *norms])
+    x = np.ones((1, 4, 4, 3), "float32")
+    variables = jax.eval_shape(model.init, jax.random.key(0), x)
+    arrays = state_dict(conv=(4, 3, 1, 1), bn=4)
+    if axis == 1:
+        with pytest.raises(ValueError, match="'bn' normalizes channels, but the features of 'layers_1' are on axis -3"):
+            interop.from_torch_model(arrays, variables, model=model, inputs=x)
+    else:
+        new, _ = interop.from_torch_model(arrays, variables, model=model, inputs=x)
+        np.testing.assert_array_equal(new["batch_stats"][f"layers_{len(norms)}"]["mean"], arrays["bn.running_mean"])

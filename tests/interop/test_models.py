@@ -291,3 +291,19 @@ def test_an_embedding_and_a_dense_layer_of_one_shape_are_told_apart_by_the_calls
     new, _ = interop.from_torch_model(arrays, variables, model=Tied(), inputs=x)
     want = arrays["embedding.weight"][x] @ arrays["head.weight"].T
     np.testing.assert_allclose(Tied().apply(new, x), want, rtol=1e-5, atol=1e-5)
+
+
+def test_arguments_that_are_no_mappings_or_do_not_fit_the_call_are_named():
+    model = nn.Dense(3)
+    variables = model.init(jax.random.key(0), np.ones((1, 2)))
+    arrays = {"fc.weight": np.ones((3, 2)), "fc.bias": np.zeros(3)}
+    for how in ({"model": model, "inputs": np.ones((1, 2))}, {}):
+        with pytest.raises(ValueError, match=r"names=...\): expected a mapping.* got list"):
+            interop.from_torch_model(arrays, {"batch_stats": {}, **variables}, ["fc"], **how)
+    with pytest.raises(
+        ValueError, match=r"variables=...\): expected a mapping with batch_stats, got dict of \['params'"
+    ):
+        interop.from_torch_model(arrays, variables, {"fc": "Dense_0"})
+    with pytest.raises(Exception, match="the existing parameter") as error:
+        interop.from_torch_model(arrays, variables, model=model, inputs=np.ones((1, 5)))
+    assert "does not run with inputs of shapes [(1, 5)]" in error.value.__notes__[-1]

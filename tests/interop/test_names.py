@@ -47,6 +47,56 @@ def test_names_are_the_same_if_their_words_are_and_their_numbers_count_alike(the
         assert found.doubtful == {first[i]: second[i] for i in doubtful}
 
 
+@pytest.mark.parametrize(
+    ("theirs", "ours", "crossed"),
+    [
+        ("bn2 bn1", "bn1 bn2", True),
+        ("k_proj q_proj", "q k", True),
+        ("q_proj k_proj", "key query", True),
+        ("up2 up1", "upsample1 upsample2", True),
+        ("norm2 norm1", "bn1 bn2", True),
+        ("fc2 fc1", "dense_1 dense_2", True),
+        ("norm_b norm_a", "ln_a ln_b", True),
+        ("encoder.bn decoder.bn", "dec/norm enc/norm", True),
+        ("left.bn right.bn", "Right/BatchNorm_0 Left/BatchNorm_0", True),
+        # Names that agree, numbers that no one chose, and layers that need not count alike.
+        ("q_proj k_proj", "query key", False),
+        ("encoder.bn decoder.bn", "enc/norm dec/norm", False),
+        ("norm2 norm1", "BatchNorm_0 BatchNorm_1", False),
+        ("0 3", "up2 up1", False),
+        ("up1 up2", "dec4 dec3", False),
+        ("conv1 downsample.0", "Conv_0 conv_proj", False),
+        ("conv2d_1 conv2d", "conv1 conv2", False),
+    ],
+)
+def test_an_order_that_gives_a_layer_the_name_of_another_is_crossed(theirs, ours, crossed):
+    first, second = zip(theirs.split(), ours.split(), strict=True)
+    names = compare(theirs.split(), ours.split())
+    assert names.crossed(first, second) == names.crossed(second, first) == crossed
+
+
+@pytest.mark.parametrize("names", [("q", "k", "v"), ("query", "key", "value"), (None, None, None)])
+def test_projections_that_are_defined_in_another_order_are_refused(names):
+    class Attention(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return sum(nn.Dense(4, use_bias=False, name=name)(x) for name in names)
+
+    x = np.ones((1, 4), "float32")
+    arrays = {f"{name}_proj.weight": np.full((4, 4), i, "float32") for i, name in enumerate("kqv")}
+    variables = jax.eval_shape(Attention().init, jax.random.key(0), x)
+    how = {"model": Attention(), "inputs": x}
+    if names[0] is None:
+        new, _ = interop.from_torch_model(arrays, variables, **how)
+        assert [float(new["params"][f"Dense_{i}"]["kernel"][0, 0]) for i in range(3)] == [0, 1, 2]
+        return
+    with pytest.raises(ValueError, match=f"ambiguous: their order pairs 'k_proj' with '{names[0]}' and 'q_proj'"):
+        interop.from_torch_model(arrays, variables, **how)
+    pins = dict(zip(("q_proj", "k_proj", "v_proj"), names, strict=True))
+    new, _ = interop.from_torch_model(arrays, variables, pins, **how)
+    assert [float(new["params"][name]["kernel"][0, 0]) for name in names] == [1, 0, 2]
+
+
 # Layers by sort, two of each, which the other library lists in the other order.
 SHAPES = {"conv": (3, 3, 3, 3), "dense": (3, 3), "norm": (3,), "tensor": (1, 1, 1, 3)}
 NAMES = {sort: (f"{sort}_first", f"{sort}_second") for sort in SHAPES}

@@ -297,3 +297,49 @@ def test_a_renormalized_model_evaluates_as_in_keras_and_goes_back(agree):
     agree("running mean", np.asarray(norm.renorm_mean), np.asarray(norm.moving_mean), growth=0)
     with promotion():
         agree("output", np.asarray(theirs(x, training=False)), wanted)
+
+
+class LinenPermuted(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Conv(4, (3, 3), padding="VALID")(x).transpose(0, 3, 1, 2)
+        return nn.Dense(3)(x.reshape(len(x), -1))
+
+
+@pytest.mark.parametrize("way", ["layers", "operations"])
+def test_a_flatten_of_permuted_axes_is_refused_and_the_remedy_keeps_the_outputs(agree, way):
+    layers, inputs = keras.layers, keras.Input((6, 7, 3))
+    y = layers.Conv2D(4, 3)(inputs)
+    if way == "layers":
+        y = layers.Flatten()(layers.Permute((3, 1, 2))(y))
+    else:
+        y = keras.ops.reshape(keras.ops.transpose(y, (0, 3, 1, 2)), (-1, 80))
+    theirs = keras.Model(inputs, layers.Dense(3)(y))
+    x = np.random.default_rng(0).normal(size=(2, 6, 7, 3)).astype("float32")
+    variables, how = LinenPermuted().init(jax.random.key(0), x), {"model": LinenPermuted(), "inputs": x}
+    with pytest.raises(ValueError, match=r"\['(flatten|reshape).*'\] flatten axes that were permuted.*flatten="):
+        interop.from_keras_model(theirs, variables, **how)
+    arrays = [(weight.path, weight) for weight in theirs.weights]
+    moved, _ = interop.from_keras_model(arrays, variables, **how, flatten={"Dense_0": ()})
+    with promotion():
+        wanted = np.asarray(theirs(x))
+    agree("output", LinenPermuted().apply(moved, x), wanted)
+
+
+def test_permuted_tokens_that_a_dense_layer_mixes_are_no_flatten(agree):
+    layers, inputs = keras.layers, keras.Input((8, 8, 3))
+    tokens = layers.Reshape((4, 6))(layers.Conv2D(6, 4, 4)(inputs))
+    mixed = layers.Permute((2, 1))(layers.Dense(4)(layers.Permute((2, 1))(tokens)))
+    theirs = keras.Model(inputs, layers.Dense(2)(layers.Flatten()(layers.add([tokens, mixed]))))
+
+    class Mixer(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.Conv(6, (4, 4), (4, 4), padding="VALID")(x).reshape(len(x), 4, 6)
+            x += nn.Dense(4)(x.swapaxes(1, 2)).swapaxes(1, 2)
+            return nn.Dense(2)(x.reshape(len(x), -1))
+
+    x = np.random.default_rng(0).normal(size=(2, 8, 8, 3)).astype("float32")
+    moved, _ = interop.from_keras_model(theirs, Mixer().init(jax.random.key(0), x), model=Mixer(), inputs=x)
+    with promotion():
+        agree("output", Mixer().apply(moved, x), np.asarray(theirs(x)))

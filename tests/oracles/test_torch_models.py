@@ -372,3 +372,13 @@ def test_computed_weights_are_refused_and_the_remedy_keeps_the_outputs(agree, na
     remove(model[0])
     new, _ = interop.from_torch_model(model, variables, **how)
     agree("output", ours.apply(new, x, False), theirs)
+
+
+def test_a_compiled_batch_normalization_is_not_an_empty_one():
+    layer = nn.BatchNorm2d(4)
+    compiled = torch.compile(layer)
+    with pytest.raises(ValueError, match=r"Layers with running_mean: \['_orig_mod'\]"):
+        interop.from_torch(compiled)
+    params, state = interop.from_torch(compiled, "_orig_mod")
+    np.testing.assert_array_equal(params.scale, array(layer.weight))
+    np.testing.assert_array_equal(state.var, array(layer.running_var))
