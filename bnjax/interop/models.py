@@ -217,8 +217,8 @@ def from_keras_model(
 
     Raises:
       ValueError: as `from_torch_model`; if a layer has its features on another axis than the Flax layer; and if images
-        of two data formats, axes that are permuted before a Flatten, or a Flatten that moves channels and a Reshape that
-        does not, leave an order unclear.
+        of two data formats, axes permuted before a Flatten, or a Flatten that moves channels and a Reshape that does
+        not, leave an order unclear.
 
     Example:
       >>> import flax.linen as nn, jax, jax.numpy as jnp, numpy as np
