@@ -246,8 +246,8 @@ def _check_count(call, state):
     shape, got = np.shape(state.mean), np.shape(state.count)
     if got not in (shape, shape[:1]):
         raise ValueError(
-            f"{call}(state=...): state.count has shape {got}, but each of the {shape[0]} indices counts its own, "
-            f"in shape {shape} or {shape[:1]}. Pass jnp.broadcast_to(count, {shape}), if all had as many."
+            f"{call}(state=...): state.count has shape {got}, but each of the {shape[0]} indices counts its own "
+            f"updates, in shape {shape} or {shape[:1]}. Pass jnp.broadcast_to(count, {shape}), if all had as many."
         )
 
 
