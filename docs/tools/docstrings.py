@@ -5,6 +5,7 @@ parser of Griffe for this style expects one parameter an entry and one type an e
 group them ("params, state: as in `bnjax.bn_apply`"), so the sections are rewritten here as lists.
 """
 
+import itertools
 import re
 import textwrap
 from typing import Any
@@ -49,8 +50,9 @@ def _paragraphs(name, body):
     """A section that is text, or entries of which one goes on at the same indentation."""
     if name == "Returns":
         return body
-    starts = re.split(rf"\n(?={_ENTRY.pattern})", body)
-    return "\n".join(_item(entry) if _ENTRY.match(entry) else f"- {_indented(entry)}" for entry in starts)
+    starts = [0, *(match.end() for match in re.finditer(rf"\n(?={_ENTRY.pattern})", body)), len(body)]
+    entries = [body[start:stop].rstrip("\n") for start, stop in itertools.pairwise(starts)]
+    return "\n".join(_item(entry) if _ENTRY.match(entry) else f"- {_indented(entry)}" for entry in entries)
 
 
 def _item(entry):

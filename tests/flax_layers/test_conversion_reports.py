@@ -111,10 +111,6 @@ def test_a_class_called_batch_norm_is_named_whatever_its_variables_are():
     # Parameters of a distribution raise no alarm, nor do layers of bnjax.
     variables_of(nn.Sequential([NORM(), type("BNNDense", (Statistics,), {})("buffers", ("mean", "var"))]))
     variables_of(nn.Sequential([NORM(), type("BNDense", (Statistics,), {})("params", ("mean", "var"))]))
-    cell = bnjax.linen.BNLSTMCell(features=3, num_steps=8, use_running_average=False)
-    bnjax.linen.convert(nn.Sequential([NORM(), nn.RNN(cell, variable_carry="batch_stats")])).init(
-        KEY, np.ones((2, 8, 4), np.float32)
-    )
 
 
 @pytest.mark.parametrize(
