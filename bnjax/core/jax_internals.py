@@ -116,9 +116,8 @@ class PlatformFunction:
         primitive.def_abstract_eval(functools.cache(self._abstract))
         ad.primitive_jvps[primitive] = self._jvp
         batching.primitive_batchers[primitive] = self._batch
-        plain, cpu, cuda, one_gpu = map(_shared, (self.plain, self.cpu, self.cuda, self.one_gpu))
-        mlir.register_lowering(primitive, plain)
-        for platform, one, several in ("cpu", cpu, plain), ("cuda", one_gpu, cuda):
+        mlir.register_lowering(primitive, mlir.lower_fun(self.plain, multiple_results=True))
+        for platform, one, several in ("cpu", self.cpu, self.plain), ("cuda", self.one_gpu, self.cuda):
             mlir.register_lowering(primitive, partial(self._lower, one, several), platform=platform)
         if jet is not None:
             jet.jet_rules[primitive] = self._jet
@@ -157,19 +156,14 @@ class PlatformFunction:
         return out, (0,) * len(out)
 
     def _lower(self, one, several, context, *arrays, axes):
-        lower = one if _on_one_device(context.module_context.axis_context) else several
-        return lower(context, *arrays, axes=axes)
+        rule = one if _on_one_device(context.module_context.axis_context) else several
+        return mlir.lower_fun(rule, multiple_results=True)(context, *arrays, axes=axes)
 
     def _jet(self, primals, terms, *, axes):
         # A name for `jax.checkpoint` is the identity, so that its result has the Taylor series of its argument. What we
         # name has gone through one of these functions, so that the rule is there in time without an import adding it.
         jet.jet_rules.setdefault(name_p, lambda primals, terms, **params: (*primals, *terms))
         return jet.jet(partial(self.taylor, axes=axes), primals, terms, factorial_scaled=False)
-
-
-def _shared(rule):
-    """The lowering of a function that all layers of one shape call in a program, which is shorter so."""
-    return mlir.lower_fun(jax.jit(rule, static_argnames="axes"), multiple_results=True)
 
 
 def transpose_each_other(first: PlatformFunction, second: PlatformFunction) -> None:
