@@ -91,7 +91,9 @@ def _weights(count, rate, *, limit):
     elif limit == 1:
         new = 1 / (count + 1)
     else:  # (1 - momentum) / (1 - momentum^(t + 1)): no digit is lost where momentum is near 1
-        new = jnp.expm1(rate) / jnp.expm1((count + 1) * rate)
+        # It is 1 for the first update, where vectorized code may round the two functions apart: a weight above 1 would
+        # leave the old value a negative one, and the variance of a constant feature below 0.
+        new = jnp.minimum(jnp.expm1(rate) / jnp.expm1((count + 1) * rate), 1)
     # An old value of weight 1 would never change again.
     return jnp.minimum(1 - new, 1 - float(jnp.finfo(new.dtype).epsneg)), new
 

@@ -164,6 +164,19 @@ def test_debiased_weighs_the_new_batch_exactly(momentum):
     assert bnjax.debiased(1 - 1e-9)(jnp.int32(2**24)) < 1
 
 
+@pytest.mark.optimized
+def test_debiased_forgets_the_initial_values_whole_and_leaves_no_negative_variance():
+    # The momentum is a constant of the compiled code and the count is not: XLA then computes one function beforehand.
+    params, state = bnjax.bn_init(33)
+    for momentum in (0.5, 0.9, 0.95, 0.99, 0.999):
+        schedule = bnjax.debiased(momentum)
+        keep, take = jax.jit(schedule.weights)(state.count)
+        assert keep.tolist() == [0] * 33
+        assert take.tolist() == [1] * 33
+    step = jax.jit(lambda state: bnjax.bn_apply(params, state, jnp.zeros((4, 33)), True, momentum=schedule)[1])
+    assert step(state).var.tolist() == [0] * 33
+
+
 def test_the_running_mean_still_moves_after_2_to_the_24_updates():
     state = STATE._replace(count=jnp.full(3, 2**25, jnp.int32))
     x = np.float32([[0.0], [2.0**26]]) * np.ones(3, np.float32)
