@@ -136,7 +136,7 @@ def test_a_schedule_adds_no_program_to_a_training_step_and_one_to_an_eager_call(
         compilations(lambda: jax.jit(lambda s, x: bnjax.bn_apply(PARAMS, s, x, True, momentum=momentum))(STATE, x)) == 1
     )
     # An array of momenta and its complement: the same program of bn_apply, which the schedule precedes.
-    bnjax.bn_apply(PARAMS, STATE, x, True, momentum=lambda count: jnp.full(3, 0.5))
+    bnjax.bn_apply(PARAMS, STATE, x, True, momentum=lambda count: jnp.full(3, 0.5, jnp.float32))
     assert compilations(lambda: bnjax.bn_apply(PARAMS, STATE, x, True, momentum=momentum)) <= 1
     assert compilations(lambda: bnjax.bn_apply(PARAMS, STATE, x, True, momentum=momentum)) == 0
 
