@@ -17,32 +17,38 @@ from typing import TYPE_CHECKING
 from bnjax import interop
 from bnjax.core.apply import bn_apply, bn_init
 from bnjax.core.checks import UnboundAxisNameError
+from bnjax.core.layer import BatchNorm
 from bnjax.core.moments import batch_moments, merge_moments
 from bnjax.core.records import BNParams, BNState, Moments
 from bnjax.core.schedules import cumulative_average, debiased, linear_ramp
 from bnjax.deploy.affine import Affine, fold, fold_into_next, fold_into_previous
 from bnjax.deploy.recalibration import recalibrate
 from bnjax.diagnosis.measure import Diagnosis, diagnose
-from bnjax.variants.adaptive import adaptive_bn_apply
+from bnjax.variants.adaptive import AdaptiveBatchNorm, adaptive_bn_apply
 from bnjax.variants.conditional import conditional_params
-from bnjax.variants.ghost import ghost_bn_apply
-from bnjax.variants.indexed import indexed_bn_apply, indexed_bn_init
+from bnjax.variants.ghost import GhostBatchNorm, ghost_bn_apply
+from bnjax.variants.indexed import IndexedBatchNorm, indexed_bn_apply, indexed_bn_init
 from bnjax.variants.lstm import BNLSTMCarry, BNLSTMParams, BNLSTMState, bn_lstm_apply, bn_lstm_carry, bn_lstm_init
-from bnjax.variants.renorm import RENORM_D_MAX, RENORM_R_MAX, renorm_bn_apply
+from bnjax.variants.renorm import RENORM_D_MAX, RENORM_R_MAX, RenormBatchNorm, renorm_bn_apply
 
 __version__ = "0.1.0"
 
 __all__ = [
     "RENORM_D_MAX",
     "RENORM_R_MAX",
+    "AdaptiveBatchNorm",
     "Affine",
     "BNLSTMCarry",
     "BNLSTMParams",
     "BNLSTMState",
     "BNParams",
     "BNState",
+    "BatchNorm",
     "Diagnosis",
+    "GhostBatchNorm",
+    "IndexedBatchNorm",
     "Moments",
+    "RenormBatchNorm",
     "UnboundAxisNameError",
     "adaptive_bn_apply",
     "batch_moments",
@@ -70,10 +76,8 @@ __all__ = [
 
 if not TYPE_CHECKING:  # a type checker knows the names that exist
     _ELSEWHERE = {
-        "linen": "AdaptiveBatchNorm BNLSTM BNLSTMCell BatchNorm ConditionalBatchNorm GhostBatchNorm IndexedBatchNorm "
-        "RenormBatchNorm convert exact_batch_norm fold_model",
-        "nnx": "AdaptiveBatchNorm BNLSTMCell BatchMoments BatchNorm ConditionalBatchNorm GhostBatchNorm Identity "
-        "IndexedBatchNorm RenormBatchNorm convert fold_model fold_report functional",
+        "linen": "BNLSTM BNLSTMCell ConditionalBatchNorm convert exact_batch_norm fold_model",
+        "nnx": "BNLSTMCell BatchMoments ConditionalBatchNorm Identity convert fold_model fold_report functional",
         "training": "TrainState decay_mask eval_step save_statistics train_step",
         "interop": "from_keras from_keras_model from_torch from_torch_model to_keras to_keras_model to_torch "
         "to_torch_model",

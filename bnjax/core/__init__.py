@@ -2,20 +2,20 @@
 
     jax_internals   what JAX does not promise to keep, and what runs without it
     records         the named tuples that functions take and return
-    checkpoint      the name that `jax.checkpoint` knows the statistics by
+    residuals       the name of the statistics, by which a policy of `jax.checkpoint` saves them
     sharding        operands sharded alike, under explicit sharding
     domains         sums over axes, or over the examples of each of several domains
-    weights         masks, and sums that masked elements cannot enter
+    weights         masks, and means that masked elements cannot enter
     reductions      the two sums of the backward pass, with a lowering for CPU and for GPUs
-    array_moments   mean and variance of one array, by one read of it
+    reading         how one part of a batch is read: its mean and variance
     checks          errors for bad arguments
     collectives     arrays gathered or summed over named axes
-    moments         mean and variance of a batch, over devices too, with their derivative
+    moments         mean and variance of a batch, of parts merged, over devices too; with their derivative
     normalize       the formula, with its derivative
-    options         the options that all calls share, checked and hashable
     schedules       numbers that may be functions of the number of updates
     running         the update of the running statistics by a batch's moments
-    apply           `bn_apply`: validate, choose statistics, normalize, update
+    layer           `BatchNorm`, the options of a layer as one value, and the way of x through its steps
+    apply           `bn_init` and `bn_apply`
     trees           the layers in the trees of a model's variables
     frozen          the layers whose parameters a training step leaves as they are
 

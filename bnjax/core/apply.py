@@ -1,34 +1,15 @@
-"""Batch normalization as pure functions (Ioffe & Szegedy, 2015, algorithms 1 and 2).
-
-    y = scale * (x - mean) / sqrt(var + epsilon) + bias
-
-In training `mean` and `var` are the batch's moments, which the running statistics absorb; in evaluation they are the
-running statistics. A call does four things, each of which is one function:
-
-    validate            every argument is checked; x is widened to 32 bits or more
-    choose_statistics   the batch's moments, or running statistics for a feature without a valid element
-    normalize_by        the formula, whose derivative is in `normalize.py`
-    update              the running statistics absorb the batch's, in `running.py`
-
-The variants are made of the same four.
-"""
+"""Batch normalization as pure functions (Ioffe & Szegedy, 2015, algorithms 1 and 2): `bnjax.BatchNorm` in two calls."""
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 
 from bnjax.core import checks
-from bnjax.core.moments import Batch, batch_of, collect, wider
-from bnjax.core.normalize import normalize
-from bnjax.core.options import Options, checked, fitted
-from bnjax.core.records import BNParams, BNState, Collected, Moments
-from bnjax.core.running import momentum_argument, update
+from bnjax.core.layer import BatchNorm, initial
+from bnjax.core.records import BNParams, BNState
 from bnjax.core.schedules import Momentum
-from bnjax.core.sharding import select, sharded_as
 
 
 def bn_init(
@@ -61,18 +42,7 @@ def bn_init(
       >>> params.scale.shape, state.count.dtype
       ((64,), dtype('int32'))
     """
-    shape = checks.feature_shape("bn_init", features)
-    dtype = checks.inexact_dtype("bn_init", dtype)
-
-    def initial(name, value):
-        if value is None:
-            return None
-        checks.initial("bn_init", name, value, shape, dtype)
-        return jnp.broadcast_to(jnp.array(value, dtype), shape)
-
-    wide = wider(dtype)
-    state = BNState(jnp.zeros(shape, wide), jnp.ones(shape, jnp.finfo(wide).dtype), jnp.zeros(shape, jnp.int32))
-    return BNParams(initial("scale", scale), initial("bias", bias)), state
+    return initial("bn_init", features, scale, bias, dtype)
 
 
 def bn_apply(
@@ -95,18 +65,8 @@ def bn_apply(
         running = momentum * running + (1 - momentum) * batch          for mean and var, in training
 
     The call is compiled once per shape and set of options. It is differentiable to any order, forward and reverse, in
-    `params`, `state` and `x`. Statistics are exact under every transform; under `jit` over sharded arrays they are the
-    statistics of the global batch, and no axis has to be named.
-
-    `x` is read once for its statistics, around the running mean c:
-
-        mean = c + E[x - c]                 var = E|x - c|^2 - |E[x - c]|^2
-
-    With r = |mean - c|^2 / var, a relative rounding error e of the sums becomes about e (1 + r) in var, and
-    e sqrt(1 + r) standard deviations in mean. If r > 8 for any feature, as on the first steps or after a jump of the
-    data, `x` is read twice more, around its own mean, so that results are exact wherever the running mean is. On one
-    CPU device, on one GPU and on each GPU of a `shard_map`, c is the mean of a sixteenth of `x`, which bounds r without
-    a check; under a mask the CPU reads `x` twice, and the GPU around the running mean.
+    `params`, `state` and `x`. Statistics are exact under every transform and wherever the running mean is; under `jit`
+    over sharded arrays they are the statistics of the global batch, and no axis has to be named.
 
     Args:
       params: `scale` and `bias`. Each is None, has the shape of the features, or is conditional: x's rank, with each
@@ -124,9 +84,8 @@ def bn_apply(
         elements (weight 0), even NaN, do not affect any other element, nor the statistics. They are normalized like the
         others; a masked element whose output is not finite is treated as a constant when differentiating. The mask is
         not differentiated.
-      axis_name: mapped axis, or several, whose devices or examples share statistics, merged by weight. The forward
-        pass gathers 3 x features numbers (5 with real-valued weights), the backward pass has one psum of 2 x features.
-        Under `vmap` each example is read around the mean of its own first sixteenth.
+      axis_name: mapped axis, or several, whose devices or examples share statistics, merged by weight. There is one
+        collective in the forward pass and one in the backward pass.
       axis_index_groups: groups of indices as in `jax.lax.psum`; each group has its own statistics and state.
       unbiased_var: whether the running variance is divided by n - sum(w^2) / n in place of n, which is n - 1 without
         real-valued weights. `y` is normalized by the biased variance, as in PyTorch.
@@ -156,103 +115,5 @@ def bn_apply(
       >>> y.round(3).tolist(), state.mean.round(3).tolist()
       ([[-1.0, -1.0], [1.0, 1.0]], [0.2..., 2.0])
     """
-    options = checked(
-        "bn_apply",
-        train,
-        axis=axis,
-        epsilon=epsilon,
-        axis_name=axis_name,
-        axis_index_groups=axis_index_groups,
-        unbiased_var=unbiased_var,
-    )
-    return apply(params, state, x, options, momentum=momentum, mask=mask)[:2]
-
-
-def apply(
-    params: Any,
-    state: BNState | None,
-    x: Array,
-    options: Options,
-    *,
-    momentum: Any,
-    mask: Array | None,
-    earlier: Collected | None = None,
-) -> tuple[Array, BNState | None, Collected | None]:
-    """`bn_apply` with checked options, and the moments of the batch if the options ask for them.
-
-    `earlier` are the moments of other parts of one larger batch. They are merged with the moments of this part: the
-    state absorbs all of them, and all of them are returned. The output is normalized by the moments of this part.
-    """
-    options = fitted(options, x, mask)
-    momentum = momentum_argument(options.call, momentum, state, options.train)
-    return compiled_apply(params, state, x, mask, momentum, earlier, options=options)
-
-
-@partial(jax.jit, static_argnames="options", inline=True)
-def compiled_apply(
-    params: Any,
-    state: BNState | None,
-    x: Array,
-    mask: Array | None,
-    momentum: tuple[Any, Any],
-    earlier: Collected | None,
-    *,
-    options: Options,
-) -> tuple[Array, BNState | None, Collected | None]:
-    """`apply`, compiled once for each set of options."""
-    batch = validate(params, state, x, mask, options)
-    collected = None
-    if state is not None and not options.train:
-        mean, var = state.mean, state.var.real
-    else:
-        statistics = batch_statistics(batch, state, options)
-        mean, var = choose_statistics(statistics.moments, state, batch)
-        state, collected = update(state, statistics, earlier, momentum, options)
-    scale, bias = params
-    return normalize_by(mean, var, scale, bias, batch, options), state, collected
-
-
-def validate(params: Any, state: BNState | None, x: Array, mask: Array | None, options: Options) -> Batch:
-    """The batch to normalize, after all arguments have been checked."""
-    features = checks.feature_axes(options.call, x, options.axis)
-    checks.variables(options.call, params, state, x, features, options.axis)
-    checks.weights(options.call, mask, x)
-    if options.train or state is None:
-        checks.bound_axes(options.call, options.axis_names, options.axis_index_groups)
-    return batch_of(x, mask, features)
-
-
-def batch_statistics(batch: Batch, state: BNState | None, options: Options) -> Collected:
-    """The moments of the batch, over the named axes too. The running mean is a guess of the batch's mean."""
-    shift = None if state is None else state.mean
-    return collect(batch, options.axis_names, options.axis_index_groups, shift=shift)
-
-
-def choose_statistics(moments: Moments, state: BNState | None, batch: Batch) -> tuple[Array, Array]:
-    """Mean and variance to normalize by: the batch's, or the running ones for a feature without a valid element."""
-    _, mean, var = moments
-    if batch.mask is None and 0 not in batch.x.shape:
-        return mean, var
-    if state is None:
-        running_mean, running_var = jnp.zeros_like(mean), jnp.ones_like(var)
-    else:
-        running_mean, running_var = state.mean.astype(mean.dtype), state.var.real.astype(var.dtype)
-    some = moments.weight > 0
-    return select(some, mean, sharded_as(mean, running_mean)), select(some, var, sharded_as(var, running_var))
-
-
-@jax.named_scope("bnjax.normalize")
-def normalize_by(
-    mean: Array, var: Array, scale: Array | None, bias: Array | None, batch: Batch, options: Options
-) -> Array:
-    """The formula, in the output's dtype; statistics of the features' shape, scale and bias of that or conditional."""
-    dtype = options.dtype or batch.dtype
-    per_feature = (aligned(v, batch.x, batch.features) for v in (mean, var, scale, bias))
-    return normalize(batch.x, *per_feature, batch.mask, options.epsilon, dtype).astype(dtype)
-
-
-def aligned(v: Any, x: Array, features: tuple[int, ...]) -> Any:
-    """`v`, of the shape of the features, with x's rank, which conditional scale and bias have, and sharded as `x`."""
-    if v is None:
-        return v
-    return sharded_as(x, v if v.ndim == x.ndim else jnp.expand_dims(v, [a for a in range(x.ndim) if a not in features]))
+    layer = BatchNorm(axis, momentum, epsilon, axis_name, axis_index_groups, unbiased_var, call="bn_apply")
+    return layer.apply(params, state, x, train, mask)

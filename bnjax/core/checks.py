@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jax.core import Tracer
+
+from bnjax.core.jax_internals import is_traced
 
 Axis = int | Sequence[int]
 AxisName = Hashable | Sequence[Hashable]
@@ -217,26 +218,24 @@ def positive(call: str, name: str, value: Any) -> float:
 
 def known(values: Array) -> np.ndarray | None:
     """The numbers in an array; None if it is traced, or if another host holds a part of it."""
-    unknown = isinstance(values, Tracer) or not values.is_fully_addressable
+    unknown = is_traced(values) or not values.is_fully_addressable
     return None if unknown else np.asarray(jax.device_get(values))
 
 
-def momentum(call: str, value: Any) -> tuple[Any, Any]:
-    """The momentum and its complement, both in [0, 1]; an array that only run time knows is clamped."""
+def momentum(call: str, value: Any) -> Any:
+    """The momentum, a float or an array, after a check of the numbers that are known."""
     if isinstance(value, np.ndarray) and value.ndim:
         value = jnp.asarray(value)
     if isinstance(value, Array):
         if not (jnp.issubdtype(value.dtype, jnp.floating) or jnp.issubdtype(value.dtype, jnp.integer)):
             raise TypeError(f"{call}(momentum=...): expected real numbers, got {value.dtype}.")
         numbers = known(value)
-        if numbers is None:
-            value = jnp.where(value < 0, 0, jnp.where(value > 1, 1, value))
-        elif not np.all((numbers >= 0) & (numbers <= 1)):
+        if numbers is not None and not np.all((numbers >= 0) & (numbers <= 1)):
             raise ValueError(
                 f"{call}(momentum=...): expected numbers in [0, 1], the weight of the old value, got {numbers}. "
                 "For PyTorch's momentum p pass 1 - p."
             )
-        return value, 1 - value
+        return value
     if isinstance(value, bool) or not isinstance(value, int | float | np.number | np.ndarray) or np.ndim(value):
         raise TypeError(
             f"{call}(momentum={value!r}): expected a number or a function of state.count, got {type(value).__name__}. "
@@ -247,8 +246,7 @@ def momentum(call: str, value: Any) -> tuple[Any, Any]:
             f"{call}(momentum={value!r}): expected a number in [0, 1], the weight of the old value. "
             "For PyTorch's momentum p pass 1 - p."
         )
-    # In float32 the complement of 0.99 is off by a relative 1e-6; in float64 it is not.
-    return float(value), 1 - float(value)
+    return float(value)
 
 
 def rate(call: str, rate: tuple[Any, Any], like: Array) -> None:
@@ -260,7 +258,7 @@ def rate(call: str, rate: tuple[Any, Any], like: Array) -> None:
         )
 
 
-def variables(call: str, params: Any, state: Any, x: Array, features: tuple[int, ...], axis: Axis) -> None:
+def variables(call: str, params: Any, state: Any, x: Array, features: tuple[int, ...]) -> None:
     """Check that scale, bias and running statistics fit `x` and its features, and are complex only if `x` is."""
     for name, value, fields in ("params", params, ("scale", "bias")), ("state", state, ("mean", "var", "count")):
         if not (value is None and name == "state") and not all(hasattr(value, field) for field in fields):
@@ -274,6 +272,7 @@ def variables(call: str, params: Any, state: Any, x: Array, features: tuple[int,
     for name, value in arrays.items():
         inexact(call, name, value)
     shape = tuple(x.shape[a] for a in features)
+    axis = features[0] if len(features) == 1 else features
     named = {"scale": params.scale, "bias": params.bias}
     for name, value in named.items():
         if value is not None and np.shape(value) != shape and not _broadcasts(value, x):

@@ -16,6 +16,9 @@ that they are used only in this module:
     `jax.ad_checkpoint.checkpoint_name` gives, which it does not know. Importing bnjax adds only the former. Without
     `jet` there are no Taylor series.
 
+`jax.core.Tracer`, `jax.custom_derivatives.SymbolicZero`
+    Whether a value is known, and whether a tangent is zero, while a function is traced.
+
 With the environment variable BNJAX_PLAIN=1, or where JAX has lost the primitives, the plain formula runs everywhere.
 Its results are as exact. It takes more time on CPU, and moves more memory on a GPU.
 """
@@ -30,6 +33,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
+from jax.custom_derivatives import SymbolicZero as SymbolicZero
 
 PLAIN: bool = os.environ.get("BNJAX_PLAIN", "0") not in ("", "0")
 
@@ -116,8 +121,9 @@ class PlatformFunction:
         primitive.def_abstract_eval(functools.cache(self._abstract))
         ad.primitive_jvps[primitive] = self._jvp
         batching.primitive_batchers[primitive] = self._batch
-        mlir.register_lowering(primitive, mlir.lower_fun(self.plain, multiple_results=True))
-        for platform, one, several in ("cpu", self.cpu, self.plain), ("cuda", self.one_gpu, self.cuda):
+        plain, cpu, cuda, one_gpu = map(_shared, (self.plain, self.cpu, self.cuda, self.one_gpu))
+        mlir.register_lowering(primitive, plain)
+        for platform, one, several in ("cpu", cpu, plain), ("cuda", one_gpu, cuda):
             mlir.register_lowering(primitive, partial(self._lower, one, several), platform=platform)
         if jet is not None:
             jet.jet_rules[primitive] = self._jet
@@ -156,14 +162,19 @@ class PlatformFunction:
         return out, (0,) * len(out)
 
     def _lower(self, one, several, context, *arrays, axes):
-        rule = one if _on_one_device(context.module_context.axis_context) else several
-        return mlir.lower_fun(rule, multiple_results=True)(context, *arrays, axes=axes)
+        lower = one if _on_one_device(context.module_context.axis_context) else several
+        return lower(context, *arrays, axes=axes)
 
     def _jet(self, primals, terms, *, axes):
         # A name for `jax.checkpoint` is the identity, so that its result has the Taylor series of its argument. What we
         # name has gone through one of these functions, so that the rule is there in time without an import adding it.
         jet.jet_rules.setdefault(name_p, lambda primals, terms, **params: (*primals, *terms))
         return jet.jet(partial(self.taylor, axes=axes), primals, terms, factorial_scaled=False)
+
+
+def _shared(rule):
+    """The lowering of a function that all layers of one shape call in a program, which is half as long so."""
+    return mlir.lower_fun(jax.jit(rule, static_argnames="axes"), multiple_results=True)
 
 
 def transpose_each_other(first: PlatformFunction, second: PlatformFunction) -> None:
@@ -189,3 +200,8 @@ def _on_one_device(context):
 def mesh_axes() -> frozenset[Hashable]:
     """The named axes of a mesh that `shard_map` or `pmap` maps where this is called."""
     return frozenset(jax.sharding.get_abstract_mesh().manual_axes)
+
+
+def is_traced(value: Any) -> bool:
+    """Whether a value is an array that a transformation of JAX follows, and so not known in Python."""
+    return isinstance(value, Tracer)

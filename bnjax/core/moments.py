@@ -1,4 +1,4 @@
-"""First and second moments of a batch: of an array, of parts of a batch, and over named axes.
+"""First and second moments of a batch: of one part of it, and of parts merged, over devices too; with their derivative.
 
     weight = sum_i w_i        mean = sum_i w_i x_i / weight        var = sum_i w_i |x_i - mean|^2 / weight
 
@@ -7,7 +7,7 @@ Moments of parts merge to the moments of the whole (Chan, Golub & LeVeque, 1983)
     var = sum_i w_i (var_i + |mean_i - mean|^2) / weight
 
 which serves the shards of a mesh, the examples of `vmap`, the steps of an accumulation and the groups of a ghost batch.
-How one array is read is in `array_moments.py`.
+How one part is read is in `reading.py`.
 
 This module knows neither scale and bias nor running statistics.
 """
@@ -16,7 +16,7 @@ import math
 import warnings
 from collections.abc import Hashable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,57 +24,32 @@ import numpy as np
 from jax import Array, lax
 
 from bnjax.core import checks
-from bnjax.core.array_moments import guarded_moments, merged_moments, two_read_moments, unguarded_moments
-from bnjax.core.checkpoint import named
 from bnjax.core.collectives import Groups, gather, kinds_of_axes, sum_over
-from bnjax.core.domains import Domains, summed
+from bnjax.core.domains import Domains, Over, summed
+from bnjax.core.reading import merged, read_anywhere, read_locally, two_looks
 from bnjax.core.records import Collected, Moments, Support
 from bnjax.core.reductions import sums
+from bnjax.core.residuals import named
 from bnjax.core.sharding import sharded_as
-from bnjax.core.weights import (
-    divided,
-    is_real,
-    mean_weight,
-    nonzero,
-    relative,
-    valid,
-    valid_elements,
-    weigh,
-    weighted_sum,
-)
-
-
-class Batch(NamedTuple):
-    """An array whose moments are wanted, its mask and its feature axes, all of them checked.
-
-    `x` has 32 bits or more. `mask` is None, boolean, or real-valued of x's width. `dtype` is the one that `x` came in,
-    in which a second look reads it again.
-    """
-
-    x: Array
-    mask: Array | None
-    features: tuple[int, ...]
-    dtype: Any
-
-    @property
-    def axes(self) -> tuple[int, ...]:
-        """The axes that are reduced."""
-        return tuple(a for a in range(self.x.ndim) if a not in self.features)
-
-
-def batch_of(x: Array, mask: Array | None, features: tuple[int, ...]) -> Batch:
-    """The batch of checked arguments; `x` is widened once, so that its gradient is summed up before it is rounded."""
-    wide = x.astype(wider(x.dtype))
-    if mask is not None:
-        mask = sharded_as(x, mask)
-    if is_real(mask):
-        mask = lax.stop_gradient(mask.astype(jnp.finfo(wide.dtype).dtype))
-    return Batch(wide, mask, features, x.dtype)
+from bnjax.core.weights import divided, is_real, nonzero, relative, sum_as, valid, weigh
 
 
 def wider(dtype: Any, other: Any = jnp.float32) -> Any:
     """The dtype of the two with more bits, `dtype` where they are equal; both real or both complex, or other real."""
     return max(jnp.dtype(dtype), jnp.dtype(other), key=lambda d: jnp.finfo(d).bits)
+
+
+def widened(x: Array, mask: Array | None) -> tuple[Array, Array | None]:
+    """`x` with 32 bits or more, and its mask: None, boolean, or real-valued of that width; checked before.
+
+    The caller widens once, so that the gradient of `x` is summed up before it is rounded.
+    """
+    wide = x.astype(wider(x.dtype))
+    if mask is not None:
+        mask = sharded_as(x, mask)
+        if is_real(mask):
+            mask = lax.stop_gradient(mask.astype(jnp.finfo(wide.dtype).dtype))
+    return wide, mask
 
 
 def batch_moments(
@@ -130,7 +105,8 @@ def batch_moments(
 def _batch_moments(x, mask, *, features, names, groups):
     checks.weights("batch_moments", mask, x)
     checks.bound_axes("batch_moments", names, groups)
-    return collect(batch_of(x, mask, features), names, groups).moments
+    wide, mask = widened(x, mask)
+    return collect(wide, mask, features, x.dtype, names, groups).moments
 
 
 def merge_moments(*moments: Moments) -> Moments:
@@ -187,7 +163,7 @@ def merge_moments(*moments: Moments) -> Moments:
             f"merge_moments(...): the moments cannot be put together ({str(error).splitlines()[0]}). Put all of them "
             "on the same devices first: jax.device_put(moments, sharding)."
         ) from error
-    return merged_moments(parts, (0,))
+    return merged(parts, (0,))
 
 
 def _warn_of_lost_counts(weights):
@@ -206,18 +182,14 @@ def _warn_of_lost_counts(weights):
         )
 
 
-class Reading(NamedTuple):
-    """How an array is read: in which dtype, and around a known shift with a guard or around the mean of a part."""
-
-    dtype: Any
-    guarded: bool
-
-
 @jax.named_scope("bnjax.moments")
 def collect(
-    batch: Batch,
-    names: tuple[Hashable, ...],
-    groups: Groups,
+    x: Array,
+    mask: Array | None,
+    features: tuple[int, ...],
+    stored: Any,
+    names: tuple[Hashable, ...] = (),
+    groups: Groups = None,
     *,
     shift: Array | None = None,
     sharded: bool = True,
@@ -226,96 +198,66 @@ def collect(
     """The moments of a batch and their support, over the named axes too.
 
     Args:
-      batch: the array, its mask and its feature axes.
+      x, mask: the result of `widened`.
+      features: the feature axes of `x`.
+      stored: the dtype that `x` had before it was widened, in which a look reads it.
       names, groups: the mapped axes and index groups, checked.
       shift: a guess of the mean, of the shape of the features, such as the running mean; None is 0. It changes how
         often `x` is read, never the result.
       sharded: whether the reduced axes may be sharded over devices.
       domains: the domains that the examples belong to, for the moments of each. The examples are then one of the
-        feature axes of the batch, and in the result the domains are the first axis.
+        feature axes, and in the result the domains are the first axis.
     """
-    x, axes = batch.x, batch.axes
-    on_mesh, on_vmap = kinds_of_axes(names, groups)
+    axes = tuple(a for a in range(x.ndim) if a not in features)
+    on_mesh, on_vmap = kinds_of_axes(names, groups) if names else ((), ())
     if shift is None:
-        shift = jnp.zeros([x.shape[a] for a in batch.features], x.dtype)
+        shift = jnp.zeros([x.shape[a] for a in features], x.dtype)
     shift = shift if jnp.iscomplexobj(x) else shift.real
     shift = sharded_as(x, jnp.expand_dims(lax.stop_gradient(shift).astype(x.dtype), axes))
-    reading = Reading(batch.dtype, guarded=sharded and not on_vmap)
-    collected = _collect(x, batch.mask, shift, domains, axes, on_mesh, groups if on_mesh else None, reading)
+    anywhere = sharded and not on_vmap
+    collected = _collect(x, mask, shift, domains, axes, on_mesh, groups if on_mesh else None, stored, anywhere)
     if on_vmap:
         # Merged outside the custom JVP, because the names of vmap axes are unbound when jit traces that rule. No data
         # move along these axes, so that autodiff may transpose the merge as it likes.
-        collected = named(_merge_over(collected, on_vmap, groups, is_real(batch.mask)))
-    return _overflow_as_nan(collected, is_real(batch.mask))
+        collected = named(merge_over_axes(collected, on_vmap, groups))
+    return _overflow_as_nan(collected)
 
 
-def _overflow_as_nan(collected: Collected, weighted: bool) -> Collected:
+def _overflow_as_nan(collected: Collected) -> Collected:
     """The moments with NaN for a variance whose sum of squares, valid elements x var, is near the end of the range.
 
     Some ways of reading x overflow to infinity there, others to NaN, and others not yet. Normalized by an infinite
     variance, a feature would silently become `bias`. Below the limit 1 / (valid x var), a factor of the gradient, is a
     normal number.
     """
-    weight, _, var = collected.moments
-    # Both are the number of elements without real-valued weights. The weight is a residual of the backward pass anyway.
-    valid = collected.support.valid if weighted else weight
-    var = jnp.where(valid * var <= jnp.finfo(var.dtype).max / 4, var, jnp.nan)
-    return collected._replace(moments=collected.moments._replace(var=var))
+    moments, support = collected
+    elements = moments.weight if support is None else support.valid
+    var = jnp.where(elements * moments.var <= jnp.finfo(moments.var.dtype).max / 4, moments.var, jnp.nan)
+    return Collected(moments._replace(var=var), support)
 
 
-def merge_parts(parts: Collected, axis: int | Domains) -> Collected:
-    """The moments and the support of all parts of a batch, which lie along an array axis, or of each domain."""
-    over = (axis,) if isinstance(axis, int) else axis
-    moments = merged_moments(parts.moments, over)
-    weight, unit = relative(parts.moments.weight, over)
-    own = divided(weighted_sum(parts.support.mean_weight, weight, over), moments.weight / unit)
-    return Collected(moments, Support(summed(parts.support.valid, over), own))
-
-
-def merge_together(*parts: Collected) -> Collected:
-    """The moments and the support of all parts of a batch."""
-    return merge_parts(jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts), 0)
-
-
-def merge_over_axes(collected: Collected, names: tuple[Hashable, ...], groups: Groups, weighted: bool) -> Collected:
-    """The moments and the support of all indices of the named axes; less is sent unless weights are real-valued."""
-    for kind in kinds_of_axes(names, groups):
-        if kind:
-            collected = _merge_over(collected, kind, groups, weighted)
-    return collected if weighted else Collected(collected.moments, _unit_support(collected.moments.weight))
-
-
-def autodiff_collect(batch: Batch, names: tuple[Hashable, ...] = (), groups: Groups = None) -> Collected:
-    """`collect` by two reads, without its derivative rule: the tests' oracle for that rule."""
-    moments = two_read_moments(batch.x, batch.mask, batch.axes)
-    collected = Collected(moments, support_of(moments.weight, batch.x.shape, batch.mask, batch.axes))
-    return _merge_over(collected, names, groups, is_real(batch.mask)) if names else collected
-
-
-@partial(jax.custom_jvp, nondiff_argnums=(4, 5, 6, 7))
-def _collect(x, mask, shift, domains, axes, names, groups, reading):
-    """`collect` over mesh axes."""
+@partial(jax.custom_jvp, nondiff_argnums=(4, 5, 6, 7, 8))
+def _collect(x, mask, shift, domains, axes, names, groups, stored, anywhere):
+    """`collect` over mesh axes: the part that is here is read, and the parts are merged."""
     elements = math.prod(x.shape[a] for a in axes)
-    one_element = isinstance(elements, int) and elements < 2
-    if one_element or not (mask is None or reading.guarded):
-        moments = two_read_moments(x, mask, axes)
+    if isinstance(elements, int) and elements < 2:
+        moments = two_looks(x, mask, axes)
     else:
-        weights = () if mask is None else (mask,)
-        read = guarded_moments if reading.guarded else unguarded_moments
-        moments = Moments(*read(x.astype(reading.dtype), shift, *weights, axes=axes))
-    collected = Collected(moments, support_of(moments.weight, x.shape, mask, axes))
+        read = read_anywhere if anywhere else read_locally
+        moments = Moments(*read(x.astype(stored), shift, *([] if mask is None else [mask]), axes=axes))
+    collected = Collected(moments, support_of(moments.weight, x.shape, mask, axes) if is_real(mask) else None)
     if domains is not None:
-        collected = _of_each_domain(collected, domains, is_real(mask))
-    return _merge_over(collected, names, groups, is_real(mask)) if names else collected
+        collected = merge(collected, domains)
+    return merge_over_axes(collected, names, groups) if names else collected
 
 
 @_collect.defjvp
-def _collect_jvp(axes, names, groups, reading, primals, tangents):
+def _collect_jvp(axes, names, groups, stored, anywhere, primals, tangents):
     # dmean = E[dx] and dvar = 2 E[Re(conj(x - mean) dx)]. The shift that the sums were taken around drops out, and the
     # two sums transpose to one elementwise pass. They travel in one psum, forward and, transposed, backward.
     # With domains, sums over one are sums over its examples of sums over the other axes.
     x, mask, _, domains = primals
-    collected = named(_collect(*primals, axes, names, groups, reading))
+    collected = named(_collect(*primals, axes, names, groups, stored, anywhere))
     dx, *_ = tangents
     weight, mean, _ = collected.moments
 
@@ -336,34 +278,41 @@ def _collect_jvp(axes, names, groups, reading, primals, tangents):
     return collected, Collected(dmoments, jax.tree.map(jnp.zeros_like, collected.support))
 
 
-def support_of(weight: Array, shape: tuple[int, ...], mask: Any, axes: tuple[int, ...]) -> Support:
-    """The support of an array of this shape whose mask sums up to `weight`."""
-    if not is_real(mask):
-        return _unit_support(weight)
-    elements = valid_elements(shape, mask, axes, weight)
-    mask, unit = relative(mask, axes)
-    return Support(elements, mean_weight(shape, mask, axes, weight / unit) * unit)
+def merge(parts: Collected, over: Over) -> Collected:
+    """The moments and the support of all parts of a batch, which lie along an array axis, or of each domain."""
+    moments, support = merged(parts.moments, over), parts.support
+    if support is not None:
+        weight, unit = relative(parts.moments.weight, over)
+        own = divided(summed(weigh(weight, support.mean_weight), over), moments.weight / unit)
+        support = Support(summed(support.valid, over), own)
+    return Collected(moments, support)
 
 
-def _unit_support(weight):
-    """The support where each valid element has weight 1."""
-    return Support(weight, lax.full_like(weight, 1))
+def merge_together(*parts: Collected) -> Collected:
+    """The moments and the support of all parts of a batch."""
+    if any(part.support is not None for part in parts):
+        parts = tuple(map(with_support, parts))
+    return merge(jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts), (0,))
 
 
-def _merge_over(collected, names, groups, weighted):
-    """The moments and support of all indices of mapped axes of one kind together, or of the own group.
-
-    Unless weights are real-valued the support follows from the moments, and is not sent.
-    """
-    if weighted:
-        return merge_parts(gather(collected, names, groups), 0)
-    moments = merged_moments(gather(collected.moments, names, groups), (0,))
-    return Collected(moments, _unit_support(moments.weight))
+def merge_over_axes(collected: Collected, names: tuple[Hashable, ...], groups: Groups) -> Collected:
+    """The moments and the support of all indices of the named axes, or of the own group."""
+    for kind in kinds_of_axes(names, groups):
+        if kind:
+            collected = merge(gather(collected, kind, groups), (0,))
+    return collected
 
 
-def _of_each_domain(collected, domains, weighted):
-    """The moments and support of each domain's examples together."""
-    if weighted:
-        return merge_parts(collected, domains)
-    moments = merged_moments(collected.moments, domains)
-    return Collected(moments, _unit_support(moments.weight))
+def support_of(weight: Array, shape: tuple[int, ...], mask: Array, axes: tuple[int, ...]) -> Support:
+    """The support of an array of this shape whose real-valued mask sums up to `weight`."""
+    like = lax.full_like(weight, 0)  # of its shape, and sharded alike
+    elements = sum_as(shape, (mask > 0).astype(weight.dtype), axes)
+    shares, unit = relative(mask, axes)
+    squares = sum_as(shape, weigh(shares, shares), axes)
+    return Support(elements + like, divided(squares + like, weight / unit) * unit)
+
+
+def with_support(collected: Collected) -> Collected:
+    """The moments with their support, which is not kept where each valid element has weight 1."""
+    moments, support = collected
+    return Collected(moments, support or Support(moments.weight, lax.full_like(moments.weight, 1)))

@@ -12,14 +12,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.custom_derivatives import SymbolicZero
 
-from bnjax.core.jax_internals import mesh_axes
+from bnjax.core.jax_internals import SymbolicZero, mesh_axes
 from bnjax.core.reductions import spread
 from bnjax.core.weights import valid
 
 
-def autodiff_normalize(
+def formula(
     x: Array,
     mean: Array,
     var: Array,
@@ -29,15 +28,18 @@ def autodiff_normalize(
     epsilon: float,
     dtype: Any = None,
 ) -> Array:
-    """`normalize` without its derivative rule: the tests' oracle for that rule."""
+    """scale * (x - mean) / sqrt(var + epsilon) + bias, of x's dtype; all arguments have x's rank or are None.
+
+    The mask and `dtype` affect only derivatives, and only those of `normalize`.
+    """
     y = (x - mean.astype(x.dtype)) * slopes(x, var, scale, epsilon)[1]
     return y if bias is None else y + bias.astype(x.dtype)
 
 
-# scale * (x - mean) / sqrt(var + epsilon) + bias, with all arguments of x's rank; scale, bias and mask may be None. The
-# result has x's dtype. A masked element whose y is not finite in `dtype`, the output's dtype, is a constant to
-# derivatives: a loss that leaves it out may return 0 * inf as its cotangent, a NaN for the whole feature.
-normalize: "jax.custom_jvp[Array]" = jax.custom_jvp(autodiff_normalize, nondiff_argnums=(6, 7))
+# The formula with the derivative rule below, which plain autodiff of `formula` is the test of. A masked element whose y
+# is not finite in `dtype`, the output's, is a constant to derivatives: a loss that leaves it out may return 0 * inf as
+# its cotangent, a NaN for the whole feature.
+normalize: "jax.custom_jvp[Array]" = jax.custom_jvp(formula, nondiff_argnums=(6, 7))
 
 
 @partial(normalize.defjvp, symbolic_zeros=True)

@@ -18,7 +18,7 @@ def serializable(record: type[T]) -> type[T]:
 class BNParams(NamedTuple):
     """Learned scale (gamma) and bias (beta), of the shape of the features; None where the layer has none."""
 
-    scale: Array | None
+    scale: Array | None  # (*features,), or conditional: x's rank with each size 1 or x's
     bias: Array | None
 
 
@@ -26,9 +26,9 @@ class BNParams(NamedTuple):
 class BNState(NamedTuple):
     """Running mean and variance, and how many updates each feature absorbed; of the shape of the features."""
 
-    mean: Array
-    var: Array
-    count: Array  # pyright: ignore[reportIncompatibleMethodOverride]  a tuple counts too
+    mean: Array  # (*features,), complex for complex x
+    var: Array  # (*features,), real
+    count: Array  # (*features,) or (), integer  # pyright: ignore[reportIncompatibleMethodOverride]  a tuple counts too
 
 
 @serializable
@@ -39,9 +39,9 @@ class Moments(NamedTuple):
     `weight` is 0, `mean` and `var` are 0.
     """
 
-    weight: Array
-    mean: Array
-    var: Array
+    weight: Array  # (*features,), real
+    mean: Array  # (*features,), complex for complex x
+    var: Array  # (*features,), real
 
 
 @serializable
@@ -52,13 +52,16 @@ class Support(NamedTuple):
     leave the floating range for weights far from 1.
     """
 
-    valid: Array
+    valid: Array  # (*features,), real, as both are
     mean_weight: Array
 
 
 @serializable
 class Collected(NamedTuple):
-    """What a layer collects from a batch in training: its moments and their support."""
+    """The moments of a batch, and their support, which is None where every valid element has weight 1.
+
+    The support is then known from the moments: as many valid elements as the weight says, of mean weight 1.
+    """
 
     moments: Moments
-    support: Support
+    support: Support | None

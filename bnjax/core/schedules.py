@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.core import Tracer
 
 from bnjax.core import checks
+from bnjax.core.jax_internals import is_traced
 
 Momentum = float | Array | Callable[[Array], Array]
 
@@ -65,13 +65,13 @@ class debiased:  # noqa: N801  a function with one parameter bound, which hashes
 
     def __post_init__(self) -> None:
         value = self.momentum
-        if isinstance(value, Tracer):
+        if is_traced(value):
             raise TypeError(
                 "debiased(momentum=...): expected a Python number, got an array of a jitted function. Make the "
                 "schedule outside of it, or pass your own function of state.count."
             )
         value = value.item() if isinstance(value, Array) else value
-        object.__setattr__(self, "momentum", checks.momentum("debiased", value)[0])
+        object.__setattr__(self, "momentum", checks.momentum("debiased", value))
 
     def __call__(self, count: Array) -> Array:
         return self.weights(count)[0]
@@ -148,6 +148,15 @@ def _ramp(count, low, high, start, length, *, step):
     return low + (high - low) * jnp.clip(rise, 0, 1)
 
 
+def check_no_class(call: str, name: str, value: Any) -> None:
+    """Check that an option that may be a schedule is not a class of schedules."""
+    if isinstance(value, type):
+        raise TypeError(
+            f"{call}({name}={value.__name__}): expected a number or a function of state.count, got the class itself. "
+            f"Call it with its arguments: {name}={_EXAMPLES.get(value, value.__name__ + '(...)')}."
+        )
+
+
 def at_count(call: str, name: str, value: Any, state: Any, train: bool, unused: Any) -> Any:
     """The option `name`, a number or a function of the count of updates, as a number for this call.
 
@@ -157,11 +166,6 @@ def at_count(call: str, name: str, value: Any, state: Any, train: bool, unused: 
     """
     if not callable(value):
         return value
-    if isinstance(value, type):
-        raise TypeError(
-            f"{call}({name}={value.__name__}): expected a number or a function of state.count, got the class itself. "
-            f"Call it with its arguments: {name}={_EXAMPLES.get(value, value.__name__ + '(...)')}."
-        )
     if not train or not hasattr(state, "count"):
         return unused
     try:

@@ -1,22 +1,69 @@
-"""Weights of elements, and weighted sums that masked elements cannot enter.
+"""Weights of elements, and means that masked elements cannot enter.
 
 A weight is None (every element has weight 1), boolean, or real-valued. It broadcasts to the values. An element is valid
 if its weight is positive, and masked otherwise. A masked element, even NaN, does not affect any result.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, TypeGuard
 
 import jax.numpy as jnp
 from jax import Array, lax
 
-from bnjax.core.checkpoint import named
 from bnjax.core.domains import Domains, Over, largest, returned, summed
+from bnjax.core.residuals import named
+
+USUAL = 2.0**40
+"""Within this factor of 1 a sum of weights is usual."""
 
 
 def is_real(weight: Any) -> TypeGuard[Array]:
     """Whether the weights are real-valued."""
     return weight is not None and weight.dtype != bool
+
+
+def expectation(
+    x: Array, weight: Array | None, over: Over, *, scaled: bool = True
+) -> tuple[Any, Callable[[Array], Array]]:
+    """The total weight of the elements of `x`, and the function E of arrays of x's shape.
+
+        total = sum_i w_i          E(v) = sum_i w_i v_i / total          0 where no weight is positive
+
+    Sums are over axes or domains. The total broadcasts to what E returns. Real-valued weights are scaled, divided by a
+    power of two near the largest, which takes a reduction of its own: only their ratios count, and products with the
+    weights themselves may leave the floating range, unless their total is `usual`. Where there are weights the results
+    are named, because merged moments are differentiated as they are written.
+    """
+    if weight is None and not isinstance(over, Domains):
+        number = math.prod(x.shape[a] for a in over)
+        return number, lambda values: jnp.sum(values, over) / (1 if number == 0 else number)
+    weight, unit = relative(weight, over) if scaled else (weight, 1)
+    total = named(total_weight(x.shape, weight, over, x.dtype))
+
+    def mean(values):
+        weighted = summed(weigh(weight, values), over)
+        return named(divided(weighted, total + lax.full_like(weighted.real, 0)))
+
+    return named(total * unit), mean
+
+
+def usual(total: Array) -> Array:
+    """Whether weights with this total leave room for the squares of values and of weights."""
+    return (total == 0) | ((total > 1 / USUAL) & (total < USUAL))
+
+
+def total_weight(shape: tuple[int, ...], weight: Array | None, over: Over, dtype: Any) -> Array:
+    """The sum over axes or domains of the weights of an array of this shape; real, and broadcasts to other sums."""
+    ones = jnp.ones((1,) * len(shape) if weight is None else weight.shape, jnp.finfo(dtype).dtype)
+    return sum_as(shape, weigh(weight, ones), over)
+
+
+def sum_as(shape: tuple[int, ...], values: Array, over: Over) -> Array:
+    """The sum over axes or domains of `values` as if they were broadcast to `shape`; it broadcasts to other sums."""
+    if isinstance(over, Domains):
+        return over.sum(jnp.broadcast_to(values, shape))
+    return jnp.sum(values, over) * math.prod(shape[a] for a in over if values.shape[a] != shape[a])
 
 
 def valid(weight: Array, values: Array) -> Array:
@@ -32,45 +79,15 @@ def weigh(weight: Array | None, values: Array) -> Array:
     return jnp.where(valid(weight, values), weighed, 0)
 
 
-def sum_as(shape: tuple[int, ...], values: Array, over: Over, like: Array) -> Array:
-    """The sum over axes or domains of `values` as if they were broadcast to `shape`; sharded as `like`."""
-    if isinstance(over, Domains):
-        return over.sum(jnp.broadcast_to(values, shape))
-    repeats = math.prod(shape[a] for a in over if values.shape[a] != shape[a])
-    return summed(values, over) * repeats + lax.full_like(like, 0)
-
-
-def total_weight(shape: tuple[int, ...], weight: Array | None, over: Over, like: Array) -> Array:
-    """The sum of the weights of an array of this shape, per feature; real, and sharded as `like`."""
-    ones = jnp.ones((1,) * len(shape) if weight is None else weight.shape, like.real.dtype)
-    return sum_as(shape, weigh(weight, ones), over, like.real)
-
-
-def valid_elements(shape: tuple[int, ...], weight: Array, axes: tuple[int, ...], like: Array) -> Array:
-    """The number of elements with a positive weight, per feature."""
-    return sum_as(shape, (weight > 0).astype(weight.dtype), axes, like)
-
-
-def weighted_sum(values: Array, weight: Array | None, over: Over) -> Array:
-    """sum(w v) over axes or domains."""
-    return summed(weigh(weight, values), over)
-
-
 def divided(weighted: Array, total: Array) -> Array:
     """A weighted sum divided by the sum of the weights; 0 where no weight is positive."""
     return weighted * (1 / nonzero(total)).astype(weighted.dtype)
 
 
-def mean_weight(shape: tuple[int, ...], weight: Array, axes: tuple[int, ...], total: Array) -> Array:
-    """sum(w^2) / sum(w) over `axes` of an array of this shape, for total = sum(w)."""
-    return divided(sum_as(shape, weigh(weight, weight), axes, total), total)
-
-
 def relative(weight: Any, over: Over) -> tuple[Any, Any]:
     """Weights divided exactly by a power of two near the largest over axes or domains, and that power of each sum.
 
-    Only the ratios of weights count, and products with the weights themselves may leave the floating range. Weights
-    that are not real-valued stay as they are, with 1 for the power.
+    Weights that are not real-valued stay as they are, with 1 for the power.
     """
     if not is_real(weight):
         return weight, 1

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from bnjax.core import checks
-from bnjax.core.apply import aligned
+from bnjax.core.layer import aligned
 from bnjax.core.moments import wider
 from bnjax.core.normalize import normalize, slopes
 from bnjax.core.records import BNParams, BNState, serializable

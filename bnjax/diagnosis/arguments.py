@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.core import Tracer
 
 from bnjax.core import trees
+from bnjax.core.jax_internals import is_traced
 from bnjax.core.records import BNParams, BNState
 from bnjax.diagnosis.report import listed
 
@@ -94,7 +94,7 @@ def _check_tree(name: str, tree: Any) -> None:
             f"{call}: got {kind} with {', '.join(collections)}. Pass {_PASS[name]}."
         )
     for leaf in jax.tree.leaves(tree):
-        if isinstance(leaf, Tracer):
+        if is_traced(leaf):
             raise TypeError("diagnose(...): got traced arrays. Call it outside of jit, grad and vmap.")
         valued = hasattr(leaf, "dtype") and not isinstance(leaf, jax.ShapeDtypeStruct)
         if not (valued or isinstance(leaf, int | float | complex)):

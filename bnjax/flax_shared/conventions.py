@@ -4,8 +4,7 @@ A layer holds variables; the pure functions compute. What differs between the fr
 how dtypes promote: an adapter, `Storage`, does that.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import combinations
 from typing import Any, Protocol
 
@@ -13,30 +12,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.core import Tracer
 
 from bnjax.core import checks
-from bnjax.core.apply import apply
-from bnjax.core.moments import wider
-from bnjax.core.options import checked
-from bnjax.core.records import BNParams, BNState, Collected, Moments, Support
+from bnjax.core.jax_internals import is_traced
+from bnjax.core.layer import BatchNorm
+from bnjax.core.moments import wider, with_support
+from bnjax.core.records import BNParams, BNState, Collected, Moments
 from bnjax.variants.conditional import chosen_params
-from bnjax.variants.indexed import apply_indexed
+from bnjax.variants.indexed import IndexedBatchNorm
 
 
 @dataclass
 class Variables:
     """What a layer holds, as one call reads it; all arrays in any dtype.
 
-    `count` is None where no option is a function of it. `collect` asks for the moments of the batch, and `earlier` are
-    moments that those are merged into.
+    `count` is None where no option is a function of it. `earlier` are moments that the batch's are merged into.
     """
 
     params: BNParams
     mean: Array
     var: Array
     count: Array | None
-    collect: bool = False
     earlier: Collected | None = None
 
 
@@ -56,12 +52,12 @@ class Storage(Protocol):
         """`x` and the parameters as the framework promotes them, and the dtype of the output."""
         ...
 
-    def write(self, variables: Variables, state: BNState, collected: Collected | None, train: bool) -> None:
-        """Store what came out of the call."""
+    def write(self, state: BNState, batch: Collected | None, train: bool) -> None:
+        """Store what came out of the call; `complete` moments of the batch where someone asks for them."""
         ...
 
 
-_BOOLEANS = ("unbiased_var", "frozen", "frozen_params")
+_BOOLEANS = ("frozen", "frozen_params")
 _BOOLEANS_OF_FLAX = ("use_scale", "use_bias", "force_float32_reductions")
 
 
@@ -70,10 +66,16 @@ def _check_switches(call: str, layer: Any, use_running_average: Any) -> None:
     switches = {"use_running_average": use_running_average}
     switches |= {name: getattr(layer, name, False) for name in _BOOLEANS_OF_FLAX}
     for name, value in switches.items():
-        if isinstance(value, str | Tracer):
+        if isinstance(value, str) or is_traced(value):
             checks.boolean(call, name, value)
     for name in _BOOLEANS:
         checks.boolean(call, name, getattr(layer, name, False))
+
+
+def options_of(layer: Any, kind: type[BatchNorm], **others: Any) -> BatchNorm:
+    """The value of `kind` with the options that the layer has as attributes, except for `others`."""
+    own = {field.name: getattr(layer, field.name) for field in fields(kind) if hasattr(layer, field.name)}
+    return kind(**{**own, **others})
 
 
 def call_layer(
@@ -85,7 +87,8 @@ def call_layer(
     axis_name: Any,
     mask: Any,
     label: Any = None,
-    apply: Callable[..., Any] = apply,
+    kind: type[BatchNorm] = BatchNorm,
+    **inputs: Any,
 ) -> Array:
     """The output of a BatchNorm layer, Flax's or ours, whose storage is read and written.
 
@@ -97,7 +100,8 @@ def call_layer(
       axis_name: mapped axis, or several, whose devices share statistics here.
       mask: broadcastable to `x`. One of lower rank than `x` may not reach a feature axis.
       label: the class of each example, for conditional parameters.
-      apply: `bnjax.core.apply.apply`, or a variant's function in its place.
+      kind: the class of the pure layer, `bnjax.BatchNorm` or a variant.
+      **inputs: further arguments of its call.
     """
     call = layer.__class__.__name__  # not by type(): a layer may come with other options in front of it
     x = array(x, call)
@@ -106,7 +110,7 @@ def call_layer(
     axes = feature_axes(x, layer.axis, call)
     features = tuple(x.shape[a] for a in axes)
     variables = storage.read(x, list(features), train)
-    _check_ones(call, variables, features, getattr(apply, "func", None) is apply_indexed)
+    _check_ones(call, variables, features, issubclass(kind, IndexedBatchNorm))
     lead = variables.mean.ndim - len(features)  # statistics of several indices lead with an axis of them
     if variables.mean.shape[lead:] != features:
         sizes = features[0] if len(features) == 1 else features
@@ -122,29 +126,20 @@ def call_layer(
     real = jnp.isrealobj(x) and jnp.isrealobj(variables.mean)
     x, mean = _computed(x, variables.mean, params)
     count = jnp.zeros(mean.shape, jnp.int32) if variables.count is None else variables.count
-    options = checked(
-        call,
-        train,
-        axis=axes,
-        epsilon=layer.epsilon,
-        axis_name=axis_name,
-        axis_index_groups=None if axis_name is None else layer.axis_index_groups,  # without an axis Flax ignores them
-        unbiased_var=getattr(layer, "unbiased_var", False),
-        collect=variables.collect,
-        dtype=jnp.dtype(dtype),
-    )
-    y, state, collected = apply(
+    groups = None if axis_name is None else layer.axis_index_groups  # without an axis Flax ignores them
+    norm = options_of(layer, kind, axis=axes, axis_name=axis_name, axis_index_groups=groups, dtype=dtype, call=call)
+    y, state, batch = norm.apply_part(
         params,
         BNState(mean, variables.var, count),
         x,
-        options,
-        momentum=layer.momentum,
-        mask=None if mask is None else _of_rank(mask, x, axes, call),
-        earlier=variables.earlier,
+        train,
+        None if mask is None else _of_rank(mask, x, axes, call),
+        variables.earlier,
+        **inputs,
     )
     if real:  # complex scale and bias do not make the mean complex
         state = state._replace(mean=state.mean.real)
-    storage.write(variables, state, collected, train)
+    storage.write(state, batch or variables.earlier, train)  # in evaluation nothing is added
     return y
 
 
@@ -229,7 +224,10 @@ def promoting() -> Any:
     return jax.numpy_dtype_promotion("standard")
 
 
-def nothing(mean: Array, var: Array) -> Collected:
-    """The moments of no element at all, which merge with any others without an effect."""
-    zeros = jnp.zeros_like(var.real)
-    return Collected(Moments(zeros, jnp.zeros_like(mean), zeros), Support(zeros, zeros))
+def complete(batch: Collected | None, state: BNState) -> Collected:
+    """The moments with their support, as a layer stores them; without any, those of no element at all.
+
+    These merge with any others without an effect.
+    """
+    zeros = jnp.zeros_like(state.var.real)
+    return with_support(batch or Collected(Moments(zeros, jnp.zeros_like(state.mean), zeros), None))

@@ -5,11 +5,12 @@ import importlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from jax.core import Tracer
-
 from bnjax.core import checks
-from bnjax.variants.adaptive import check_source_weight
-from bnjax.variants.renorm import check_average
+from bnjax.core.jax_internals import is_traced
+from bnjax.core.layer import BatchNorm
+from bnjax.variants.adaptive import AdaptiveBatchNorm
+from bnjax.variants.ghost import GhostBatchNorm
+from bnjax.variants.renorm import RenormBatchNorm
 
 Where = Callable[[str], object]
 
@@ -21,6 +22,9 @@ VARIANTS: Mapping[str, tuple[str, ...]] = {
     "AdaptiveBatchNorm": ("source_weight",),
     "GhostBatchNorm": ("ghost_size",),
     "RenormBatchNorm": ("r_max", "d_max", "average"),
+}
+_PURE: Mapping[str, type[BatchNorm]] = {
+    kind.__name__: kind for kind in (BatchNorm, AdaptiveBatchNorm, GhostBatchNorm, RenormBatchNorm)
 }
 
 
@@ -52,40 +56,30 @@ def conversion(library: str, to: Any, where: Any, changes: Mapping[str, Any], la
         raise TypeError(
             f"convert(where={where!r}): expected a function of a layer's path, such as lambda path: 'head' in path."
         )
-    own = VARIANTS["BatchNorm" if to is None else to.__name__]
-    for name in changes:
+    kind = "BatchNorm" if to is None else to.__name__
+    own = VARIANTS[kind]
+    for name, value in changes.items():
         if name not in OPTIONS + own:
             variant = next((v for v, names in VARIANTS.items() if name in names), None)
             wanted = f"It belongs to {variant}: pass to={variant} too" if variant else f"Changes are {OPTIONS + own}"
-            raise TypeError(f"convert({name}=...): a {to.__name__ if to else 'BatchNorm'} has no {name}. {wanted}.")
-    if "ghost_size" in own:
-        checks.positive_integer("convert", "ghost_size", changes.get("ghost_size"))
-    if "source_weight" in own:
-        check_source_weight("convert", changes.get("source_weight"))
-    checked = {name: _checked(name, value) for name, value in changes.items()}
-    return Conversion(to, where, tuple(sorted(checked.items())))
-
-
-def _checked(name: str, value: Any) -> Any:
-    """The value of a change, checked, in a hashable form that is equal for equal values."""
-    if isinstance(value, Tracer):
-        raise TypeError(
-            f"convert({name}=...): the value is traced, but the options of a converted model are static. Pass a "
-            "number, or write the model with bnjax's layers, which take traced values."
-        )
-    if name == "axis_index_groups":
-        return checks.index_groups("convert", value)
-    if name == "axis_name":
-        names = checks.axis_names("convert", value)
-        return names if isinstance(value, list | tuple) else value
-    if name == "epsilon":
-        return checks.positive("convert", name, value)
-    if name == "momentum" and not callable(value):
-        value, _ = checks.momentum("convert", value)
-    if name in ("unbiased_var", "frozen", "frozen_params"):
+            raise TypeError(f"convert({name}=...): a {kind} has no {name}. {wanted}.")
+        if is_traced(value):
+            raise TypeError(
+                f"convert({name}=...): the value is traced, but the options of a converted model are static. Pass a "
+                "number, or write the model with bnjax's layers, which take traced values."
+            )
+    flags = {name: value for name, value in changes.items() if name in ("frozen", "frozen_params")}
+    for name, value in flags.items():
         checks.boolean("convert", name, value)
-    if name == "average":
-        check_average("convert", value)
+    options = {name: value for name, value in changes.items() if name not in flags}
+    required = {name: None for name in own if name not in options and not hasattr(_PURE[kind], name)}
+    layer = _PURE[kind](**{**required, **options}, call="convert")  # it checks them
+    checked = flags | {name: _hashable(getattr(layer, name)) for name in options}
+    return Conversion(to, where, tuple(sorted(checked.items(), key=lambda change: change[0])))
+
+
+def _hashable(value: Any) -> Any:
+    """An option, in a hashable form that is equal for equal values."""
     if not callable(value):
         return getattr(value, "item", lambda: value)()
     try:

@@ -13,7 +13,7 @@ from flax.nnx import bridge
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from bnjax.core import trees
-from bnjax.core.apply import aligned
+from bnjax.core.layer import aligned
 from bnjax.deploy.affine import fold as affine_fold
 from bnjax.deploy.neighbours import Neighbours, named_call
 from bnjax.deploy.pairs import (

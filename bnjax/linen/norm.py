@@ -1,7 +1,6 @@
 """Batch normalization and its variants as Flax Linen layers, which hold variables alone."""
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -10,15 +9,12 @@ from flax.linen.dtypes import canonicalize_dtype
 from jax import Array
 
 from bnjax.core import checks, frozen
-from bnjax.core.apply import apply as apply_plain
+from bnjax.core import layer as core
 from bnjax.core.records import BNParams, BNState, Collected
 from bnjax.core.schedules import Momentum
 from bnjax.flax_shared.bridge import collects
-from bnjax.flax_shared.conventions import Variables, call_layer, counts, nothing, promoting
-from bnjax.variants.adaptive import apply_adaptive
-from bnjax.variants.ghost import apply_ghost
-from bnjax.variants.indexed import apply_indexed
-from bnjax.variants.renorm import RENORM_D_MAX, RENORM_R_MAX, Limit, apply_renorm
+from bnjax.flax_shared.conventions import Variables, call_layer, complete, counts, promoting
+from bnjax.variants import adaptive, ghost, indexed, renorm
 
 
 class BatchNorm(nn.BatchNorm):
@@ -125,8 +121,7 @@ class GhostBatchNorm(BatchNorm, kw_only=True):
     @nn.compact
     def __call__(self, x: Any, use_running_average: bool | None = None, *, mask: Any = None) -> Array:
         """As `BatchNorm`."""
-        apply = partial(apply_ghost, ghost_size=self.ghost_size)
-        return batch_norm(self, x, use_running_average, mask=mask, apply=apply)
+        return batch_norm(self, x, use_running_average, mask=mask, kind=ghost.GhostBatchNorm)
 
 
 class RenormBatchNorm(BatchNorm, kw_only=True):
@@ -147,15 +142,14 @@ class RenormBatchNorm(BatchNorm, kw_only=True):
       [-0.5, 1.5...]
     """
 
-    r_max: Limit = RENORM_R_MAX
-    d_max: Limit = RENORM_D_MAX
+    r_max: renorm.Limit = renorm.RENORM_R_MAX
+    d_max: renorm.Limit = renorm.RENORM_D_MAX
     average: str = "std"
 
     @nn.compact
     def __call__(self, x: Any, use_running_average: bool | None = None, *, mask: Any = None) -> Array:
         """As `BatchNorm`."""
-        apply = partial(apply_renorm, r_max=self.r_max, d_max=self.d_max, average=self.average)
-        return batch_norm(self, x, use_running_average, mask=mask, apply=apply)
+        return batch_norm(self, x, use_running_average, mask=mask, kind=renorm.RenormBatchNorm)
 
 
 class IndexedBatchNorm(BatchNorm, kw_only=True):
@@ -195,7 +189,8 @@ class IndexedBatchNorm(BatchNorm, kw_only=True):
             x,
             use_running_average,
             mask=mask,
-            apply=partial(apply_indexed, index=index),
+            kind=indexed.IndexedBatchNorm,
+            index=index,
             stacked_stats=(self.num_indices,),
             stacked_params=(self.num_indices,) if self.indexed_params else (),
         )
@@ -256,8 +251,8 @@ class AdaptiveBatchNorm(BatchNorm, kw_only=True):
     def __call__(self, x: Any, use_running_average: bool | None = None, *, mask: Any = None) -> Array:
         """As `BatchNorm`."""
         evaluates = nn.merge_param("use_running_average", self.use_running_average, use_running_average)
-        apply = partial(apply_adaptive, source_weight=self.source_weight, adapts=not self.frozen or evaluates)
-        return batch_norm(self, x, use_running_average, mask=mask, apply=apply)
+        kind = adaptive.AdaptiveBatchNorm if evaluates or not self.frozen else core.BatchNorm
+        return batch_norm(self, x, use_running_average, mask=mask, kind=kind)
 
 
 def batch_norm(
@@ -266,14 +261,13 @@ def batch_norm(
     use_running_average: bool | None = None,
     *,
     mask: Any = None,
-    apply: Any = apply_plain,
-    label: Any = None,
     stacked_stats: tuple[int, ...] = (),
     stacked_params: tuple[int, ...] = (),
+    **others: Any,
 ) -> Array:
-    """The call of `layer`, a BatchNorm of Flax or of bnjax, in its scope.
+    """The call of `layer`, a BatchNorm of Flax or of bnjax, in its scope; others as in `call_layer`.
 
-    `apply` is the pure function or a variant's. Statistics and parameters may lead with an axis of indices or classes.
+    Statistics and parameters may lead with an axis of indices or classes.
     """
     return call_layer(
         layer,
@@ -282,8 +276,7 @@ def batch_norm(
         nn.merge_param("use_running_average", layer.use_running_average, use_running_average),
         axis_name=None if layer.is_initializing() else layer.axis_name,
         mask=mask,
-        label=label,
-        apply=apply,
+        **others,
     )
 
 
@@ -320,24 +313,22 @@ class _Storage:
                 new = jnp.promote_types(new if jnp.issubdtype(new, jnp.inexact) else jnp.float32, stored)
                 mean = mean.astype(jnp.promote_types(mean.dtype, new))
                 var = var.astype(jnp.promote_types(var.dtype, jnp.finfo(new).dtype))
-        collect = collects(layer)
+        self.collects = collects(layer)
         earlier = None
-        if collect and layer.has_variable("batch_moments", "moments"):
+        if self.collects and layer.has_variable("batch_moments", "moments"):
             earlier = Collected(*(layer.get_variable("batch_moments", name) for name in Collected._fields))
         count = None if self.count is None else self.count.value
-        return Variables(BNParams(scale, bias), mean, var, count, collect, earlier)
+        return Variables(BNParams(scale, bias), mean, var, count, earlier)
 
     def promoted(self, x: Array, variables: Variables) -> tuple[Array, BNParams, Any]:
         with promoting():
             return x, variables.params, canonicalize_dtype(x, *variables.params, dtype=self.layer.dtype)
 
-    def write(self, variables: Variables, state: BNState, collected: Collected | None, train: bool) -> None:
+    def write(self, state: BNState, batch: Collected | None, train: bool) -> None:
         if train and self.moving() and not self.layer.is_initializing():
             self.mean.value, self.var.value = state.mean, state.var
             if self.count is not None:
                 self.count.value = state.count
-        if variables.collect:
-            if collected is None:  # in evaluation nothing is added
-                collected = variables.earlier or nothing(variables.mean, variables.var)
-            for name, value in collected._asdict().items():
+        if self.collects:
+            for name, value in complete(batch, state)._asdict().items():
                 self.layer.put_variable("batch_moments", name, value)

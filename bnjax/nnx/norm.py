@@ -12,12 +12,11 @@ from flax.nnx.nn import dtypes, initializers
 from jax import Array
 
 from bnjax.core import checks
-from bnjax.core.apply import apply as apply_plain
 from bnjax.core.moments import wider
 from bnjax.core.records import BNParams, BNState, Collected
 from bnjax.core.schedules import Momentum
 from bnjax.flax_shared.bridge import linen_collects
-from bnjax.flax_shared.conventions import Variables, call_layer, counts, nothing, promoting
+from bnjax.flax_shared.conventions import Variables, call_layer, complete, counts, promoting
 
 _zeros, _ones = initializers.zeros_init(), initializers.ones_init()
 
@@ -153,8 +152,8 @@ class BatchNorm(nnx.BatchNorm):
         """
         return self._call(x, use_running_average, mask)
 
-    def _call(self, x, use_running_average, mask, apply=apply_plain, label=None):
-        """The call, through the pure function or a variant's."""
+    def _call(self, x, use_running_average, mask, **others):
+        """The call; others as in `call_layer`."""
         evaluate = self.use_running_average if use_running_average is None else use_running_average
         if evaluate is None:
             raise ValueError(
@@ -163,7 +162,7 @@ class BatchNorm(nnx.BatchNorm):
                 "the constructor."
             )
         storage = _Storage(self)
-        return call_layer(self, storage, x, evaluate, axis_name=self.axis_name, mask=mask, label=label, apply=apply)
+        return call_layer(self, storage, x, evaluate, axis_name=self.axis_name, mask=mask, **others)
 
 
 @dataclass
@@ -181,7 +180,7 @@ class _Storage:
         counting = train and hasattr(layer, "count")
         params = BNParams(*(None if v is None else v[...] for v in (layer.scale, layer.bias)))
         count = layer.count[...] if counting else None
-        return Variables(params, layer.mean[...], layer.var[...], count, layer.moments is not None, _earlier(layer))
+        return Variables(params, layer.mean[...], layer.var[...], count, _earlier(layer))
 
     def promoted(self, x: Array, variables: Variables) -> tuple[Array, BNParams, Any]:
         layer = self.layer
@@ -195,16 +194,17 @@ class _Storage:
             x = promoted if jnp.iscomplexobj(x) else promoted.real
         return x, BNParams(*params), dtype
 
-    def write(self, variables: Variables, state: BNState, collected: Collected | None, train: bool) -> None:
+    def write(self, state: BNState, batch: Collected | None, train: bool) -> None:
         layer = self.layer
         if train:
             _store(layer.mean, state.mean)
             _store(layer.var, state.var)
-            if variables.count is not None:
+            if hasattr(layer, "count"):
                 _store(layer.count, state.count)
-        if variables.collect:
-            # In evaluation nothing is added.
-            _keep(layer, collected or variables.earlier or nothing(variables.mean, variables.var))
+        if layer.moments is not None:
+            moments, support = complete(batch, state)
+            layer.moments.set_value(moments)
+            layer.support.set_value(support)
 
 
 def collect(layer: Any, earlier: Collected | None = None) -> None:
@@ -219,11 +219,6 @@ def collect_for_linen(layer: Any) -> None:
     """
     if linen_collects():
         collect(layer)
-
-
-def _keep(layer, collected):
-    layer.moments.set_value(collected.moments)
-    layer.support.set_value(collected.support)
 
 
 def _earlier(layer):

@@ -1,17 +1,15 @@
 """The variants of batch normalization as Flax NNX layers, which only hold variables."""
 
-from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
 from jax import Array
 
 from bnjax.core import checks
+from bnjax.core import layer as core
 from bnjax.nnx.norm import BatchNorm, add_count
-from bnjax.variants.adaptive import apply_adaptive
-from bnjax.variants.ghost import apply_ghost
-from bnjax.variants.indexed import apply_indexed
-from bnjax.variants.renorm import RENORM_D_MAX, RENORM_R_MAX, Limit, apply_renorm
+from bnjax.variants import adaptive, ghost, indexed, renorm
+from bnjax.variants.renorm import RENORM_D_MAX, RENORM_R_MAX, Limit
 
 
 class GhostBatchNorm(BatchNorm):
@@ -37,7 +35,7 @@ class GhostBatchNorm(BatchNorm):
 
     def __call__(self, x: Any, use_running_average: bool | None = None, *, mask: Any = None) -> Array:
         """As `BatchNorm`."""
-        return self._call(x, use_running_average, mask, partial(apply_ghost, ghost_size=self.ghost_size))
+        return self._call(x, use_running_average, mask, kind=ghost.GhostBatchNorm)
 
 
 class RenormBatchNorm(BatchNorm):
@@ -77,8 +75,7 @@ class RenormBatchNorm(BatchNorm):
 
     def __call__(self, x: Any, use_running_average: bool | None = None, *, mask: Any = None) -> Array:
         """As `BatchNorm`."""
-        apply = partial(apply_renorm, r_max=self.r_max, d_max=self.d_max, average=self.average)
-        return self._call(x, use_running_average, mask, apply)
+        return self._call(x, use_running_average, mask, kind=renorm.RenormBatchNorm)
 
 
 class IndexedBatchNorm(BatchNorm):
@@ -104,6 +101,7 @@ class IndexedBatchNorm(BatchNorm):
         checks.positive_integer("IndexedBatchNorm", "num_indices", num_indices)
         checks.boolean("IndexedBatchNorm", "indexed_params", indexed_params)
         super().__init__(num_features, **options)
+        self.num_indices, self.indexed_params = num_indices, indexed_params
         _stack(self, num_indices, ["mean", "var", "count"] + ["scale", "bias"] * indexed_params)
 
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]  what has no index is no such layer
@@ -113,7 +111,7 @@ class IndexedBatchNorm(BatchNorm):
 
         An array is a scalar, or has shape (batch,), with an index for each example.
         """
-        return self._call(x, use_running_average, mask, partial(apply_indexed, index=index))
+        return self._call(x, use_running_average, mask, kind=indexed.IndexedBatchNorm, index=index)
 
 
 class ConditionalBatchNorm(BatchNorm):
@@ -174,8 +172,8 @@ class AdaptiveBatchNorm(BatchNorm):
     def __call__(self, x: Any, use_running_average: bool | None = None, *, mask: Any = None) -> Array:
         """As `BatchNorm`."""
         evaluates = self.use_running_average if use_running_average is None else use_running_average
-        apply = partial(apply_adaptive, source_weight=self.source_weight, adapts=not self.frozen or evaluates)
-        return self._call(x, use_running_average, mask, apply)
+        kind = adaptive.AdaptiveBatchNorm if evaluates or not self.frozen else core.BatchNorm
+        return self._call(x, use_running_average, mask, kind=kind)
 
 
 def _stack(layer, number, names):

@@ -11,9 +11,9 @@ from flax import nnx, serialization, struct
 from flax.core import unfreeze
 from flax.training import train_state
 from jax import Array
-from jax.core import Tracer
 
 from bnjax.core import trees
+from bnjax.core.jax_internals import is_traced
 
 _OUTPUTS = ("intermediates", "batch_moments")
 
@@ -108,7 +108,7 @@ def check_unshared(call: str, state: Any, arrays: list[Array]) -> None:
 
 
 def _is_array(leaf):
-    return isinstance(leaf, Array) and not isinstance(leaf, Tracer)
+    return isinstance(leaf, Array) and not is_traced(leaf)
 
 
 def _name(path):

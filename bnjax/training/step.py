@@ -12,13 +12,13 @@ import jax.numpy as jnp
 from jax import Array
 
 from bnjax.core import checks, frozen, trees
-from bnjax.core.checkpoint import CHECKPOINT_NAME
+from bnjax.core.residuals import STATISTICS
 from bnjax.training.state import TrainState, check_alive, check_unshared
 
 Loss = Callable[["Model", Any, bool], Array | tuple[Array, Mapping[str, Array]]]
 
 _DOTS_AND_STATISTICS = jax.checkpoint_policies.save_from_both_policies(
-    jax.checkpoint_policies.dots_saveable, jax.checkpoint_policies.save_only_these_names(CHECKPOINT_NAME)
+    jax.checkpoint_policies.dots_saveable, jax.checkpoint_policies.save_only_these_names(STATISTICS)
 )
 
 

@@ -5,22 +5,92 @@ Nothing is learned and nothing is stored: the state stays as training left it.
 """
 
 from collections.abc import Sequence
-from functools import partial
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
 from bnjax.core import checks
-from bnjax.core.apply import apply, batch_statistics, normalize_by, validate
-from bnjax.core.moments import Batch, merge_over_axes, support_of
-from bnjax.core.options import Options, checked, fitted
+from bnjax.core.layer import BatchNorm
+from bnjax.core.moments import merge_over_axes, support_of
 from bnjax.core.records import BNParams, BNState, Collected, Moments
 from bnjax.core.running import average
 from bnjax.core.sharding import select, sharded_as
 from bnjax.core.weights import divided, is_real, nonzero, total_weight
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaptiveBatchNorm(BatchNorm):
+    """Test-time adaptation as a value: `bnjax.BatchNorm` whose evaluation is `bnjax.adaptive_bn_apply`.
+
+    Args:
+      source_weight: how many examples the running statistics count as, >= 0.
+      axis, momentum, ...: as in `bnjax.BatchNorm`. `axis_name` is used in evaluation too.
+
+    Example:
+      >>> import bnjax, jax.numpy as jnp
+      >>> norm = bnjax.AdaptiveBatchNorm(source_weight=2)
+      >>> params, state = norm.init(1)
+      >>> y, state = norm.apply(params, state, jnp.array([[3.0], [5.0]]), train=False)
+      >>> y[:, 0].round(3).tolist()
+      [1.0, 3.0...]
+    """
+
+    source_weight: float | Array
+
+    numeric: ClassVar[tuple[str, ...]] = ("momentum", "source_weight")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._set(source_weight=_checked_weight(self.call, self.source_weight))
+
+    def numbers(self, state: Any, train: bool) -> dict[str, Any]:
+        if state is None and not train:
+            raise ValueError(
+                f"{self.call}(state=None): there are no running statistics to adapt. Pass the state of bn_init after "
+                "training, or call bn_apply with state=None, which normalizes by the batch."
+            )
+        return {**super().numbers(state, train), "source_weight": self.source_weight}
+
+    def check(self, params: Any, state: Any, x: Array, mask: Array | None, train: bool) -> None:
+        super().check(params, state, x, mask, train=True)  # axes have to be bound in evaluation too
+
+    def evaluate(self, params: Any, state: BNState, x: Array, mask: Array | None, numbers: Any, stored: Any) -> Array:
+        moments = self.batch_moments(state, x, mask, stored).moments
+        examples = self._examples(x, mask, moments.weight)
+        share = examples / nonzero(jnp.maximum(numbers["source_weight"], 0).astype(examples.dtype) + examples)
+
+        def adapted(running, own):
+            running = sharded_as(own, running)
+            both = average(running, own, (1 - share, share))
+            # Times a share of 0, a NaN of the batch would still be one.
+            return select(share > 0, both, running.astype(both.dtype))
+
+        mean, var = adapted(state.mean, moments.mean), adapted(state.var.real, moments.var)
+        return self.normalized(x, mean, var, *params, mask)
+
+    def _examples(self, x, mask, weight):
+        """The number of examples that a feature has in the batch, over the named axes too; `weight` is the moments'."""
+        axes = tuple(a for a in range(x.ndim) if a not in self.axis)
+        inner = axes[1:]  # the axes of one example
+        shape = tuple(1 if a in inner else n for a, n in enumerate(x.shape))
+        if mask is None:  # the moments know of all devices already
+            examples, elements = (total_weight(s, None, axes, weight.dtype) for s in (shape, x.shape))
+            return weight * divided(examples, elements)
+        if is_real(mask):
+            mask = jnp.max(jnp.where(mask > 0, mask, 0), inner, keepdims=True, initial=0)
+        else:
+            mask = jnp.any(mask, inner, keepdims=True)
+        zeros = jnp.zeros_like(weight)
+        total = total_weight(shape, mask, axes, weight.dtype) + zeros
+        support = support_of(total, shape, mask, axes) if is_real(mask) else None
+        counted = Collected(Moments(total, zeros, zeros), support)
+        (examples, *_), support = merge_over_axes(counted, self.axis_name, self.axis_index_groups)
+        if support is not None:
+            examples = divided(examples, support.mean_weight)
+        return jnp.where(weight > 0, examples, 0)  # an image of no pixels is no example
 
 
 def adaptive_bn_apply(
@@ -83,84 +153,18 @@ def adaptive_bn_apply(
       >>> y[:, 0].round(3).tolist()  # mean (2 * 0 + 2 * 4) / 4, variance (2 * 1 + 2 * 1) / 4
       [1.0, 3.0...]
     """
-    options = checked(
-        "adaptive_bn_apply",
-        False,
+    layer = AdaptiveBatchNorm(
         axis=axis,
         epsilon=epsilon,
         axis_name=axis_name,
         axis_index_groups=axis_index_groups,
-        unbiased_var=False,
+        source_weight=source_weight,
+        call="adaptive_bn_apply",
     )
-    return apply_adaptive(params, state, x, options, momentum=0.0, mask=mask, source_weight=source_weight)[:2]
+    return layer.apply(params, state, x, False, mask)
 
 
-def apply_adaptive(
-    params: Any,
-    state: BNState | None,
-    x: Array,
-    options: Options,
-    *,
-    momentum: Any,
-    mask: Array | None,
-    source_weight: Any,
-    adapts: Any = True,
-    earlier: Collected | None = None,
-) -> tuple[Array, Any, Collected | None]:
-    """`adaptive_bn_apply` with checked options, as `bnjax.core.apply.apply` is `bn_apply`.
-
-    It is `bn_apply` in training, and wherever `adapts` is False.
-    """
-    source_weight = check_source_weight(options.call, source_weight)
-    if options.train or not adapts:
-        return apply(params, state, x, options, momentum=momentum, mask=mask, earlier=earlier)
-    if state is None:
-        raise ValueError(
-            f"{options.call}(state=None): there are no running statistics to adapt. Pass the state of bn_init after "
-            "training, or call bn_apply with state=None, which normalizes by the batch."
-        )
-    y = _apply_adaptive(params, state, x, mask, source_weight, options=fitted(options, x, mask))
-    return y, state, None
-
-
-@partial(jax.jit, static_argnames="options", inline=True)
-def _apply_adaptive(params, state, x, mask, source_weight, *, options):
-    batch = validate(params, state, x, mask, options._replace(train=True))  # as in training, axes have to be bound
-    moments = batch_statistics(batch, state, options).moments
-    examples = _examples(batch, moments.weight, options)
-    share = examples / nonzero(jnp.maximum(source_weight, 0).astype(examples.dtype) + examples)
-
-    def adapted(running, own):
-        running = sharded_as(own, running)
-        merged = average(running, own, (1 - share, share))
-        # Times a share of 0, a NaN of the batch would still be one.
-        return select(share > 0, merged, running.astype(merged.dtype))
-
-    mean, var = adapted(state.mean, moments.mean), adapted(state.var.real, moments.var)
-    scale, bias = params
-    return normalize_by(mean, var, scale, bias, batch, options)
-
-
-def _examples(batch: Batch, weight: Array, options: Options) -> Array:
-    """The number of examples that a feature has in the batch, over the named axes too; `weight` is the moments'."""
-    inner = batch.axes[1:]  # the axes of one example
-    shape = tuple(1 if a in inner else n for a, n in enumerate(batch.x.shape))
-    if batch.mask is None:  # the moments know of all devices already
-        examples, elements = (total_weight(s, None, batch.axes, weight) for s in (shape, batch.x.shape))
-        return weight * divided(examples, elements)
-    if is_real(batch.mask):
-        mask = jnp.max(jnp.where(batch.mask > 0, batch.mask, 0), inner, keepdims=True, initial=0)
-    else:
-        mask = jnp.any(batch.mask, inner, keepdims=True)
-    total = total_weight(shape, mask, batch.axes, weight)
-    zeros = jnp.zeros_like(weight)
-    counted = Collected(Moments(total, zeros, zeros), support_of(total, shape, mask, batch.axes))
-    counted = merge_over_axes(counted, options.axis_names, options.axis_index_groups, is_real(mask))
-    examples = divided(counted.moments.weight, counted.support.mean_weight)
-    return jnp.where(weight > 0, examples, 0)  # an image of no pixels is no example
-
-
-def check_source_weight(call: str, value: Any) -> Any:
+def _checked_weight(call: str, value: Any) -> Any:
     """The weight of the running statistics, a number; one that is known is 0 or more."""
     array = isinstance(value, Array | np.ndarray | np.number)
     real = array and any(jnp.issubdtype(value.dtype, kind) for kind in (jnp.floating, jnp.integer))

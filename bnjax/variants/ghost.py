@@ -4,22 +4,104 @@ Hoffer, Hubara & Soudry (2017), algorithm 1. Everything else is as in `bn_apply`
 """
 
 from collections.abc import Sequence
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
 from bnjax.core import checks
-from bnjax.core.apply import aligned, choose_statistics, compiled_apply, normalize_by, validate
-from bnjax.core.moments import Batch, collect, merge_over_axes, merge_parts, merge_together
-from bnjax.core.options import Options, checked, fitted
+from bnjax.core.layer import BatchNorm, aligned, known_or_running
+from bnjax.core.moments import collect, merge, merge_over_axes, merge_together
 from bnjax.core.records import BNParams, BNState, Collected
-from bnjax.core.running import momentum_argument, update
 from bnjax.core.schedules import Momentum
 from bnjax.core.sharding import shards
-from bnjax.core.weights import is_real
+
+
+@dataclass(frozen=True, kw_only=True)
+class GhostBatchNorm(BatchNorm):
+    """Ghost batch normalization as a value: `bnjax.BatchNorm` whose training is that of `bnjax.ghost_bn_apply`.
+
+    Args:
+      ghost_size: number of examples in a group, > 0.
+      axis, momentum, ...: as in `bnjax.BatchNorm`.
+
+    Example:
+      >>> import bnjax, jax.numpy as jnp
+      >>> norm = bnjax.GhostBatchNorm(ghost_size=2)
+      >>> params, state = norm.init(1)
+      >>> y, state = norm.apply(params, state, jnp.array([[1.0], [3.0], [10.0], [30.0]]), train=True)
+      >>> y[:, 0].round(3).tolist()
+      [-1.0, 1.0, -1.0, 1.0]
+    """
+
+    ghost_size: int
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        checks.positive_integer(self.call, "ghost_size", self.ghost_size)
+        self._set(ghost_size=int(self.ghost_size))
+
+    def train(
+        self, params: Any, state: Any, x: Array, mask: Array | None, numbers: Any, stored: Any
+    ) -> tuple[Array, Collected]:
+        examples = next((a for a in range(x.ndim) if a not in self.axis), None)
+        number = 0 if examples is None else x.shape[examples]
+        known = isinstance(number, int)  # a symbolic dimension of jax.export is not
+        # Over a named axis even the only group of a device has statistics of its own.
+        one_group = known and (number == 0 or (self.ghost_size >= number and not self.axis_name))
+        if examples is None or one_group:
+            return super().train(params, state, x, mask, numbers, stored)
+        self._check_groups(number, shards(x, examples))
+        size = min(self.ghost_size, number) if known else self.ghost_size
+        whole = number - number % size
+        params = BNParams(*(aligned(v, x, self.axis) for v in params))
+
+        def groups_of(size, begin, end):
+            part = (_sliced(v, examples, slice(begin, end)) for v in (x, mask, *params))
+            return self._train_groups(*part, state, examples, size, stored)
+
+        y, batch = groups_of(size, 0, whole)
+        if known and whole < number:
+            y_last, last = groups_of(number - whole, whole, number)
+            y, batch = lax.concatenate([y, y_last], examples), merge_together(batch, last)
+        return y, merge_over_axes(batch, self.axis_name, self.axis_index_groups)
+
+    def _train_groups(self, x, mask, scale, bias, state, examples, size, stored):
+        """Examples in groups of one size: normalized by group, and the moments of all groups together."""
+
+        def grouped(v) -> Any:  # a group is one more axis, before the axis of its examples
+            if v is None or v.shape[examples] == 1:
+                return v if v is None else jnp.expand_dims(v, examples)
+            return v.reshape(*v.shape[:examples], v.shape[examples] // size, size, *v.shape[examples + 1 :])
+
+        shape, position = x.shape, sum(a < examples for a in self.axis)  # position of groups among the feature axes
+        of_groups = self._fitted(axis=(*self.axis[:position], examples, *(a + 1 for a in self.axis[position:])))
+        x, mask, scale, bias = map(grouped, (x, mask, scale, bias))
+        batch = collect(x, mask, of_groups.axis, stored, sharded=False)
+        if state is not None:  # running statistics, for a group without a valid element
+            like = batch.moments.weight.shape
+            mean, var = (jnp.broadcast_to(jnp.expand_dims(v, position), like) for v in (state.mean, state.var))
+            state = BNState(mean, var, state.count)
+        mean, var = known_or_running(batch.moments, state, x, mask)
+        y = of_groups.normalized(x, mean, var, scale, bias, mask)
+        return y.reshape(shape), merge(batch, (position,))
+
+    def _check_groups(self, number, shards):
+        """Groups can be cut: a symbolic batch is a multiple of their size, and a sharded one holds whole groups."""
+        size = self.ghost_size
+        if not isinstance(number, int):
+            if number % size != 0:
+                raise ValueError(
+                    f"{self.call}(x=...): the batch is the symbolic dimension {number}, which is not known to be a "
+                    f'multiple of ghost_size={size}. Export with a batch such as "{size}*g", or with a number.'
+                )
+        elif shards > 1 and (number % min(size, number) or number // min(size, number) % shards):
+            raise ValueError(
+                f"{self.call}(x=...): the batch of {number} is explicitly sharded over {shards} devices, which do not "
+                f"hold groups of ghost_size={size} as a whole. Pass a ghost_size that divides {number // shards}, or "
+                "reshard x so that each device holds the whole axis."
+            )
 
 
 def ghost_bn_apply(
@@ -69,105 +151,19 @@ def ghost_bn_apply(
       >>> y[:, 0].round(3).tolist(), state.mean.tolist()
       ([-1.0, 1.0, -1.0, 1.0], [11.0])
     """
-    options = checked(
-        "ghost_bn_apply",
-        train,
+    layer = GhostBatchNorm(
         axis=axis,
+        momentum=momentum,
         epsilon=epsilon,
         axis_name=axis_name,
         axis_index_groups=axis_index_groups,
         unbiased_var=unbiased_var,
+        ghost_size=ghost_size,
+        call="ghost_bn_apply",
     )
-    return apply_ghost(params, state, x, options, momentum=momentum, mask=mask, ghost_size=ghost_size)[:2]
+    return layer.apply(params, state, x, train, mask)
 
 
-def apply_ghost(
-    params: Any,
-    state: BNState | None,
-    x: Array,
-    options: Options,
-    *,
-    momentum: Any,
-    mask: Array | None,
-    ghost_size: int,
-    earlier: Collected | None = None,
-) -> tuple[Array, BNState | None, Collected | None]:
-    """`ghost_bn_apply` with checked options, as `bnjax.core.apply.apply` is `bn_apply`."""
-    checks.positive_integer(options.call, "ghost_size", ghost_size)
-    options = fitted(options, x, mask)
-    momentum = momentum_argument(options.call, momentum, state, options.train)
-    return _apply_ghost(params, state, x, mask, momentum, earlier, size=int(ghost_size), options=options)
-
-
-@partial(jax.jit, static_argnames=("size", "options"), inline=True)
-def _apply_ghost(params, state, x, mask, momentum, earlier, *, size, options):
-    batch = validate(params, state, x, mask, options)
-    examples = next((a for a in range(x.ndim) if a not in batch.features), None)
-    number = 0 if examples is None else x.shape[examples]
-    known = isinstance(number, int)  # a symbolic dimension of jax.export is not
-    # Over a named axis even the only group of a device has statistics of its own.
-    one_group = known and (number == 0 or (size >= number and not options.axis_names))
-    if examples is None or one_group or not (options.train or state is None):
-        return compiled_apply(params, state, x, mask, momentum, earlier, options=options)
-    _check_groups(number, size, shards(x, examples), options.call)
-    size = min(size, number) if known else size
-    whole = number - number % size
-    params = BNParams(*(aligned(v, batch.x, batch.features) for v in params))
-    y, statistics = _normalize_groups(
-        *_sliced(params, batch, examples, slice(0, whole)), state, examples, size, options
-    )
-    if known and whole < number:
-        last = _sliced(params, batch, examples, slice(whole, number))
-        y_last, statistics_last = _normalize_groups(*last, state, examples, number - whole, options)
-        y, statistics = lax.concatenate([y, y_last], examples), merge_together(statistics, statistics_last)
-    names, groups = options.axis_names, options.axis_index_groups
-    statistics = merge_over_axes(statistics, names, groups, is_real(batch.mask))
-    state, collected = update(state, statistics, earlier, momentum, options)
-    return y, state, collected
-
-
-def _check_groups(number, size, shards, call):
-    """Groups can be cut: a symbolic batch is a multiple of their size, and a sharded one holds whole groups."""
-    if not isinstance(number, int):
-        if number % size != 0:
-            raise ValueError(
-                f"{call}(x=...): the batch is the symbolic dimension {number}, which is not known to be a multiple "
-                f'of ghost_size={size}. Export with a batch such as "{size}*g", or with a number.'
-            )
-    elif shards > 1 and (number % min(size, number) or number // min(size, number) % shards):
-        raise ValueError(
-            f"{call}(x=...): the batch of {number} is explicitly sharded over {shards} devices, which do not hold "
-            f"groups of ghost_size={size} as a whole. Pass a ghost_size that divides {number // shards}, or reshard x "
-            "so that each device holds the whole axis."
-        )
-
-
-def _sliced(params, batch, axis, examples):
-    """Parameters of x's rank, and the batch, for some of the examples."""
-
-    def part(v) -> Any:
-        return v if v is None or v.shape[axis] == 1 else v[(slice(None),) * axis + (examples,)]
-
-    return BNParams(*map(part, params)), batch._replace(x=part(batch.x), mask=part(batch.mask))
-
-
-def _normalize_groups(params, batch, state, examples, size, options):
-    """Examples in groups of one size: normalized by group, and the moments of all groups together."""
-    shape = batch.x.shape
-
-    def grouped(v) -> Any:  # a group is one more axis, before the axis of its examples
-        if v is None or v.shape[examples] == 1:
-            return v if v is None else jnp.expand_dims(v, examples)
-        return v.reshape(*v.shape[:examples], v.shape[examples] // size, size, *v.shape[examples + 1 :])
-
-    position = sum(a < examples for a in batch.features)  # of the groups among the feature axes
-    features = (*batch.features[:position], examples, *(a + 1 for a in batch.features[position:]))
-    groups = Batch(grouped(batch.x), grouped(batch.mask), features, batch.dtype)
-    statistics = collect(groups, (), None, sharded=False)
-    if state is not None:
-        running = (jnp.expand_dims(v, position) for v in (state.mean, state.var))
-        mean, var = (jnp.broadcast_to(v, statistics.moments.weight.shape) for v in running)
-        state = BNState(mean, var, state.count)
-    mean, var = choose_statistics(statistics.moments, state, groups)
-    y = normalize_by(mean, var, grouped(params.scale), grouped(params.bias), groups, options)
-    return y.reshape(shape), merge_parts(statistics, position)
+def _sliced(v, axis, examples) -> Any:
+    """An array of x's rank for some of the examples."""
+    return v if v is None or v.shape[axis] == 1 else v[(slice(None),) * axis + (examples,)]

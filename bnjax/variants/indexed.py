@@ -2,11 +2,11 @@
 
 Timesteps: Cooijmans et al. (2017), section 3. Domains: Chang et al. (2019). Clean and adversarial examples: Xie et al.
 (2020). With one index for the batch the computation is `bn_apply` on the state that the index selects. With an index
-for each example it is the same four steps as `bn_apply`, on the moments of each index's examples.
+for each example it is the same steps as `bn_apply`, on the moments of each index's examples.
 """
 
 from collections.abc import Sequence
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -15,15 +15,144 @@ import numpy as np
 from jax import Array, lax
 
 from bnjax.core import checks
-from bnjax.core.apply import aligned, apply, bn_init, choose_statistics, normalize_by, validate
 from bnjax.core.domains import Domains, row_sharding
 from bnjax.core.jax_internals import mesh_axes
+from bnjax.core.layer import BatchNorm, aligned, initial, known_or_running
 from bnjax.core.moments import collect
-from bnjax.core.options import Options, checked, fitted
 from bnjax.core.records import BNParams, BNState, Collected
-from bnjax.core.running import momentum_argument, update
+from bnjax.core.running import rates
 from bnjax.core.schedules import Momentum
 from bnjax.core.sharding import is_explicit, sharded_as
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexedBatchNorm(BatchNorm):
+    """Statistics for each of several indices as a value: the options of `bnjax.indexed_bn_apply`.
+
+    Args:
+      num_indices: number of indices; the statistics have a leading axis of that size.
+      indexed_params: whether `init` makes a scale and a bias for each index.
+      axis, momentum, ...: as in `bnjax.BatchNorm`.
+
+    Example:
+      >>> import bnjax, jax.numpy as jnp
+      >>> norm = bnjax.IndexedBatchNorm(num_indices=3, momentum=0.0)
+      >>> params, state = norm.init(1)
+      >>> y, state = norm.apply(params, state, jnp.array([[1.0], [3.0]]), train=True, index=1)
+      >>> state.mean.tolist()
+      [[0.0], [2.0], [0.0]]
+    """
+
+    num_indices: int
+    indexed_params: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        checks.positive_integer(self.call, "num_indices", self.num_indices)
+        checks.boolean(self.call, "indexed_params", self.indexed_params)
+
+    def init(
+        self, features: int | Sequence[int], *, scale: Any = 1.0, bias: Any = 0.0, dtype: Any = jnp.float32
+    ) -> tuple[BNParams, BNState]:
+        """Parameters and running statistics, as `bnjax.indexed_bn_init` makes them."""
+        params, state = initial(self.call, features, scale, bias, dtype)
+
+        def stacked(v):
+            return jnp.repeat(v[None], self.num_indices, 0)
+
+        return jax.tree.map(stacked, params) if self.indexed_params else params, jax.tree.map(stacked, state)
+
+    def apply(  # pyright: ignore[reportIncompatibleMethodOverride]  what has no index is no such layer
+        self, params: BNParams, state: BNState, x: Array, train: bool, mask: Array | None = None, *, index: Any
+    ) -> tuple[Array, BNState]:
+        """y and the new state, as from `bnjax.indexed_bn_apply`, whose arguments these are."""
+        return self.apply_part(params, state, x, train, mask, index=index)[:2]
+
+    def numbers(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, state: Any, train: bool, index: Any
+    ) -> dict[str, Any]:
+        _check_state(self.call, state, self.num_indices)
+        _check_index(self.call, index, self.num_indices)
+        # A count for each index, of all of its features, has the rank of the state, as a schedule's result has to have.
+        count = jnp.expand_dims(state.count, tuple(range(np.ndim(state.count), np.ndim(state.mean))))
+        at = _clamped(index, self.num_indices)
+        if not at.ndim:
+            count = _taken(count, at)
+        momentum = rates(self.call, self.momentum, state._replace(count=count), train)
+        return {"momentum": momentum, "index": at}
+
+    def run(
+        self, params: Any, state: Any, x: Array, mask: Array | None, numbers: Any, earlier: Any, train: bool
+    ) -> tuple[Array, Any, Collected | None]:
+        index, shape = numbers["index"], np.shape(state.mean)
+        if len(shape) != 1 + len(self.axis):
+            raise ValueError(
+                f"{self.call}(state=...): expected the state of indexed_bn_init, with an axis of indices before "
+                f"{len(self.axis)} of features, got state.mean of shape {shape}. Pass what indexed_bn_init returned."
+            )
+        if index.ndim:
+            _check_examples(self.call, index, x, self.axis)
+            return super().run(params, state, x, mask, numbers, earlier, train)
+
+        def own(tree):
+            return jax.tree.map(lambda v: _taken(v, index), tree)
+
+        def put(tree, new):
+            return jax.tree.map(lambda v, n: _put(v, n, index), tree, new)
+
+        params = _tables(params, shape, own)
+        y, new, batch = super().run(params, own(state), x, mask, numbers, own(earlier), train)
+        if batch is not None:
+            none = jax.tree.map(lambda leaf: jnp.zeros((shape[0], *leaf.shape), leaf.dtype), batch)
+            batch = put(none if earlier is None else earlier, batch)
+        return y, put(state, new) if train else state, batch
+
+    # What follows is for an index for each example: statistics are tables with a row for each index.
+
+    def check(self, params: Any, state: Any, x: Array, mask: Array | None, train: bool) -> None:
+        shape = np.shape(state.mean)
+        if len(shape) == 1 + len(self.axis):
+
+            def first(v):
+                return _taken(v, 0)
+
+            params, state = _tables(params, shape, first), jax.tree.map(first, state)
+        super().check(params, state, x, mask, train)
+
+    def train(
+        self, params: Any, state: Any, x: Array, mask: Array | None, numbers: Any, stored: Any
+    ) -> tuple[Array, Collected]:
+        if not numbers["index"].ndim:
+            return super().train(params, state, x, mask, numbers, stored)
+        examples, domains = self._domains(x, numbers["index"])
+        features = tuple(sorted((examples, *self.axis)))
+        names, groups = self.axis_name, self.axis_index_groups
+        batch = collect(x, mask, features, stored, names, groups, sharded=False, domains=domains)
+        mean, var = known_or_running(batch.moments, state, x, mask)
+        return self._normalized_by_rows(x, mean, var, params, mask, numbers["index"]), batch
+
+    def evaluate(self, params: Any, state: BNState, x: Array, mask: Array | None, numbers: Any, stored: Any) -> Array:
+        if not numbers["index"].ndim:
+            return super().evaluate(params, state, x, mask, numbers, stored)
+        return self._normalized_by_rows(x, state.mean, state.var.real, params, mask, numbers["index"])
+
+    def _domains(self, x, index):
+        """The axis of the examples, and the domain of each: its index."""
+        examples = next(a for a in range(x.ndim) if a not in self.axis)
+        sharding = row_sharding(x, (examples, *self.axis))
+        return examples, Domains(index, self.num_indices, sum(a < examples for a in self.axis), sharding)
+
+    def _normalized_by_rows(self, x, mean, var, params, mask, index):
+        """The formula by each example's rows of the tables."""
+        examples, domains = self._domains(x, index)
+        inner = [a for a in range(x.ndim) if a not in self.axis and a != examples]
+
+        def rows(table):
+            return jnp.expand_dims(domains.rows(table), inner)
+
+        params = _tables(params, mean.shape, rows)
+        scale, bias = (_varying(aligned(v, x, self.axis), x) for v in params)
+        return self.normalized(x, rows(mean), rows(var), scale, bias, mask)
 
 
 def indexed_bn_init(
@@ -56,12 +185,8 @@ def indexed_bn_init(
       ((64,), (10, 64))
     """
     checks.positive_integer("indexed_bn_init", "num_indices", num_indices)
-    params, state = bn_init(features, scale=scale, bias=bias, dtype=dtype)
-
-    def stacked(v):
-        return jnp.repeat(v[None], num_indices, 0)
-
-    return jax.tree.map(stacked, params) if indexed_params else params, jax.tree.map(stacked, state)
+    layer = IndexedBatchNorm(num_indices=num_indices, indexed_params=indexed_params, call="indexed_bn_init")
+    return layer.init(features, scale=scale, bias=bias, dtype=dtype)
 
 
 def indexed_bn_apply(
@@ -126,95 +251,23 @@ def indexed_bn_apply(
       >>> y[:, 0].round(3).tolist(), state.mean[:, 0].tolist()
       ([-1.0, 1.0, -1.0, 1.0], [2.0, 2.0, 20.0])
     """
-    options = checked(
-        "indexed_bn_apply",
-        train,
+    number = getattr(state, "mean", np.zeros(1)).shape[:1] or (1,)  # of a state that is none an error will tell
+    layer = IndexedBatchNorm(
         axis=axis,
+        momentum=momentum,
         epsilon=epsilon,
         axis_name=axis_name,
         axis_index_groups=axis_index_groups,
         unbiased_var=unbiased_var,
+        num_indices=number[0],
+        call="indexed_bn_apply",
     )
-    return apply_indexed(params, state, x, options, momentum=momentum, mask=mask, index=index)[:2]
+    return layer.apply(params, state, x, train, mask, index=index)
 
 
-def apply_indexed(
-    params: Any,
-    state: BNState | None,
-    x: Array,
-    options: Options,
-    *,
-    momentum: Any,
-    mask: Array | None,
-    index: Any,
-    earlier: Collected | None = None,
-) -> tuple[Array, Any, Collected | None]:
-    """`indexed_bn_apply` with checked options, as `bnjax.core.apply.apply` is `bn_apply`.
-
-    The collected moments lead with an axis of indices, and have weight 0 but at the indices of this batch.
-    """
-    call = options.call
-    if not isinstance(state, BNState):
-        raise TypeError(f"{call}(state=...): expected the state of indexed_bn_init, got {type(state).__name__}.")
-    options = fitted(options, x, mask)
-    features = checks.feature_axes(call, x, options.axis)
-    shape = np.shape(state.mean)
-    if len(shape) != 1 + len(features):
-        raise ValueError(
-            f"{call}(state=...): expected the state of indexed_bn_init, with an axis of indices before "
-            f"{len(features)} of features, got state.mean of shape {shape}. Pass what indexed_bn_init returned."
-        )
-    _check_index(call, index, shape[0], x, features)
-    _check_count(call, state)
-    if np.ndim(index):
-        by_feature = jnp.expand_dims(state.count, tuple(range(np.ndim(state.count), np.ndim(state.mean))))
-        momentum = momentum_argument(call, momentum, state._replace(count=by_feature), options.train)
-        return _apply_to_each(params, state, x, mask, momentum, earlier, index, options=options)
-    at = _clamped(index, shape[0])
-
-    def own(tree):
-        return jax.tree.map(lambda v: _taken(v, at), tree)
-
-    def put(tree, new):
-        return jax.tree.map(lambda v, n: _put(v, n, at), tree, new)
-
-    params = BNParams(*(own(v) if v is not None and np.shape(v) == shape else v for v in params))
-    y, new, collected = apply(params, own(state), x, options, momentum=momentum, mask=mask, earlier=own(earlier))
-    if collected is not None:
-        zeros = jax.tree.map(lambda leaf: jnp.zeros((shape[0], *leaf.shape), leaf.dtype), collected)
-        collected = put(zeros if earlier is None else earlier, collected)
-    return y, put(state, new) if options.train else state, collected
-
-
-@partial(jax.jit, static_argnames="options", inline=True)
-def _apply_to_each(params, state, x, mask, momentum, earlier, index, *, options):
-    """`apply_indexed` with an index for each example."""
-    shape, features = np.shape(state.mean), checks.feature_axes(options.call, x, options.axis)
-
-    def tables(params, table):
-        return BNParams(*(table(v) if v is not None and np.shape(v) == shape else v for v in params))
-
-    def first(v):
-        return _taken(v, 0)
-
-    batch = validate(tables(params, first), jax.tree.map(first, state), x, mask, options)
-    rest = batch.axes
-    position = sum(a < rest[0] for a in features)
-    sharding = row_sharding(batch.x, (rest[0], *features))
-    domains = Domains(_clamped(index, shape[0]), shape[0], position, sharding)
-
-    def rows(table):
-        return jnp.expand_dims(domains.rows(table), rest[1:])
-
-    mean, var, collected = state.mean, state.var.real, None
-    if options.train:
-        examples = batch._replace(features=tuple(sorted((rest[0], *features))))
-        names, groups = options.axis_names, options.axis_index_groups
-        statistics = collect(examples, names, groups, sharded=False, domains=domains)
-        mean, var = choose_statistics(statistics.moments, state, batch)
-        state, collected = update(state, statistics, earlier, momentum, options)
-    scale, bias = (_varying(aligned(v, batch.x, features), batch.x) for v in tables(params, rows))
-    return normalize_by(rows(mean), rows(var), scale, bias, batch, options), state, collected
+def _tables(params, shape, row):
+    """The parameters, with `row` of those that are tables of this shape, with a row for each index."""
+    return BNParams(*(row(v) if v is not None and np.shape(v) == shape else v for v in params))
 
 
 def _varying(v, x):
@@ -241,9 +294,16 @@ def _is_row(values, at):
     return lax.broadcasted_iota(jnp.int32, values.shape, 0, out_sharding=jax.typeof(values).sharding) == at
 
 
-def _check_count(call, state):
-    """Each index counts its own updates, of each feature or of all of them."""
+def _check_state(call, state, number):
+    """The state has a row for each index, and each index counts its own updates, of each feature or of all of them."""
+    if not isinstance(state, BNState):
+        raise TypeError(f"{call}(state=...): expected the state of indexed_bn_init, got {type(state).__name__}.")
     shape, got = np.shape(state.mean), np.shape(state.count)
+    if shape[:1] != (number,):
+        raise ValueError(
+            f"{call}(state=...): expected the state of indexed_bn_init, with an axis of {number} indices before those "
+            f"of features, got state.mean of shape {shape}. Pass what indexed_bn_init returned."
+        )
     if got not in (shape, shape[:1]):
         raise ValueError(
             f"{call}(state=...): state.count has shape {got}, but each of the {shape[0]} indices counts its own "
@@ -251,8 +311,8 @@ def _check_count(call, state):
         )
 
 
-def _check_index(call, index, number, x, features):
-    """An index is an integer in range, or an integer array that is a scalar or has one for each example."""
+def _check_index(call, index, number):
+    """An index is an integer in range, or an integer array."""
     if isinstance(index, bool) or not (isinstance(index, int) or hasattr(index, "dtype")):
         raise TypeError(
             f"{call}(index=...): expected an integer or an integer array, got {index!r}. "
@@ -263,23 +323,26 @@ def _check_index(call, index, number, x, features):
             f"{call}(index=...): expected an integer or an integer array, got {jnp.result_type(index)}. "
             "Convert it with index.astype(jnp.int32)."
         )
-    if np.ndim(index):
-        rest = [a for a in range(x.ndim) if a not in features]
-        if not rest:
-            raise ValueError(
-                f"{call}(index=...): got shape {np.shape(index)}, but all axes of x, of shape {x.shape}, are feature "
-                "axes, so that there is one example. Pass a scalar, or an x with an axis of examples."
-            )
-        if np.shape(index) != (x.shape[rest[0]],):
-            raise ValueError(
-                f"{call}(index=...): expected a scalar or one index for each example, shape ({x.shape[rest[0]]},), "
-                f"since x has shape {x.shape} and its examples along axis {rest[0]}, got shape {np.shape(index)}. "
-                "Pass integers of shape (batch,)."
-            )
-    elif not isinstance(index, Array | np.ndarray) and not 0 <= index < number:
+    if not isinstance(index, Array | np.ndarray) and not 0 <= index < number:
         raise ValueError(
             f"{call}(index={index}): the state has {number} indices. Pass 0 to {number - 1}, or an array, "
             "which is clamped."
+        )
+
+
+def _check_examples(call, index, x, features):
+    """An index that is no scalar has one for each example."""
+    rest = [a for a in range(x.ndim) if a not in features]
+    if not rest:
+        raise ValueError(
+            f"{call}(index=...): got shape {index.shape}, but all axes of x, of shape {x.shape}, are feature "
+            "axes, so that there is one example. Pass a scalar, or an x with an axis of examples."
+        )
+    if index.shape != (x.shape[rest[0]],):
+        raise ValueError(
+            f"{call}(index=...): expected a scalar or one index for each example, shape ({x.shape[rest[0]]},), "
+            f"since x has shape {x.shape} and its examples along axis {rest[0]}, got shape {index.shape}. "
+            "Pass integers of shape (batch,)."
         )
 
 

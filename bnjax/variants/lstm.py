@@ -19,10 +19,9 @@ from jax import Array, lax
 
 from bnjax.core import checks
 from bnjax.core.moments import wider
-from bnjax.core.options import checked
 from bnjax.core.records import BNParams, BNState, serializable
 from bnjax.core.schedules import Momentum
-from bnjax.variants.indexed import apply_indexed, indexed_bn_init
+from bnjax.variants.indexed import IndexedBatchNorm, indexed_bn_init
 
 SCALE = 0.1
 """Initial scale of all three normalizations."""
@@ -200,22 +199,21 @@ def bn_lstm_apply(
       >>> outputs.shape, state.cell_bn.count[:, 0].tolist()
       ((5, 16, 8), [1, 1, 1, 1, 1])
     """
-    options = checked(
-        "bn_lstm_apply",
-        train,
-        axis=-1,
+    _check_arguments("bn_lstm_apply", params, state, carry, x)
+    norm_of = IndexedBatchNorm(
+        momentum=momentum,
         epsilon=epsilon,
         axis_name=axis_name,
         axis_index_groups=axis_index_groups,
         unbiased_var=unbiased_var,
+        num_indices=state.cell_bn.mean.shape[0],
+        call="bn_lstm_apply",
     )
-    _check_arguments("bn_lstm_apply", params, state, carry, x)
     new_state = {}
 
     def norm(name, values, mask):
-        params_of, state_of = getattr(params, name), getattr(state, name)
-        values, new_state[name], _ = apply_indexed(
-            params_of, state_of, values, options, momentum=momentum, mask=mask, index=carry.step
+        values, new_state[name] = norm_of.apply(
+            getattr(params, name), getattr(state, name), values, train, mask, index=carry.step
         )
         return values
 

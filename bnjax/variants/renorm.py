@@ -4,20 +4,17 @@ Ioffe (2017), algorithm 1. Everything else is as in `bn_apply`, which it equals 
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
 from bnjax.core import checks
-from bnjax.core.apply import aligned, batch_statistics, choose_statistics, compiled_apply, normalize_by, validate
-from bnjax.core.options import Options, checked, fitted
+from bnjax.core.layer import BatchNorm, aligned, known_or_running
 from bnjax.core.records import BNParams, BNState, Collected
-from bnjax.core.running import momentum_argument, update
-from bnjax.core.schedules import Momentum, at_count, linear_ramp
+from bnjax.core.schedules import Momentum, at_count, check_no_class, linear_ramp
 from bnjax.core.sharding import sharded_as
 
 Limit = float | Array | Callable[[Array], Array]
@@ -28,6 +25,75 @@ RENORM_D_MAX = linear_ramp(0.0, 5.0, 5_000, 25_000)
 """The schedule of `d_max` of Ioffe (2017, section 4): 0, which is batch normalization, for 5000 updates; then to 5."""
 # The least bounds of renormalization, which make it batch normalization.
 LEAST = {"r_max": 1, "d_max": 0}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RenormBatchNorm(BatchNorm):
+    """Batch renormalization as a value: `bnjax.BatchNorm` whose training is that of `bnjax.renorm_bn_apply`.
+
+    Args:
+      r_max, d_max: bounds of the correction, numbers or functions of the number of updates; by default the paper's
+        schedule.
+      average: "std" averages standard deviations, as in the paper, and "var" variances.
+      axis, momentum, ...: as in `bnjax.BatchNorm`.
+
+    Example:
+      >>> import bnjax, jax.numpy as jnp
+      >>> norm = bnjax.RenormBatchNorm(r_max=3.0, d_max=0.5)
+      >>> params, state = norm.init(1)
+      >>> y, state = norm.apply(params, state, jnp.array([[1.0], [3.0]]), train=True)
+      >>> y[:, 0].round(3).tolist()  # d = 2 is clipped to 0.5
+      [-0.5, 1.5...]
+    """
+
+    r_max: Limit = RENORM_R_MAX
+    d_max: Limit = RENORM_D_MAX
+    average: str = "std"  # pyright: ignore[reportIncompatibleVariableOverride]  an option here
+
+    numeric: ClassVar[tuple[str, ...]] = ("momentum", "r_max", "d_max")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.average, str) or self.average not in ("std", "var"):
+            raise ValueError(
+                f'{self.call}(average={self.average!r}): expected "std", which averages standard deviations as in the '
+                'paper, or "var", which averages variances.'
+            )
+        for name in LEAST:
+            limit = getattr(self, name)
+            check_no_class(self.call, name, limit)
+            if not callable(limit):
+                self._set(**{name: _checked_limit(self.call, name, limit)})
+
+    def numbers(self, state: Any, train: bool) -> dict[str, Any]:
+        if state is None:
+            raise ValueError(
+                f"{self.call}(state=None): there is nothing to correct towards. Pass the state of bn_init."
+            )
+        numbers = super().numbers(state, train)
+        for name, least in LEAST.items():
+            limit = at_count(self.call, name, getattr(self, name), state, train, unused=least)
+            ours = isinstance(getattr(self, name), linear_ramp)
+            numbers[name] = limit if ours else _checked_limit(self.call, name, limit)
+        return numbers
+
+    def train(
+        self, params: Any, state: Any, x: Array, mask: Array | None, numbers: Any, stored: Any
+    ) -> tuple[Array, Collected]:
+        if jnp.iscomplexobj(x):
+            raise TypeError(f"{self.call}(x=...): x is {x.dtype}, but d is clipped to an interval. Pass a real x.")
+        batch = self.batch_moments(state, x, mask, stored)
+        mean, var = known_or_running(batch.moments, state, x, mask)
+        running_mean, running_var = (sharded_as(var, v) for v in (state.mean, state.var))
+        running_std, std = (jnp.sqrt(v.astype(var.dtype) + self.epsilon) for v in (running_var, var))
+        r_max, d_max = (_at_least(self.call, name, numbers[name], std) for name in LEAST)
+        r = lax.stop_gradient(jnp.clip(std / running_std, 1 / r_max, r_max))
+        d = lax.stop_gradient(jnp.clip((mean - running_mean.astype(mean.dtype)) / running_std, -d_max, d_max))
+        # scale * (xhat * r + d) + bias is the formula with another scale and bias.
+        r, d, scale, bias = (aligned(v, x, self.axis) for v in (r, d, *params))
+        scale, shift = (r, d) if scale is None else (scale.astype(r.dtype) * r, scale.astype(r.dtype) * d)
+        bias = shift if bias is None else bias.astype(d.dtype) + shift
+        return self.normalized(x, mean, var, scale, bias, mask), batch
 
 
 def renorm_bn_apply(
@@ -84,81 +150,22 @@ def renorm_bn_apply(
       >>> y[:, 0].round(3).tolist()  # d = 2 is clipped to 0.5
       [-0.5, 1.5...]
     """
-    options = checked(
-        "renorm_bn_apply",
-        train,
+    layer = RenormBatchNorm(
         axis=axis,
+        momentum=momentum,
         epsilon=epsilon,
         axis_name=axis_name,
         axis_index_groups=axis_index_groups,
         unbiased_var=unbiased_var,
+        r_max=r_max,
+        d_max=d_max,
+        average=average,
+        call="renorm_bn_apply",
     )
-    return apply_renorm(
-        params, state, x, options, momentum=momentum, mask=mask, r_max=r_max, d_max=d_max, average=average
-    )[:2]
+    return layer.apply(params, state, x, train, mask)
 
 
-def apply_renorm(
-    params: Any,
-    state: BNState | None,
-    x: Array,
-    options: Options,
-    *,
-    momentum: Any,
-    mask: Array | None,
-    r_max: Limit,
-    d_max: Limit,
-    average: str,
-    earlier: Collected | None = None,
-) -> tuple[Array, Any, Collected | None]:
-    """`renorm_bn_apply` with checked options, as `bnjax.core.apply.apply` is `bn_apply`."""
-    call = options.call
-    if state is None:
-        raise ValueError(f"{call}(state=None): there is nothing to correct towards. Pass the state of bn_init.")
-    check_average(call, average)
-    options = fitted(options, x, mask)
-    momentum = momentum_argument(call, momentum, state, options.train)
-    limits = {}
-    for name, limit in ("r_max", r_max), ("d_max", d_max):
-        number = at_count(call, name, limit, state, options.train, unused=LEAST[name])
-        limits[name] = _checked_limit(call, name, number, clamped=isinstance(limit, linear_ramp))
-    return _apply_renorm(params, state, x, mask, momentum, earlier, limits, average=average, options=options)
-
-
-@partial(jax.jit, static_argnames=("average", "options"), inline=True)
-def _apply_renorm(params, state, x, mask, momentum, earlier, limits, *, average, options):
-    if not options.train:
-        return compiled_apply(params, state, x, mask, momentum, earlier, options=options)
-    batch = validate(params, state, x, mask, options)
-    if jnp.iscomplexobj(x):
-        raise TypeError(f"{options.call}(x=...): x is {x.dtype}, but d is clipped to an interval. Pass a real x.")
-    statistics = batch_statistics(batch, state, options)
-    mean, var = choose_statistics(statistics.moments, state, batch)
-    running_mean, running_var = (sharded_as(var, v) for v in (state.mean, state.var))
-    running_std, std = (jnp.sqrt(v.astype(var.dtype) + options.epsilon) for v in (running_var, var))
-    r_max, d_max = (_limit(options.call, name, limits[name], std) for name in ("r_max", "d_max"))
-    r = lax.stop_gradient(jnp.clip(std / running_std, 1 / r_max, r_max))
-    d = lax.stop_gradient(jnp.clip((mean - running_mean.astype(mean.dtype)) / running_std, -d_max, d_max))
-    # scale * (xhat * r + d) + bias is the formula with another scale and bias.
-    r, d, scale, bias = (aligned(v, batch.x, batch.features) for v in (r, d, *params))
-    scale, shift = (r, d) if scale is None else (scale.astype(r.dtype) * r, scale.astype(r.dtype) * d)
-    bias = shift if bias is None else bias.astype(d.dtype) + shift
-    y = normalize_by(mean, var, scale, bias, batch, options)
-    std_epsilon = options.epsilon if average == "std" else None
-    state, collected = update(state, statistics, earlier, momentum, options, std_epsilon)
-    return y, state, collected
-
-
-def check_average(call: str, average: Any) -> None:
-    """Check that `average` names what the running variance averages."""
-    if not isinstance(average, str) or average not in ("std", "var"):
-        raise ValueError(
-            f'{call}(average={average!r}): expected "std", which averages standard deviations as in the paper, or '
-            '"var", which averages variances.'
-        )
-
-
-def _limit(call, name, limit, std) -> Any:
+def _at_least(call, name, limit, std) -> Any:
     """A bound, known or not, as an array with a number for all features or one for each."""
     value = jnp.asarray(limit).astype(std.dtype)
     if value.shape not in ((), std.shape):
@@ -169,13 +176,14 @@ def _limit(call, name, limit, std) -> Any:
     return jnp.maximum(sharded_as(std, value) if value.ndim else value, LEAST[name])
 
 
-def _checked_limit(call, name, limit, clamped):
+def _checked_limit(call, name, limit):
+    """The bound, a float or an array, after a check of the numbers that are known."""
     least = LEAST[name]
     if isinstance(limit, np.ndarray):
         limit = jnp.asarray(limit) if limit.ndim else limit.item()
     numbers = limit
     if isinstance(limit, Array):
-        numbers = None if clamped else checks.known(limit)
+        numbers = checks.known(limit)
         if numbers is None:
             return limit
     number = isinstance(limit, Array | int | float | np.number) and not isinstance(limit, bool)

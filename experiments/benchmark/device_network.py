@@ -15,7 +15,7 @@ import numpy as np
 from flax import linen as nn
 
 from bnjax import linen
-from bnjax.core import array_moments
+from bnjax.core import reading
 from experiments.benchmark import device_parts as parts
 from experiments.benchmark.device_record import Record, times
 from experiments.models import resnet50
@@ -78,8 +78,8 @@ def looked_again(before: Any, after: Any) -> tuple[int, int]:
     batches = jax.tree.leaves(of_batch(before, after), is_leaf=_is_layer)
     count = 0
     for old, batch in zip(olds, batches, strict=True):
-        rounding = array_moments.ROUNDED * np.finfo(np.float32).eps * np.abs(batch["mean"])
-        allowed = array_moments.NEAR * batch["var"] + rounding**2
+        rounding = reading.ROUNDED * np.finfo(np.float32).eps * np.abs(batch["mean"])
+        allowed = reading.NEAR * batch["var"] + rounding**2
         count += bool(np.any((batch["mean"] - np.asarray(old["mean"], np.float64)) ** 2 > allowed))
     return count, len(olds)
 

@@ -21,7 +21,7 @@ from flax import linen as nn
 from jax import Array
 
 import bnjax
-from bnjax.core import array_moments, moments
+from bnjax.core import moments, reading
 from experiments.benchmark import bench, contenders, exactness
 from experiments.benchmark.contenders import Case, Direction
 from experiments.benchmark.device_record import Pending, Record, times
@@ -45,7 +45,7 @@ def unguarded(x: Array, shift: Array, *, axes: tuple[int, ...]) -> tuple[Array, 
     return jnp.full_like(var, count), jnp.squeeze(shift, axes) + offset, var
 
 
-READ_BY: dict[str, Any] = {NO_GUARD: unguarded, NEAR: array_moments.guarded}
+READ_BY: dict[str, Any] = {NO_GUARD: unguarded, NEAR: reading.guarded_look}
 """Other ways to take the statistics of a device's array than that of the library, by name."""
 
 
@@ -57,7 +57,7 @@ def read_by(name: str) -> Generator[None]:
     """
     jax.clear_caches()
     try:
-        with mock.patch.object(moments, "guarded_moments", READ_BY.get(name, moments.guarded_moments)):
+        with mock.patch.object(moments, "read_anywhere", READ_BY.get(name, moments.read_anywhere)):
             yield
     finally:
         jax.clear_caches()

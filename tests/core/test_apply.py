@@ -192,13 +192,13 @@ def test_debiased_weighs_batches_by_age_and_forgets_the_initial_value(momentum, 
 def test_momentum_functions_hash_and_compare_by_value(rng):
     assert bnjax.debiased(0.9) == bnjax.debiased(0.9) != bnjax.debiased(0.8)
     assert hash(bnjax.debiased(0.9)) == hash(bnjax.debiased(0.9))
-    from bnjax.core.apply import compiled_apply
+    from bnjax.core.layer import batch_norm
 
     batches = jnp.asarray(rng.standard_normal((3, 8, 3)), jnp.float32)
     run(bnjax.debiased(0.9), batches)
-    size = compiled_apply._cache_size()
+    size = batch_norm._cache_size()
     run(bnjax.debiased(0.9), batches)
-    assert compiled_apply._cache_size() == size
+    assert batch_norm._cache_size() == size
 
 
 def test_a_schedule_of_the_count_sees_each_features_own(rng):

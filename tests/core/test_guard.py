@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import bnjax
-from bnjax.core import array_moments
+from bnjax.core import reading
 from tests.support import reference
 from tests.support.collecting import apply_and_collect
 from tests.support.tolerances import EPS, FACTOR
@@ -185,9 +185,7 @@ def test_moments_around_a_part_are_exact_where_the_part_is_as_far_off_as_can_be(
     # A sixteenth at sqrt(15) standard deviations, and the rest at as many as make up for it.
     x = np.where(np.arange(ROWS)[:, None] < ROWS // 16, 15**0.5, -(15**-0.5)) + mean + np.zeros(FEATURES)
     x = (x + 1e-3 * rng.standard_normal(x.shape)).astype(np.float32)
-    _, found, var = jax.jit(array_moments._on_one_gpu, static_argnames="axes")(
-        x, np.zeros((1, FEATURES), "f"), axes=(0,)
-    )
+    _, found, var = jax.jit(reading.part_look, static_argnames="axes")(x, np.zeros((1, FEATURES), "f"), axes=(0,))
     assert_exact(x, found, var)
 
 
@@ -222,9 +220,9 @@ def test_the_guess_of_the_mean_changes_neither_moments_nor_derivatives(rng):
 
 def test_the_guard_is_what_its_comment_says(rng):
     # eps (1 + NEAR) is inside the bound of test_accuracy, which is 16 eps at the least.
-    assert 1 + array_moments.NEAR < 2 * FACTOR
+    assert 1 + reading.NEAR < 2 * FACTOR
     x = np.concatenate([batch(0.0, 1.0, rng)] * 48)  # about 200,000 rows
-    worst = np.sqrt(array_moments.NEAR) * 0.99
-    guarded = jax.jit(array_moments.guarded, static_argnames="axes")
+    worst = np.sqrt(reading.NEAR) * 0.99
+    guarded = jax.jit(reading.guarded_look, static_argnames="axes")
     _, mean, var = guarded(x, np.full((1, FEATURES), worst, "f"), axes=(0,))
     assert_exact(x, mean, var)

@@ -14,7 +14,7 @@ from flax import nnx
 import bnjax
 import bnjax.linen
 import bnjax.nnx
-from bnjax.core.running import momentum_argument
+from bnjax.core.running import rates
 from tests.support.compiling import compilations
 
 X = np.random.default_rng(0).standard_normal((8, 3)).astype(np.float32) + 4
@@ -146,7 +146,7 @@ def test_a_schedule_adds_no_program_to_a_training_step_and_one_to_an_eager_call(
 
 @pytest.mark.parametrize("count", [0, 1, 2, 7, 2**24 - 1, 2**24, 2**24 + 2, 2**28, 2**31 - 1])
 def test_cumulative_average_weighs_the_new_batch_by_its_share_at_any_count(count):
-    keep, take = momentum_argument("test", bnjax.cumulative_average, STATE._replace(count=jnp.int32(count)), True)
+    keep, take = rates("test", bnjax.cumulative_average, STATE._replace(count=jnp.int32(count)), True)
     np.testing.assert_allclose(take, 1 / (count + 1), rtol=2e-7)
     assert keep == bnjax.cumulative_average(jnp.int32(count)) < 1
     np.testing.assert_allclose(keep, count / (count + 1), rtol=1.2e-7)
@@ -158,7 +158,7 @@ def test_debiased_weighs_the_new_batch_exactly(momentum):
         exact = Fraction(momentum)
         want = (1 - exact) / (1 - exact ** (count + 1))
         state = STATE._replace(count=jnp.int32(count))
-        keep, take = momentum_argument("test", bnjax.debiased(momentum), state, True)
+        keep, take = rates("test", bnjax.debiased(momentum), state, True)
         np.testing.assert_allclose(take, float(want), rtol=5e-7)
         np.testing.assert_allclose(keep, float(1 - want), atol=1.2e-7)
     assert bnjax.debiased(1 - 1e-9)(jnp.int32(2**24)) < 1

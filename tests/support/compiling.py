@@ -2,6 +2,8 @@
 
 import contextlib
 import functools
+import re
+from collections import Counter
 
 import jax
 import pytest
@@ -67,3 +69,18 @@ def compilations(call):
     finally:
         jax.monitoring.unregister_event_duration_listener(record)
     return len(events)
+
+
+def executed(text, names):
+    """How often a StableHLO program has operations of these names, those of a function once for each of its calls."""
+    pieces = re.split(r"^  func\.func [^@]*@([\w.]+)\(", text, flags=re.MULTILINE)
+    bodies = dict(zip(pieces[1::2], pieces[2::2], strict=True))
+
+    @functools.cache
+    def counts(function):
+        total = Counter(re.findall(r"stablehlo\.(\w+)", bodies[function]))
+        for called in re.findall(r"call @([\w.]+)\(", bodies[function]):
+            total.update(counts(called))
+        return total
+
+    return {name: counts("main")[name] for name in names}

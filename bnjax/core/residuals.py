@@ -1,4 +1,4 @@
-"""The name that `jax.checkpoint` knows the statistics by."""
+"""The name of the statistics among the residuals, by which a policy of `jax.checkpoint` saves them."""
 
 from collections.abc import Callable
 from functools import partial
@@ -8,5 +8,5 @@ from jax.ad_checkpoint import checkpoint_name
 
 # A policy that saves what has this name keeps the backward pass from reducing `x`, and from collectives, a second time.
 # Every result of a reduction that the backward pass needs has to have it, also where that is an intermediate one.
-CHECKPOINT_NAME = "bnjax_statistics"
-named: Callable[..., Any] = partial(checkpoint_name, name=CHECKPOINT_NAME)
+STATISTICS = "bnjax_statistics"
+named: Callable[..., Any] = partial(checkpoint_name, name=STATISTICS)

@@ -1,0 +1,169 @@
+"""How one part of a batch is read: its mean and variance, by no more looks at it than they need.
+
+An array is looked at once, around a shift c that is known before, such as the running mean:
+
+    mean = c + E[x - c]       var = E|x - c|^2 - |E[x - c]|^2
+
+With r = |mean - c|^2 / var, the two terms of `var` are (1 + r) var and r var. A relative rounding error e of the sums
+therefore becomes a relative error of about e (1 + r) in `var`, and one of e sqrt(1 + r) standard deviations in `mean`.
+A guard keeps r to 8 per feature: where a feature has more, the array is looked at twice again, around the mean that a
+plain sum gives. The errors then grow linearly with |mean| / std whatever c is, which is the least possible for a
+rounded input. The textbook E|x|^2 - |E x|^2 is c = 0 without a guard, and its error grows quadratically.
+
+    two_looks       around the array's own mean, exact for any array
+    guarded_look    one look around a known shift, and two more if the guard asks for them
+    part_look       one look around the mean of a sixteenth of the array, which bounds r without a guard
+    slab_look       the same on CPU, by slabs
+
+Which of them reads is chosen for the platform that a program is lowered for: `read_anywhere` and `read_locally`.
+
+This module knows neither devices, nor derivatives, nor running statistics.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+from bnjax.core.domains import Over, returned
+from bnjax.core.jax_internals import PlatformFunction
+from bnjax.core.records import Moments
+from bnjax.core.reductions import FORWARD_SLABS, cut, two_sums
+from bnjax.core.weights import expectation, usual
+
+# The guard accepts |mean - c|^2 <= NEAR var + (ROUNDED eps mean)^2. Sums by trees, as TPUs and GPUs take them, round by
+# about eps, so the error of `var` is about 9 eps at the most; the tests of accuracy allow 16 eps or more. The second
+# term is for constant features: their running mean stops a few roundings away from the mean, and the error that the
+# term lets in, eps (ROUNDED eps mean)^2, is an eighth of the square of rounding the mean, (eps mean)^2.
+NEAR = 8.0
+ROUNDED = 1024.0
+# A shift that is taken from the array itself is the mean of one part of it, out of so many.
+PART = 16
+
+
+def two_looks(x: Array, weight: Array | None, axes: tuple[int, ...]) -> Moments:
+    """The moments of `x` over `axes`: a first look gives the mean, the second one is around it."""
+    total, mean_of = expectation(x, weight, axes)
+    mean, var = _around_the_mean(x, mean_of, axes)
+    return Moments(total + jnp.zeros_like(var), mean, var)
+
+
+def merged(parts: Moments, over: Over) -> Moments:
+    """The moments of all elements of the parts along axes, or of each domain (Chan, Golub & LeVeque, 1983).
+
+    The variance of the whole is the variance of the parts' means plus the mean of the parts' variances.
+    """
+    total, mean_of = expectation(parts.mean, parts.weight, over)
+    mean, between = _around_the_mean(parts.mean, mean_of, over)
+    return Moments(total, mean, between + mean_of(parts.var))
+
+
+def _around_the_mean(x: Array, mean_of: Callable[[Array], Array], over: Over) -> tuple[Array, Array]:
+    """Mean and variance of `x` under the expectation `mean_of`."""
+    # The plain mean carries the rounding of a plain sum. The sums around it are near 0, and so is their rounding.
+    plain_mean = mean_of(x)
+    centered = x - returned(plain_mean, over)
+    offset = mean_of(centered)
+    var = mean_of(abs_square(centered)) - abs_square(offset)
+    # Rounding may leave `var` below 0. Not jnp.maximum, whose derivative is a half at 0 and nothing below.
+    return plain_mean + offset, var - lax.stop_gradient(jnp.minimum(var, 0))
+
+
+def _one_look(x: Array, shift: Array, weight: Array | None, axes: tuple[int, ...]) -> tuple[Moments, Array]:
+    """The moments around the shift, `var` perhaps a little below 0, and mean - shift."""
+    centered = x.astype(shift.dtype) - shift
+    total, mean_of = expectation(centered, weight, axes, scaled=False)
+    offset = mean_of(centered)
+    var = mean_of(abs_square(centered)) - abs_square(offset)
+    mean = jnp.squeeze(shift, axes) + offset
+    if weight is not None:
+        mean = jnp.where(total > 0, mean, 0)
+    return Moments(total + jnp.zeros_like(var), mean, var), offset
+
+
+def guarded_look(x: Array, shift: Array, *weight: Array, axes: tuple[int, ...]) -> tuple[Array, ...]:
+    """Moments in one look at `x` around the shift, and in two more where the shift is too far from the mean.
+
+    `x` may be of half precision; `shift` has the dtype of the result and broadcasts to `x`.
+    """
+    mask = weight[0] if weight else None
+    # A running mean that is not finite would make every sum NaN, for the guard to refuse: 0 may do better.
+    shift = jnp.where(jnp.isfinite(shift), shift, 0)
+    (total, mean, var), offset = _one_look(x, shift, mask, axes)
+    rounding = ROUNDED * jnp.finfo(var.dtype).eps * jnp.abs(mean)
+    # Where sums overflowed, `var` is infinite or NaN, and the two looks around the mean may still be finite.
+    near = (abs_square(offset) <= NEAR * var + rounding * rounding) & jnp.isfinite(var)
+    if mask is not None:
+        near &= usual(total)
+
+    def look_again(x, *first_look):
+        _, *exact = two_looks(x.astype(shift.dtype), mask, axes)
+        return tuple(v + lax.full_like(like, 0) for v, like in zip(exact, first_look, strict=True))  # sharded alike
+
+    # Two rules of XLA. A conditional stays one only if a branch does nothing; otherwise it may become a select, which
+    # computes both branches. And what enters it is in memory, so that `x` enters before it is widened.
+    mean, var = lax.cond(jnp.all(near), lambda x, *first_look: first_look, look_again, x, mean, var)
+    return total, mean, jnp.maximum(var, 0)
+
+
+def part_look(x: Array, shift: Array, *weight: Array, axes: tuple[int, ...]) -> tuple[Array, ...]:
+    """Moments in one look at `x` around the mean of its first sixteenth along one of the axes, unless it is masked.
+
+    The mean of a fraction f is at most sqrt((1 - f) / f) standard deviations from the mean of all, whatever the data,
+    so that no guard is needed. That axis may not be divided among devices, and the part is looked at twice.
+    """
+    if weight:
+        return _exact(x, shift, *weight, axes=axes)
+    # In an export a size may be a symbol. Otherwise the first axis that has a sixteenth is taken, if any has.
+    known = [a for a in axes if isinstance(x.shape[a], int)]
+    axis = max(known, key=lambda a: min(x.shape[a], PART), default=axes[0])
+    part = lax.slice_in_dim(x, 0, -(-x.shape[axis] // PART), axis=axis).astype(shift.dtype)
+    moments, _ = _one_look(x, jnp.mean(part, axes, keepdims=True), None, axes)
+    return tuple(moments._replace(var=jnp.maximum(moments.var, 0)))
+
+
+def slab_look(x: Array, shift: Array, *weight: Array, axes: tuple[int, ...]) -> tuple[Array, ...]:
+    """Moments in one sum by slabs around the mean of the first slab; by two looks if masked, complex or small."""
+    x = x.astype(shift.dtype)
+    slabs = None if weight or jnp.iscomplexobj(x) else cut(FORWARD_SLABS, axes, x)
+    if slabs is None:
+        return _exact(x, shift, *weight, axes=axes)
+    first_slab = lax.index_in_dim(slabs.parts[0], 0, slabs.axis, keepdims=False)
+    pivot = jnp.expand_dims(jnp.mean(first_slab, slabs.axes), axes)
+    both = two_sums(lambda x, pivot: (x - pivot, (x - pivot) ** 2), FORWARD_SLABS, axes, x, pivot)
+    count = math.prod(x.shape[a] for a in axes)
+    offset, mean_square = (v / count for v in both)
+    var = jnp.maximum(mean_square - abs_square(offset), 0)
+    return tuple(jnp.squeeze(v, axes) for v in (jnp.full_like(var, count), pivot + offset, var))
+
+
+def _exact(x, shift, *weight, axes):
+    """The results of the other looks by two looks; it takes what they take."""
+    return tuple(two_looks(x.astype(shift.dtype), weight[0] if weight else None, axes))
+
+
+def _look_on_one_gpu(x, shift, *weight, axes):
+    """The results of `guarded_look` without a conditional, for whose predicate the host of a GPU would wait.
+
+    On an H100 the waits took longer than reading a sixteenth of the array twice. A masked array has no such part.
+    """
+    if weight or not any(isinstance(x.shape[a], int) for a in axes):
+        return guarded_look(x, shift, *weight, axes=axes)
+    return part_look(x, shift, axes=axes)
+
+
+# The reduced axes may be divided among devices, so that no part of the array can be picked out without communication.
+read_anywhere: PlatformFunction = PlatformFunction(
+    "bnjax_moments", guarded_look, cpu=slab_look, one_gpu=_look_on_one_gpu, taylor=_exact, first_is_full=True
+)
+# Each array of several, such as an example under `vmap`, lies on one device, and each may be far from the shift.
+read_locally: PlatformFunction = PlatformFunction(
+    "bnjax_part_moments", part_look, cpu=slab_look, taylor=_exact, first_is_full=True
+)
+
+
+def abs_square(values: Any) -> Array:
+    """|v|^2, real."""
+    return jnp.real(jnp.conj(values) * values)
