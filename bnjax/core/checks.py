@@ -117,7 +117,7 @@ def index_groups(call: str, groups: Sequence[Sequence[int]] | None) -> tuple[tup
         ) from error
 
 
-def bound_axes(call: str, names: tuple[Hashable, ...], groups: tuple[tuple[int, ...], ...] | None) -> None:
+def bound_axes(call: str, names: tuple[Hashable, ...], groups: Sequence[Sequence[int]] | None) -> None:
     """Check that every name is a mapped axis here, and that the groups hold each index once."""
     if len(set(names)) != len(names):
         raise ValueError(f"{call}(axis_name={names}): an axis is repeated and would count twice. Name each axis once.")

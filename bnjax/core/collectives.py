@@ -4,7 +4,7 @@ Axes of a mesh are mapped by `shard_map` or `pmap` and have collectives. Axes of
 uses the axis that `vmap` keeps already.
 """
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import jax
@@ -14,7 +14,7 @@ from jax import lax
 
 from bnjax.core.jax_internals import mesh_axes
 
-Groups = tuple[tuple[int, ...], ...] | None
+Groups = Sequence[Sequence[int]] | None
 
 
 def kinds_of_axes(names: tuple[Hashable, ...], groups: Groups) -> tuple[tuple[Hashable, ...], tuple[Hashable, ...]]:

@@ -14,7 +14,7 @@ A variant is a subclass that replaces a step: `train` or `evaluate`.
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from functools import partial
 from typing import Any, ClassVar
@@ -66,6 +66,9 @@ class BatchNorm:
     _: KW_ONLY
     dtype: Any = None
     call: str = field(default="", repr=False, compare=False)  # what errors name; by default the class
+    # The axes of an array, counted from 0, that the value was fitted to, and axis_name as a tuple.
+    features: tuple[int, ...] = field(default=(), init=False, repr=False)
+    names: tuple[Hashable, ...] = field(default=(), init=False, repr=False, compare=False)
 
     # Options that are numbers, or functions of the number of updates: arguments of the compiled function, which
     # `numbers` makes of them, so that another number is no other program.
@@ -85,6 +88,7 @@ class BatchNorm:
             momentum=self.momentum if callable(self.momentum) else checks.momentum(call, self.momentum),
             epsilon=checks.positive(call, "epsilon", self.epsilon),
             axis_name=names[0] if len(names) == 1 else names or None,
+            names=names,
             axis_index_groups=checks.index_groups(call, self.axis_index_groups),
             dtype=self.dtype if self.dtype is None else checks.inexact_dtype(call, self.dtype),
         )
@@ -129,9 +133,10 @@ class BatchNorm:
         checks.boolean(self.call, "train", train)
         checks.inexact(self.call, "x", x)
         checks.known_weights(self.call, mask)  # an eager call knows their values, the compiled function does not
+        features = checks.feature_axes(self.call, x, self.axis)
         program = self._fitted(
-            axis=checks.feature_axes(self.call, x, self.axis),
-            axis_name=checks.axis_names(self.call, self.axis_name),
+            axis=features,
+            features=features,
             dtype=x.dtype if self.dtype is None else self.dtype,
             **dict.fromkeys(self.numeric),
         )
@@ -147,14 +152,14 @@ class BatchNorm:
         """
         return {"momentum": rates(self.call, self.momentum, state, train)}
 
-    # What follows is traced. `axis` and `axis_name` are tuples there, and numeric options come in `numbers`.
+    # What follows is traced, for a value that was fitted to x. Its numeric options come in `numbers`.
 
     def check(self, params: Any, state: Any, x: Array, mask: Array | None, train: bool) -> None:
         """Check that the arguments of `apply` fit each other."""
-        checks.variables(self.call, params, state, x, self.axis)
+        checks.variables(self.call, params, state, x, self.features)
         checks.weights(self.call, mask, x)
         if train or state is None:
-            checks.bound_axes(self.call, self.axis_name, self.axis_index_groups)
+            checks.bound_axes(self.call, self.names, self.axis_index_groups)
 
     def run(
         self, params: Any, state: Any, x: Array, mask: Array | None, numbers: Any, earlier: Any, train: bool
@@ -179,21 +184,21 @@ class BatchNorm:
         """y by the batch's statistics, and these; `x` is widened, and was `stored` in that dtype."""
         batch = self.batch_moments(state, x, mask, stored)
         mean, var = known_or_running(batch.moments, state, x, mask)
-        return self.normalized(x, mean, var, *params, mask), batch
+        return self.normalized(x, mean, var, params, mask), batch
 
     def evaluate(self, params: Any, state: BNState, x: Array, mask: Array | None, numbers: Any, stored: Any) -> Array:
         """y by the running statistics."""
-        return self.normalized(x, state.mean, state.var.real, *params, mask)
+        return self.normalized(x, state.mean, state.var.real, params, mask)
 
     def batch_moments(self, state: BNState | None, x: Array, mask: Array | None, stored: Any) -> Collected:
         """The moments of the batch, over the named axes too. The running mean is a guess of the batch's mean."""
         shift = None if state is None else state.mean
-        return collect(x, mask, self.axis, stored, self.axis_name, self.axis_index_groups, shift=shift)
+        return collect(x, mask, self.features, stored, self.names, self.axis_index_groups, shift=shift)
 
     @jax.named_scope("bnjax.normalize")
-    def normalized(self, x: Array, mean: Any, var: Any, scale: Any, bias: Any, mask: Array | None) -> Array:
+    def normalized(self, x: Array, mean: Any, var: Any, params: Any, mask: Array | None) -> Array:
         """The formula, in the output's dtype; statistics of the features' shape, scale and bias of that or x's rank."""
-        mean, var, scale, bias = (aligned(v, x, self.axis) for v in (mean, var, scale, bias))
+        mean, var, scale, bias = (aligned(v, x, self.features) for v in (mean, var, *params))
         return normalize(x, mean, var, scale, bias, mask, self.epsilon, self.dtype).astype(self.dtype)
 
 

@@ -123,7 +123,7 @@ def recalibrate(
     if moments is None:
         raise ValueError("recalibrate(batches=...): there is no batch. A generator can be read only once.")
     collected = trees.collected(moments)
-    kept = [name for name in layers if not jnp.any(collected[name].support.valid > 0)]
+    kept = [name for name in layers if not jnp.any(collected[name].moments.weight > 0)]
     if len(kept) == len(layers):
         raise ValueError(
             "recalibrate(apply=...): no layer saw a value in training mode. Call the model with train=True, or with "

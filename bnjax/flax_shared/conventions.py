@@ -166,7 +166,7 @@ def _computed(x, mean, params):
     return x if wide == wider(x.dtype) else x.astype(wide), mean
 
 
-def _of_rank(mask, x, axes, call):
+def _of_rank(mask, x, axes, call) -> Any:
     """The mask with x's rank. It may lack leading axes, as in NumPy, where it can only mean that."""
     mask = mask if isinstance(mask, np.ndarray) else jnp.asarray(mask)  # NumPy's stay known under jit
     if mask.shape == x.shape:
@@ -224,10 +224,10 @@ def promoting() -> Any:
     return jax.numpy_dtype_promotion("standard")
 
 
-def complete(batch: Collected | None, state: BNState) -> Collected:
-    """The moments with their support, as a layer stores them; without any, those of no element at all.
+def complete(batch: Collected | None, mean: Array, var: Array) -> Collected:
+    """The moments with their support, as a layer with this mean and variance stores them; by default of no element.
 
-    These merge with any others without an effect.
+    Those merge with any others without an effect.
     """
-    zeros = jnp.zeros_like(state.var.real)
-    return with_support(batch or Collected(Moments(zeros, jnp.zeros_like(state.mean), zeros), None))
+    zeros = jnp.zeros_like(var.real)
+    return with_support(batch or Collected(Moments(zeros, jnp.zeros_like(mean), zeros), None))

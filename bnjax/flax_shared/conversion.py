@@ -72,7 +72,7 @@ def conversion(library: str, to: Any, where: Any, changes: Mapping[str, Any], la
     for name, value in flags.items():
         checks.boolean("convert", name, value)
     options = {name: value for name, value in changes.items() if name not in flags}
-    required = {name: None for name in own if name not in options and not hasattr(_PURE[kind], name)}
+    required: dict[str, Any] = {name: None for name in own if name not in options and not hasattr(_PURE[kind], name)}
     layer = _PURE[kind](**{**required, **options}, call="convert")  # it checks them
     checked = flags | {name: _hashable(getattr(layer, name)) for name in options}
     return Conversion(to, where, tuple(sorted(checked.items(), key=lambda change: change[0])))

@@ -330,5 +330,5 @@ class _Storage:
             if self.count is not None:
                 self.count.value = state.count
         if self.collects:
-            for name, value in complete(batch, state)._asdict().items():
+            for name, value in complete(batch, state.mean, state.var)._asdict().items():
                 self.layer.put_variable("batch_moments", name, value)

@@ -202,9 +202,9 @@ class _Storage:
             if hasattr(layer, "count"):
                 _store(layer.count, state.count)
         if layer.moments is not None:
-            moments, support = complete(batch, state)
+            moments, support = complete(batch, state.mean, state.var)
             layer.moments.set_value(moments)
-            layer.support.set_value(support)
+            layer.support.set_value(support)  # pyright: ignore[reportOptionalMemberAccess]  both or none
 
 
 def collect(layer: Any, earlier: Collected | None = None) -> None:

@@ -169,7 +169,7 @@ def _collect(model, earlier):
     for path, node in list(nnx.iter_graph(model)):
         name = "/".join(map(str, path))
         if isinstance(node, BatchNorm):
-            collect(node, earlier.get(name, conventions.nothing(node.mean[...], node.var[...])))
+            collect(node, earlier.get(name, conventions.complete(None, node.mean[...], node.var[...])))
         elif isinstance(node, bridge.ToNNX):
             below = f"{name}/" if name else ""
             inside = {k: v for k, v in earlier.items() if k == name or k.startswith(below)}

@@ -69,11 +69,11 @@ class AdaptiveBatchNorm(BatchNorm):
             return select(share > 0, both, running.astype(both.dtype))
 
         mean, var = adapted(state.mean, moments.mean), adapted(state.var.real, moments.var)
-        return self.normalized(x, mean, var, *params, mask)
+        return self.normalized(x, mean, var, params, mask)
 
     def _examples(self, x, mask, weight):
         """The number of examples that a feature has in the batch, over the named axes too; `weight` is the moments'."""
-        axes = tuple(a for a in range(x.ndim) if a not in self.axis)
+        axes = tuple(a for a in range(x.ndim) if a not in self.features)
         inner = axes[1:]  # the axes of one example
         shape = tuple(1 if a in inner else n for a, n in enumerate(x.shape))
         if mask is None:  # the moments know of all devices already
@@ -87,7 +87,7 @@ class AdaptiveBatchNorm(BatchNorm):
         total = total_weight(shape, mask, axes, weight.dtype) + zeros
         support = support_of(total, shape, mask, axes) if is_real(mask) else None
         counted = Collected(Moments(total, zeros, zeros), support)
-        (examples, *_), support = merge_over_axes(counted, self.axis_name, self.axis_index_groups)
+        (examples, *_), support = merge_over_axes(counted, self.names, self.axis_index_groups)
         if support is not None:
             examples = divided(examples, support.mean_weight)
         return jnp.where(weight > 0, examples, 0)  # an image of no pixels is no example

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
@@ -45,46 +46,48 @@ class GhostBatchNorm(BatchNorm):
     def train(
         self, params: Any, state: Any, x: Array, mask: Array | None, numbers: Any, stored: Any
     ) -> tuple[Array, Collected]:
-        examples = next((a for a in range(x.ndim) if a not in self.axis), None)
+        examples = next((a for a in range(x.ndim) if a not in self.features), None)
         number = 0 if examples is None else x.shape[examples]
         known = isinstance(number, int)  # a symbolic dimension of jax.export is not
         # Over a named axis even the only group of a device has statistics of its own.
-        one_group = known and (number == 0 or (self.ghost_size >= number and not self.axis_name))
+        one_group = known and (number == 0 or (self.ghost_size >= number and not self.names))
         if examples is None or one_group:
             return super().train(params, state, x, mask, numbers, stored)
         self._check_groups(number, shards(x, examples))
         size = min(self.ghost_size, number) if known else self.ghost_size
         whole = number - number % size
-        params = BNParams(*(aligned(v, x, self.axis) for v in params))
+        params = BNParams(*(aligned(v, x, self.features) for v in params))
 
         def groups_of(size, begin, end):
-            part = (_sliced(v, examples, slice(begin, end)) for v in (x, mask, *params))
-            return self._train_groups(*part, state, examples, size, stored)
+            part: Any = jax.tree.map(lambda v: _sliced(v, examples, slice(begin, end)), (params, x, mask))
+            return self._train_groups(*part, state=state, examples=examples, size=size, stored=stored)
 
         y, batch = groups_of(size, 0, whole)
         if known and whole < number:
             y_last, last = groups_of(number - whole, whole, number)
             y, batch = lax.concatenate([y, y_last], examples), merge_together(batch, last)
-        return y, merge_over_axes(batch, self.axis_name, self.axis_index_groups)
+        return y, merge_over_axes(batch, self.names, self.axis_index_groups)
 
-    def _train_groups(self, x, mask, scale, bias, state, examples, size, stored):
+    def _train_groups(self, params, x, mask, *, state, examples, size, stored):
         """Examples in groups of one size: normalized by group, and the moments of all groups together."""
 
-        def grouped(v) -> Any:  # a group is one more axis, before the axis of its examples
-            if v is None or v.shape[examples] == 1:
-                return v if v is None else jnp.expand_dims(v, examples)
+        def grouped(v):  # a group is one more axis, before the axis of its examples
+            if v.shape[examples] == 1:
+                return jnp.expand_dims(v, examples)
             return v.reshape(*v.shape[:examples], v.shape[examples] // size, size, *v.shape[examples + 1 :])
 
-        shape, position = x.shape, sum(a < examples for a in self.axis)  # position of groups among the feature axes
-        of_groups = self._fitted(axis=(*self.axis[:position], examples, *(a + 1 for a in self.axis[position:])))
-        x, mask, scale, bias = map(grouped, (x, mask, scale, bias))
-        batch = collect(x, mask, of_groups.axis, stored, sharded=False)
+        shape, position = x.shape, sum(a < examples for a in self.features)  # position of groups among the feature axes
+        of_groups = self._fitted(
+            features=(*self.features[:position], examples, *(a + 1 for a in self.features[position:]))
+        )
+        params, x, mask = jax.tree.map(grouped, (params, x, mask))
+        batch = collect(x, mask, of_groups.features, stored, sharded=False)
         if state is not None:  # running statistics, for a group without a valid element
             like = batch.moments.weight.shape
             mean, var = (jnp.broadcast_to(jnp.expand_dims(v, position), like) for v in (state.mean, state.var))
             state = BNState(mean, var, state.count)
         mean, var = known_or_running(batch.moments, state, x, mask)
-        y = of_groups.normalized(x, mean, var, scale, bias, mask)
+        y = of_groups.normalized(x, mean, var, params, mask)
         return y.reshape(shape), merge(batch, (position,))
 
     def _check_groups(self, number, shards):
@@ -164,6 +167,6 @@ def ghost_bn_apply(
     return layer.apply(params, state, x, train, mask)
 
 
-def _sliced(v, axis, examples) -> Any:
+def _sliced(v, axis, examples):
     """An array of x's rank for some of the examples."""
-    return v if v is None or v.shape[axis] == 1 else v[(slice(None),) * axis + (examples,)]
+    return v if v.shape[axis] == 1 else v[(slice(None),) * axis + (examples,)]

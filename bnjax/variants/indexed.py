@@ -85,13 +85,14 @@ class IndexedBatchNorm(BatchNorm):
         self, params: Any, state: Any, x: Array, mask: Array | None, numbers: Any, earlier: Any, train: bool
     ) -> tuple[Array, Any, Collected | None]:
         index, shape = numbers["index"], np.shape(state.mean)
-        if len(shape) != 1 + len(self.axis):
+        if len(shape) != 1 + len(self.features):
             raise ValueError(
                 f"{self.call}(state=...): expected the state of indexed_bn_init, with an axis of indices before "
-                f"{len(self.axis)} of features, got state.mean of shape {shape}. Pass what indexed_bn_init returned."
+                f"{len(self.features)} of features, got state.mean of shape {shape}. Pass what indexed_bn_init "
+                "returned."
             )
         if index.ndim:
-            _check_examples(self.call, index, x, self.axis)
+            _check_examples(self.call, index, x, self.features)
             return super().run(params, state, x, mask, numbers, earlier, train)
 
         def own(tree):
@@ -111,7 +112,7 @@ class IndexedBatchNorm(BatchNorm):
 
     def check(self, params: Any, state: Any, x: Array, mask: Array | None, train: bool) -> None:
         shape = np.shape(state.mean)
-        if len(shape) == 1 + len(self.axis):
+        if len(shape) == 1 + len(self.features):
 
             def first(v):
                 return _taken(v, 0)
@@ -125,8 +126,8 @@ class IndexedBatchNorm(BatchNorm):
         if not numbers["index"].ndim:
             return super().train(params, state, x, mask, numbers, stored)
         examples, domains = self._domains(x, numbers["index"])
-        features = tuple(sorted((examples, *self.axis)))
-        names, groups = self.axis_name, self.axis_index_groups
+        features = tuple(sorted((examples, *self.features)))
+        names, groups = self.names, self.axis_index_groups
         batch = collect(x, mask, features, stored, names, groups, sharded=False, domains=domains)
         mean, var = known_or_running(batch.moments, state, x, mask)
         return self._normalized_by_rows(x, mean, var, params, mask, numbers["index"]), batch
@@ -138,21 +139,21 @@ class IndexedBatchNorm(BatchNorm):
 
     def _domains(self, x, index):
         """The axis of the examples, and the domain of each: its index."""
-        examples = next(a for a in range(x.ndim) if a not in self.axis)
-        sharding = row_sharding(x, (examples, *self.axis))
-        return examples, Domains(index, self.num_indices, sum(a < examples for a in self.axis), sharding)
+        examples = next(a for a in range(x.ndim) if a not in self.features)
+        sharding = row_sharding(x, (examples, *self.features))
+        return examples, Domains(index, self.num_indices, sum(a < examples for a in self.features), sharding)
 
     def _normalized_by_rows(self, x, mean, var, params, mask, index):
         """The formula by each example's rows of the tables."""
         examples, domains = self._domains(x, index)
-        inner = [a for a in range(x.ndim) if a not in self.axis and a != examples]
+        inner = [a for a in range(x.ndim) if a not in self.features and a != examples]
 
         def rows(table):
             return jnp.expand_dims(domains.rows(table), inner)
 
         params = _tables(params, mean.shape, rows)
-        scale, bias = (_varying(aligned(v, x, self.axis), x) for v in params)
-        return self.normalized(x, rows(mean), rows(var), scale, bias, mask)
+        scale, bias = (_varying(aligned(v, x, self.features), x) for v in params)
+        return self.normalized(x, rows(mean), rows(var), BNParams(scale, bias), mask)
 
 
 def indexed_bn_init(

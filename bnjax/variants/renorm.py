@@ -90,10 +90,10 @@ class RenormBatchNorm(BatchNorm):
         r = lax.stop_gradient(jnp.clip(std / running_std, 1 / r_max, r_max))
         d = lax.stop_gradient(jnp.clip((mean - running_mean.astype(mean.dtype)) / running_std, -d_max, d_max))
         # scale * (xhat * r + d) + bias is the formula with another scale and bias.
-        r, d, scale, bias = (aligned(v, x, self.axis) for v in (r, d, *params))
+        r, d, scale, bias = (aligned(v, x, self.features) for v in (r, d, *params))
         scale, shift = (r, d) if scale is None else (scale.astype(r.dtype) * r, scale.astype(r.dtype) * d)
         bias = shift if bias is None else bias.astype(d.dtype) + shift
-        return self.normalized(x, mean, var, scale, bias, mask), batch
+        return self.normalized(x, mean, var, BNParams(scale, bias), mask), batch
 
 
 def renorm_bn_apply(
