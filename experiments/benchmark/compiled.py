@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from experiments.benchmark import compiled_programs, compilers, contenders
 from experiments.benchmark.compiled_programs import LIBRARIES, NONE, WIDE
-from experiments.benchmark.contenders import Block, Direction, Dtype
+from experiments.benchmark.contenders import Block, Case, Direction, Dtype
 from experiments.benchmark.traffic import Program
 from experiments.harness import data, plot, records
 
@@ -108,9 +108,13 @@ def programs(mesh: Any, name: str, part: str) -> Iterator[dict[str, Any]]:
     synchronized = part == "synchronized"
     layers = compiled_programs.synchronized(mesh) if synchronized else compiled_programs.layers(part, mesh.size)
     for facts, f, variables, case in layers:
-        arrays = [jax.ShapeDtypeStruct(case.stored, case.dtype)] * (2 if case.direction == "forward" else 3)
-        pass_bytes = math.prod(case.shape) * jnp.dtype(case.dtype).itemsize // mesh.size
-        yield {**facts, **count(mesh, f, variables, arrays, pass_bytes)}
+        yield {**facts, **count_layer(mesh, f, variables, case)}
+
+
+def count_layer(mesh: Any, f: Callable[..., Any], variables: Any, case: Case) -> dict[str, Any]:
+    """`count` of a function of `contenders.step`, with the passes of the case."""
+    arrays = [jax.ShapeDtypeStruct(case.stored, case.dtype)] * (2 if case.direction == "forward" else 3)
+    return count(mesh, f, variables, arrays, math.prod(case.shape) * jnp.dtype(case.dtype).itemsize // mesh.size)
 
 
 def count(mesh: Any, f: Callable[..., Any], variables: Any, arrays: list[Any], pass_bytes: int = 0) -> dict[str, Any]:
