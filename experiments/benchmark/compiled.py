@@ -164,11 +164,6 @@ def added(entries: dict[str, dict[str, Any]], library: str) -> float:
     return (entries[library]["bytes"] - none) / (flax - none)
 
 
-def _adds(entries: dict[str, dict[str, Any]]) -> bool:
-    """Whether the network without normalization is a baseline. On several GPUs it is compiled to move more bytes."""
-    return NONE in entries and entries["Flax Linen"]["bytes"] > entries[NONE]["bytes"]
-
-
 def report(entries: list[dict[str, Any]]) -> None:
     """Print the tables."""
     targets = list(dict.fromkeys(e["target"] for e in entries if e["part"] == "layer"))
@@ -198,7 +193,7 @@ def report(entries: list[dict[str, Any]]) -> None:
     for e in entries:
         if "images" in e:
             same = of(entries, target=e["target"], part=e["part"])
-            ratio = f"{added(same, e['library']):8.3f}" if _adds(same) else ""
+            ratio = f"{added(same, e['library']):8.3f}" if NONE in same else ""
             print(
                 f"{e['part']:10}{e['target']:8}{e['library']:24}{e['bytes'] / 1e9:8.3f}{len(e['collectives']):6}"
                 f"{merged(e) / 1e6:8.2f}{e['conditionals']:6}{e['temporary'] / 1e9:8.3f}{ratio}"
@@ -218,14 +213,14 @@ def _cell(entry):
 
 def figure(folder: Path, entries: list[dict[str, Any]]) -> None:
     """`compiled.png`: passes of the layer with ReLU, and bytes that normalization adds to a ResNet-50."""
-    targets = list(dict.fromkeys(e["target"] for e in entries if e["part"] != "synchronized"))
+    targets = list(dict.fromkeys(e["target"] for e in entries))
     facts = {"part": "layer", "variant": None, "block": "bn_relu", "direction": "backward", "dtype": "bfloat16"}
     layers = {target: of(entries, target=target, **facts) for target in targets}
     networks = {target: of(entries, target=target, part="resnet50") for target in targets}
     panels: dict[str, dict[str, dict[str, float]]] = {}
     for name in LIBRARIES[:3]:
         passes = {t: e[name]["passes"] for t, e in layers.items() if name in e}
-        bytes_ = {t: (e[name]["bytes"] - e[NONE]["bytes"]) / 1e9 for t, e in networks.items() if name in e and _adds(e)}
+        bytes_ = {t: (e[name]["bytes"] - e[NONE]["bytes"]) / 1e9 for t, e in networks.items() if name in e}
         for title, values in ("passes of BN + ReLU with backward", passes), ("GB added to a ResNet-50 step", bytes_):
             if values:
                 panels.setdefault(title, {})[name] = values
