@@ -149,7 +149,7 @@ def networks() -> str:
                 f"{compiled.added(same, 'bnjax'):.3f}" if compiled.NONE in same else "",
                 f"{len(flax['collectives'])}, {len(ours['collectives'])}",
                 f"{compiled.merged(flax) / 1e6:.1f}, {compiled.merged(ours) / 1e6:.1f}",
-                f"{flax['conditionals']}, {ours['conditionals']}",
+                ", ".join(str(e.get("conditionals", "-")) for e in (flax, ours)),  # "-" for a run that had no count
                 f"{flax['temporary'] / 1e9:.2f}, {ours['temporary'] / 1e9:.2f}",
             ]
         )
