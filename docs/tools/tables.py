@@ -4,6 +4,7 @@ Each function reads the results as they are when the site is built. What a numbe
 functions (`bench.least`, `compiled.added`), which are used here too.
 """
 
+import itertools
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,6 +22,12 @@ VARIANTS = ("batch-size", "recurrent", "noise", "cost")
 BLOCKS = {"bn": "BN", "bn_relu": "BN + ReLU", "bn_add_relu": "BN + add + ReLU"}
 DIRECTIONS = {"forward": "forward", "backward": "forward and backward"}
 FLAX = ("bnjax", "Flax Linen", "Flax Linen, two reads")
+COUNTED: dict[str, Callable[[dict[str, Any]], str]] = {
+    "collectives": lambda e: str(len(e["collectives"])),
+    "kB of collectives": lambda e: f"{compiled.merged(e) / 1e3:.0f}",
+    "conditionals": lambda e: str(e["conditionals"]),
+}
+"""What is counted beside bytes of memory, by its name in a table."""
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -76,23 +83,39 @@ def _programs() -> list[dict[str, Any]]:
 
 
 def passes(dtype: str = "bfloat16") -> str:
-    """Passes over memory of one layer, and collectives: bnjax / Flax / Flax with two reads."""
-    entries = _programs()
+    """Passes over memory of one layer, collectives and conditionals: bnjax / Flax / Flax with two reads."""
+    entries = [entry for entry in _programs() if entry["part"] == "layer"]
     targets = list(dict.fromkeys(e["target"] for e in entries))
     kinds = [(block, direction) for block in BLOCKS for direction in DIRECTIONS]
-    facts: dict[str, Any] = {"part": "layer", "variant": None, "dtype": dtype}
+    facts: dict[str, Any] = {"variant": None, "dtype": dtype}
 
     def cells(block, direction, value):
         found = (compiled.of(entries, target=t, block=block, direction=direction, **facts) for t in targets)
-        return ["\N{NO-BREAK SPACE}/ ".join(value(row[name]) if name in row else "-" for name in FLAX) for row in found]
+        return [_side_by_side(row, FLAX, value) for row in found]
 
     rows = [
         [f"{BLOCKS[block]}, {DIRECTIONS[direction]}", *cells(block, direction, lambda e: f"{e['passes']:.1f}")]
         for block, direction in kinds
     ]
-    collectives = cells("bn", "backward", lambda e: str(len(e["collectives"])))
-    rows.append(["collectives of BN, forward and backward", *collectives])
+    rows += [[f"BN, {DIRECTIONS['backward']}: {what}", *cells("bn", "backward", n)] for what, n in COUNTED.items()]
     return table(["passes: bnjax / Flax / Flax, two reads", *targets], rows)
+
+
+def _side_by_side(row: dict[str, dict[str, Any]], names: Sequence[str], value: Callable[[Any], str]) -> str:
+    return "\N{NO-BREAK SPACE}/ ".join(value(row[name]) if name in row else "-" for name in names)
+
+
+def synchronized() -> str:
+    """Passes, collectives and conditionals of a wide layer, by sharded `jit` and by `shard_map`: bnjax / Flax."""
+    entries = [entry for entry in _programs() if entry["part"] == "synchronized"]
+    mappings, targets = (list(dict.fromkeys(entry[fact] for entry in entries)) for fact in ("mapping", "target"))
+    values = {"passes": lambda e: f"{e['passes']:.1f}", **COUNTED}
+    rows = []
+    for mapping, direction, target in itertools.product(mappings, DIRECTIONS, targets):
+        row = compiled.of(entries, target=target, mapping=mapping, direction=direction)
+        label = f"`{mapping}`, {DIRECTIONS[direction]}, {target}"
+        rows.append([label, *(_side_by_side(row, FLAX[:2], value) for value in values.values())])
+    return table(["bnjax / Flax", *values], rows)
 
 
 def variants_compiled() -> str:
@@ -106,8 +129,8 @@ def variants_compiled() -> str:
 
 
 def networks() -> str:
-    """A training step of whole networks: bytes moved, what normalization adds to them, collectives, memory."""
-    entries = [entry for entry in _programs() if entry["part"] != "layer"]
+    """A training step of networks: bytes moved, what normalization adds to them, collectives, conditionals, memory."""
+    entries = [entry for entry in _programs() if "images" in entry]
     rows = []
     for part, target in dict.fromkeys((e["part"], e["target"]) for e in entries):
         same = compiled.of(entries, part=part, target=target)
@@ -115,7 +138,6 @@ def networks() -> str:
         ours = same["bnjax"]
         moved = [same.get(name) for name in (compiled.NONE, "Flax Linen, two reads")]
         none, twice = ("" if e is None else f"{e['bytes'] / 1e9:.2f}" for e in moved)
-        counted = compiled.NONE in same and flax["bytes"] > same[compiled.NONE]["bytes"]
         rows.append(
             [
                 f"{'ResNet-50' if part == 'resnet50' else 'NNX network'}, {target}, {ours['images']} images",
@@ -124,13 +146,16 @@ def networks() -> str:
                 twice,
                 f"{ours['bytes'] / 1e9:.2f}",
                 f"{ours['bytes'] / flax['bytes']:.3f}",
-                f"{compiled.added(same, 'bnjax'):.3f}" if counted else "",
+                f"{compiled.added(same, 'bnjax'):.3f}" if compiled.NONE in same else "",
                 f"{len(flax['collectives'])}, {len(ours['collectives'])}",
+                f"{compiled.merged(flax) / 1e6:.1f}, {compiled.merged(ours) / 1e6:.1f}",
+                ", ".join(str(e.get("conditionals", "-")) for e in (flax, ours)),  # "-" for a run that had no count
                 f"{flax['temporary'] / 1e9:.2f}, {ours['temporary'] / 1e9:.2f}",
             ]
         )
     head = ["a step", "GB: no BN", "Flax", "Flax, two reads", "bnjax", "bnjax / Flax", "of what BN adds"]
-    return table([*head, "collectives: Flax, bnjax", "temporary GB: Flax, bnjax"], rows)
+    pairs = (f"{what}: Flax, bnjax" for what in ("collectives", "MB of collectives", "conditionals", "temporary GB"))
+    return table([*head, *pairs], rows)
 
 
 def _times() -> dict[str, list[dict[str, Any]]]:
@@ -230,6 +255,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "errors-gradient": lambda: errors("dx"),
     "passes": passes,
     "passes-float32": lambda: passes("float32"),
+    "synchronized": synchronized,
     "variants-compiled": variants_compiled,
     "networks": networks,
     "libraries": libraries,

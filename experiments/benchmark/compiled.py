@@ -1,4 +1,4 @@
-"""The cost of batch normalization in programs compiled for TPUs and GPUs: traffic, collectives, temporary memory.
+"""The cost of batch normalization in programs compiled for TPUs and GPUs: traffic, collectives, conditionals, memory.
 
 No program runs: `compilers` compiles for devices that this machine does not have, and `traffic` reads the result. A
 pass is one read or write of one device's shard of an array of x's size. The forward pass needs 3 (read x for the
@@ -12,8 +12,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -24,22 +23,24 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
-import bnjax
-from experiments.benchmark import bench, compilers, contenders
+from experiments.benchmark import compiled_programs, compilers, contenders
+from experiments.benchmark.compiled_programs import LIBRARIES, NONE, WIDE
 from experiments.benchmark.contenders import Block, Case, Direction, Dtype
 from experiments.benchmark.traffic import Program
 from experiments.harness import data, plot, records
-from experiments.models import resnet50
 
-Part = Literal["layer", "variants", "resnet50", "nnx"]
+Part = Literal["layer", "variants", "synchronized", "resnet50", "nnx"]
 
-LIBRARIES = ("bnjax", "Flax Linen", "Flax Linen, two reads", "Haiku", "Equinox")
-NONE = "none"
-"""A network whose layers have only a scale and a bias."""
-SHAPE = (128, 56, 56, 256)
-"""shapes of x on one device, larger than the on-chip memory of a TPU"""
 IMAGES = {"v5e": 128, "h100": 128, "h100-8": 32}
 """images per device, by the targets for which networks are compiled"""
+TARGETS: dict[str, tuple[str, ...]] = {
+    "layer": (_ALL := tuple(name for name in compilers.TARGETS if name != "v5e-64")),
+    "variants": _ALL,
+    "synchronized": ("v5e", "v5e-64", "v5e-256", "h100-8"),
+    "resnet50": tuple(IMAGES),
+    "nnx": tuple(IMAGES),
+}
+"""the targets for which each part is compiled; 64 chips only add a number of devices to the part `synchronized`"""
 
 
 @dataclass(frozen=True)
@@ -49,14 +50,14 @@ class Compiled:
     targets: tuple[str, ...] = tuple(compilers.TARGETS)
     """what to compile for; a target whose compiler is not installed is left out"""
     parts: tuple[Part, ...] = get_args(Part)
-    """what to compile: the layer in each library; its variants, masks and layouts; steps of a ResNet-50 in Linen, and
-    of a small network in NNX"""
+    """what to compile: the layer in each library; its variants, masks and layouts; a wide layer by `jit` over sharded
+    arrays and by `shard_map`; steps of a ResNet-50 in Linen, and of a small network in NNX"""
     out: Path = Path("results")
     """folder for config.json, programs.jsonl and the figure, in a folder of their own"""
 
 
 def run(config: Compiled) -> None:
-    """Passes over memory, collectives and temporary memory in programs compiled for TPU and GPU, without either."""
+    """Passes over memory, collectives and conditionals in programs compiled for TPU and GPU, without either."""
     jax.config.update("jax_platforms", "cpu")  # no program runs, and a plugin without its device would log errors
     folder = config.out / "compiled"
     targets = compilers.installed(config.targets)
@@ -97,22 +98,31 @@ def compiled_for(name: str, *parts: str) -> Iterator[dict[str, Any]]:
 
 def programs(mesh: Any, name: str, part: str) -> Iterator[dict[str, Any]]:
     """Entries of one part for one target."""
-    if part in ("layer", "variants"):
-        for facts, f, variables, case in _layers(part, mesh.size):
-            arrays = [jax.ShapeDtypeStruct(case.stored, case.dtype)] * (2 if case.direction == "forward" else 3)
-            pass_bytes = math.prod(case.shape) * jnp.dtype(case.dtype).itemsize // mesh.size
-            yield {**facts, **count(mesh, f, variables, arrays, pass_bytes)}
-    elif name in IMAGES:
+    if name not in TARGETS[part]:
+        return
+    if part in ("resnet50", "nnx"):
         images = IMAGES[name] * mesh.size
-        for facts, f, variables, x in _networks(part, images):
-            yield {**facts, "images": IMAGES[name], **count(mesh, f, variables, [x, _labels(images)])}
+        for facts, f, variables, x in compiled_programs.networks(part, images):
+            yield {**facts, "images": IMAGES[name], **count(mesh, f, variables, [x, compiled_programs.labels(images)])}
+        return
+    synchronized = part == "synchronized"
+    layers = compiled_programs.synchronized(mesh) if synchronized else compiled_programs.layers(part, mesh.size)
+    for facts, f, variables, case in layers:
+        yield {**facts, **count_layer(mesh, f, variables, case)}
+
+
+def count_layer(mesh: Any, f: Callable[..., Any], variables: Any, case: Case) -> dict[str, Any]:
+    """`count` of a function of `contenders.step`, with the passes of the case."""
+    arrays = [jax.ShapeDtypeStruct(case.stored, case.dtype)] * (2 if case.direction == "forward" else 3)
+    return count(mesh, f, variables, arrays, math.prod(case.shape) * jnp.dtype(case.dtype).itemsize // mesh.size)
 
 
 def count(mesh: Any, f: Callable[..., Any], variables: Any, arrays: list[Any], pass_bytes: int = 0) -> dict[str, Any]:
     """Compile `f(*variables, *arrays)`, with the arrays sharded over the devices by examples, and count.
 
     Returns:
-      Bytes moved, also in passes of `pass_bytes`; collectives as [kind, bytes]; temporary bytes; seconds to compile.
+      Bytes moved, also in passes of `pass_bytes`; collectives as [kind, bytes]; the number of conditionals; temporary
+      bytes; seconds to compile.
       If the compiler cannot print its program, only the reason, as `unread`.
     """
     whole, divided = NamedSharding(mesh, P()), NamedSharding(mesh, P("data"))
@@ -134,136 +144,10 @@ def count(mesh: Any, f: Callable[..., Any], variables: Any, arrays: list[Any], p
         "bytes": program.bytes,
         "passes": round(program.bytes / pass_bytes, 3) if pass_bytes else None,
         "collectives": [[c.kind, c.bytes] for c in program.collectives],
+        "conditionals": program.conditionals,
         "temporary": memory.temp_size_in_bytes,
         "seconds": round(seconds, 1),
     }
-
-
-def _layers(part: str, devices: int) -> Iterator[tuple[dict[str, Any], Callable[..., Any], Any, Case]]:
-    shape = (SHAPE[0] * devices, *SHAPE[1:])
-    if part == "layer":
-        matrix = itertools.product(_known(), get_args(Block), get_args(Direction), get_args(Dtype))
-        for library, block, direction, dtype in matrix:
-            # ReLU and addition cost the same in all libraries, so two libraries suffice to measure them.
-            if block == "bn" or library in LIBRARIES[:3]:
-                case = Case(shape, block, direction, dtype)
-                yield _layer(case, library, contenders.LAYERS[library][1](case))
-        return
-    for library, direction in itertools.product(LIBRARIES[:2], get_args(Direction)):
-        case = Case(shape, "bn", direction, "bfloat16", "first")
-        yield _layer(case, library, contenders.LAYERS[library][1](case), variant="channels first")
-    case = Case(shape, "bn", "backward", "bfloat16")
-    for variant, (apply, variables) in _variants(shape).items():
-        yield _layer(case, "bnjax", (apply, *variables), variant=variant)
-
-
-def _layer(case, library, layer, variant=None):
-    apply, *variables = layer
-    facts = {"part": "layer", "library": library, "variant": variant, **asdict(case), "shape": SHAPE}
-    return facts, contenders.step(case, apply), variables, case
-
-
-def _known() -> list[str]:
-    there = contenders.installed()
-    return [name for name in LIBRARIES if name.partition(",")[0] in there]
-
-
-def _variants(shape) -> dict[str, tuple[Callable[..., Any], Any]]:
-    """Functions with the call `bn_apply(params, state, x)`, and their variables."""
-    calls = bench.variants(shape, 16)
-    calls |= {
-        "without a state": (
-            lambda params, state, x, train: bnjax.bn_apply(params, None, x, train),
-            calls["bn_apply"][1],
-        ),
-        "masked": (_masked, calls["bn_apply"][1]),
-    }
-    return {
-        name: (lambda params, state, x, f=apply: f(params, state, x, True), variables)
-        for name, (apply, variables) in calls.items()
-        if name not in ("bn_apply", "frozen")
-    }
-
-
-def _masked(params, state, x, train):
-    mask = jnp.arange(x.shape[0]).reshape(-1, *(1,) * (x.ndim - 1)) < x.shape[0] - 3  # a batch padded by 3 examples
-    return bnjax.bn_apply(params, state, x, train, mask=mask)
-
-
-def _networks(part: str, images: int) -> Iterator[tuple[dict[str, Any], Callable[..., Any], Any, Any]]:
-    if part == "resnet50":
-        x = jax.ShapeDtypeStruct((images, 224, 224, 3), jnp.bfloat16)
-        for library, norm in _linen_norms().items():
-            step, init = resnet50.training_step(norm)
-            yield {"part": part, "library": library}, step, [jax.eval_shape(init, x)], x
-    else:
-        x = jax.ShapeDtypeStruct((images, 32, 32, 3), jnp.bfloat16)
-        for library, layer in _nnx_norms().items():
-            step, variables = _nnx_step(layer)
-            yield {"part": part, "library": library}, step, [variables], x
-
-
-def _labels(images):
-    return jax.ShapeDtypeStruct((images,), jnp.int32)
-
-
-def _linen_norms() -> dict[str, resnet50.Norm]:
-    from flax import linen as nn
-
-    from bnjax import linen
-
-    options: dict[str, Any] = {"use_running_average": False, "momentum": 0.9, "dtype": jnp.bfloat16}
-    return {
-        NONE: resnet50.Affine,
-        "Flax Linen": partial(nn.BatchNorm, **options),
-        "Flax Linen, two reads": partial(nn.BatchNorm, use_fast_variance=False, **options),
-        "bnjax": partial(linen.BatchNorm, **options),
-    }
-
-
-def _nnx_norms() -> dict[str, Any]:
-    from flax import nnx
-
-    from bnjax import nnx as ours
-
-    return {"Flax NNX": nnx.BatchNorm, "bnjax": ours.BatchNorm}
-
-
-def _nnx_step(norm):
-    """A training step of a network of six convolutions in NNX, and its variables."""
-    import optax
-    from flax import nnx
-
-    class Network(nnx.Module):
-        def __init__(self, rngs):
-            sizes = (3, 64, 64, 128, 128, 256, 256)
-            options = {"dtype": jnp.bfloat16, "rngs": rngs}
-            self.convs = nnx.List(
-                [nnx.Conv(m, n, (3, 3), use_bias=False, **options) for m, n in itertools.pairwise(sizes)]
-            )
-            self.norms = nnx.List([norm(n, momentum=0.9, **options) for n in sizes[1:]])
-            self.head = nnx.Linear(sizes[-1], 10, rngs=rngs)
-
-        def __call__(self, x):
-            for conv, layer in zip(self.convs, self.norms, strict=True):
-                x = nnx.relu(layer(conv(x), use_running_average=False))
-            return self.head(x.mean((1, 2)).astype(jnp.float32))
-
-    graph, params, stats = nnx.split(nnx.eval_shape(lambda: Network(nnx.Rngs(0))), nnx.Param, nnx.BatchStat)
-
-    def step(variables, x, label):
-        params, stats = variables
-
-        def loss(params):
-            # A copy of the variables: NNX rejects variables of another trace.
-            model = nnx.merge(graph, params, jax.tree.map(lambda v: v, stats))
-            value = optax.softmax_cross_entropy_with_integer_labels(model(x), label).mean()
-            return value, nnx.state(model, nnx.BatchStat)
-
-        (value, stats), gradients = jax.value_and_grad(loss, has_aux=True)(params)
-        return (jax.tree.map(lambda p, g: p - 0.1 * g, params, gradients), stats), value
-
-    return step, (params, stats)
 
 
 # Tables and figure, from the counts.
@@ -280,16 +164,11 @@ def added(entries: dict[str, dict[str, Any]], library: str) -> float:
     return (entries[library]["bytes"] - none) / (flax - none)
 
 
-def _adds(entries: dict[str, dict[str, Any]]) -> bool:
-    """Whether the network without normalization is a baseline. On several GPUs it is compiled to move more bytes."""
-    return NONE in entries and entries["Flax Linen"]["bytes"] > entries[NONE]["bytes"]
-
-
 def report(entries: list[dict[str, Any]]) -> None:
     """Print the tables."""
-    targets = list(dict.fromkeys(e["target"] for e in entries))
+    targets = list(dict.fromkeys(e["target"] for e in entries if e["part"] == "layer"))
     libraries = [name for name in LIBRARIES if any(e["library"] == name for e in entries)]
-    print("\nPasses over an array of x's size, and collectives after the plus, of one layer compiled for")
+    print("\nPasses over an array of x's size + collectives (their kB) + conditionals, of one layer compiled for")
     for target in targets:
         print(f"\n{target:34}" + "".join(f"{name:>23}" for name in libraries))
         for block, direction, dtype in itertools.product(get_args(Block), get_args(Direction), get_args(Dtype)):
@@ -303,22 +182,33 @@ def report(entries: list[dict[str, Any]]) -> None:
                 if row:
                     cells = (_cell(row.get(name)) for name in libraries)
                     print(f"{variant:25}{direction:9}" + "".join(f"{cell:>23}" for cell in cells))
+    print(f"\nThe same of one layer whose x is {' x '.join(map(str, WIDE))} on a device, bfloat16\n")
+    for e in entries:
+        if e["part"] == "synchronized":
+            print(f"{e['target']:8}{e['mapping']:10}{e['direction']:9}{e['library']:12}{_cell(e):>23}")
     print(
-        "\nA training step: GB moved on a device, collectives, GB of temporary memory, and the bytes that\n"
-        "normalization adds, in parts of what Flax's adds\n"
+        "\nA training step: GB moved on a device, collectives and their MB, conditionals, GB of temporary memory,\n"
+        "and the bytes that normalization adds, in parts of what Flax's adds\n"
     )
     for e in entries:
-        if e["part"] != "layer":
+        if "images" in e:
             same = of(entries, target=e["target"], part=e["part"])
-            ratio = f"{added(same, e['library']):8.3f}" if _adds(same) else ""
+            ratio = f"{added(same, e['library']):8.3f}" if NONE in same else ""
             print(
                 f"{e['part']:10}{e['target']:8}{e['library']:24}{e['bytes'] / 1e9:8.3f}{len(e['collectives']):6}"
-                f"{e['temporary'] / 1e9:8.3f}{ratio}"
+                f"{merged(e) / 1e6:8.2f}{e.get('conditionals', '-'):>6}{e['temporary'] / 1e9:8.3f}{ratio}"
             )
 
 
+def merged(entry: dict[str, Any]) -> int:
+    """Bytes of the results of a program's collectives, on one device."""
+    return sum(size for _, size in entry["collectives"])
+
+
 def _cell(entry):
-    return "" if entry is None else f"{entry['passes']:.2f} + {len(entry['collectives'])}"
+    if entry is None:
+        return ""
+    return f"{entry['passes']:.2f} + {len(entry['collectives'])} ({merged(entry) / 1e3:.0f}) + {entry['conditionals']}"
 
 
 def figure(folder: Path, entries: list[dict[str, Any]]) -> None:
@@ -330,7 +220,7 @@ def figure(folder: Path, entries: list[dict[str, Any]]) -> None:
     panels: dict[str, dict[str, dict[str, float]]] = {}
     for name in LIBRARIES[:3]:
         passes = {t: e[name]["passes"] for t, e in layers.items() if name in e}
-        bytes_ = {t: (e[name]["bytes"] - e[NONE]["bytes"]) / 1e9 for t, e in networks.items() if name in e and _adds(e)}
+        bytes_ = {t: (e[name]["bytes"] - e[NONE]["bytes"]) / 1e9 for t, e in networks.items() if name in e}
         for title, values in ("passes of BN + ReLU with backward", passes), ("GB added to a ResNet-50 step", bytes_):
             if values:
                 panels.setdefault(title, {})[name] = values

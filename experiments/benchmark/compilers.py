@@ -50,11 +50,13 @@ TARGETS = {
     "v5e": Target("tpu", "v5e:2x2"),
     "v6e": Target("tpu", "v6e:2x2"),
     "tpu7x": Target("tpu", "tpu7x:2x2x1"),
+    "v5e-64": Target("tpu", "v5e:8x8"),
     "v5e-256": Target("tpu", "v5e:16x16"),
     "h100": Target("cuda", "1x1x1"),
     "h100-8": Target("cuda", "1x8x1"),
 }
-"""Names of targets: four chips of TPU v5e and v6e and of TPU7x (with two cores each), a pod of 256, one H100, eight."""
+"""Names of targets: four chips of TPU v5e and v6e and of TPU7x (with two cores each), 64 and 256 chips of TPU v5e, one
+H100, eight."""
 
 
 def target(name: str) -> Target:

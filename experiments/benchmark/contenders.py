@@ -99,9 +99,9 @@ def _compiled(layer: Callable[[Case], Layer]) -> Callable[[Case], Callable[[], A
     return make
 
 
-def _bnjax(case):
+def _bnjax(case, **options):
     params, state = bnjax.bn_init(case.shape[-1])
-    return (lambda params, state, x: bnjax.bn_apply(params, state, x, True, axis=case.axis)), params, state
+    return (lambda params, state, x: bnjax.bn_apply(params, state, x, True, axis=case.axis, **options)), params, state
 
 
 def _linen(case, **options):
@@ -211,7 +211,7 @@ def _torch(case):
     return finished
 
 
-LAYERS: dict[str, tuple[str, Callable[[Case], Layer]]] = {
+LAYERS: dict[str, tuple[str, Callable[..., Layer]]] = {
     "bnjax": ("bnjax", _bnjax),
     "Flax Linen": ("flax", _linen),
     "Flax Linen, two reads": ("flax", partial(_linen, use_fast_variance=False)),
@@ -220,7 +220,7 @@ LAYERS: dict[str, tuple[str, Callable[[Case], Layer]]] = {
     "Equinox": ("equinox", _equinox),
     "Keras on JAX": ("keras", _keras),
 }
-"""The module and the layer of each library on JAX."""
+"""The module and the layer of each library on JAX. bnjax's and Flax Linen's take options, such as `axis_name`."""
 
 # A layer with a comma in its name is a variant of Flax's, which is counted in `compiled` and not timed.
 CONTENDERS: dict[str, tuple[str, Callable[[Case], Callable[[], Any]]]] = {

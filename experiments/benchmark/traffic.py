@@ -1,8 +1,8 @@
-"""The traffic of a compiled program, read from its text: bytes between main memory and the chip, and collectives.
+"""The traffic of a compiled program, read from its text: bytes to and from main memory, collectives, conditionals.
 
 Each instruction of the entry computation reads its operands and writes its result once; of an operand that a fusion
 takes slices of, and nothing else, it reads these. Instructions that only name or view an array are not counted, and
-neither are arrays in on-chip memory (memory space S(1) of a TPU). A conditional counts as its cheapest branch, which is
+neither are arrays in on-chip memory (memory space S(1) of a TPU). Of a conditional the cheapest branch counts, which is
 the usual one; the body of a loop counts once.
 """
 
@@ -58,14 +58,43 @@ class Program:
 
     @cached_property
     def collectives(self) -> list[Collective]:
-        """Collectives that always run: those of the entry computation. Branches of conditionals are left out."""
+        """Collectives that usually run."""
+        return self._collectives(self._entry)
+
+    @cached_property
+    def conditionals(self) -> int:
+        """Conditionals that usually run. The host of a GPU waits for the predicate of each."""
+        return sum(operation == "conditional" for _, _, operation, _ in self._usual(self._entry))
+
+    def _collectives(self, computation: str) -> list[Collective]:
         found = []
-        for _, kind, operation, _ in self._instructions(self._entry):
+        for _, kind, operation, _ in self._usual(computation):
             if (name := operation.removesuffix("-start")) in _COLLECTIVES:
                 sizes = [size for size, _ in _arrays(kind)]
-                # The result of an asynchronous all-gather includes its operand.
-                found.append(Collective(name, sizes[-1] if operation == "all-gather-start" else sum(sizes)))
+                if operation == "all-gather-start":
+                    del sizes[: len(sizes) // 2]  # the operands, which its type has before the results
+                found.append(Collective(name, sum(sizes)))
         return found
+
+    def _usual(self, computation: str) -> Iterator[tuple[str, str, str, str]]:
+        """The instructions of a computation, each followed by the instructions of the computation that it calls."""
+        for instruction in self._instructions(computation):
+            yield instruction
+            if called := self._called(*instruction[2:]):
+                yield from self._usual(called)
+
+    def _called(self, operation: str, rest: str) -> str | None:
+        """The computation that an instruction calls. Of a conditional, the cheapest branch."""
+        if operation == "conditional":
+            found = _BRANCHES.findall(rest)
+            branches = [b.strip().lstrip("%") for many, one in found for b in (many or one).split(",")]
+            # A branch whose arrays are all on the chip of a TPU moves nothing, but may have collectives.
+            return min(branches, key=lambda b: (self._moved(b), sum(c.bytes for c in self._collectives(b))))
+        if operation in ("call", "while"):
+            called = re.search(r"(?:to_apply|body)=%?([\w.\-]+)", rest)
+            assert called is not None, rest
+            return called.group(1)
+        return None
 
     def _instructions(self, computation: str) -> Iterator[tuple[str, str, str, str]]:
         """Name, type, operation and the rest of the line of each instruction."""
@@ -81,14 +110,8 @@ class Program:
             sizes[name] = sum(size for size, on_chip in arrays if not on_chip)
             if operation in _VIEWS or operation.endswith("-done"):
                 continue
-            if operation == "conditional":
-                found = _BRANCHES.findall(rest)
-                branches = [b.strip().lstrip("%") for many, one in found for b in (many or one).split(",")]
-                total += min(self._moved(branch) for branch in branches)
-            elif operation in ("call", "while"):
-                called = re.search(r"(?:to_apply|body)=%?([\w.\-]+)", rest)
-                assert called is not None, rest
-                total += self._moved(called.group(1))
+            if called := self._called(operation, rest):
+                total += self._moved(called)
             elif operation in ("copy-start", "slice-start"):
                 # Asynchronous: the type names source and destination. The bytes moved are those of the destination.
                 (first, second) = arrays[:2]
@@ -96,8 +119,8 @@ class Program:
                 total += size * ((not to_chip) + (not from_chip))
             else:
                 operands = re.findall(r"%([\w.\-]+)", rest.split(")")[0])
-                called = re.search(r"calls=%?([\w.\-]+)", rest) if operation == "fusion" else None
-                sliced = self._slices(called.group(1)) if called else {}
+                fused = re.search(r"calls=%?([\w.\-]+)", rest) if operation == "fusion" else None
+                sliced = self._slices(fused.group(1)) if fused else {}
                 read: dict[str, int] = {}
                 for place, operand in enumerate(operands):
                     size = sizes.get(operand, 0)
