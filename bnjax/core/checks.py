@@ -70,7 +70,8 @@ def inexact(call: str, name: str, x: Any) -> None:
 
 def feature_axes(call: str, x: Array, axis: Axis, name: str = "x") -> tuple[int, ...]:
     """The feature axes of an argument, by default `x`, as increasing non-negative integers."""
-    axes = tuple(np.atleast_1d(static_axis(call, axis)).tolist())
+    static = static_axis(call, axis)
+    axes = static if isinstance(static, tuple) else (static,)
     if any(not -x.ndim <= a < x.ndim for a in axes):
         raise ValueError(
             f"{call}(axis={axis!r}): {name} has shape {x.shape}, so each axis must be in [{-x.ndim}, {x.ndim}). "

@@ -13,7 +13,6 @@ running statistics. A call goes through four steps:
 A variant is a subclass that replaces a step: `train` or `evaluate`.
 """
 
-import copy
 from collections.abc import Hashable, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from functools import partial
@@ -98,8 +97,8 @@ class BatchNorm:
 
     def _fitted(self, **options):
         """A copy with other options, checked elsewhere."""
-        fitted = copy.copy(self)
-        fitted._set(**options)
+        fitted = object.__new__(type(self))
+        fitted._set(**vars(self) | options)
         return fitted
 
     def init(
@@ -112,7 +111,7 @@ class BatchNorm:
         self, params: BNParams, state: BNState | None, x: Array, train: bool, mask: Array | None = None
     ) -> tuple[Array, Any]:
         """y and the new state, as from `bnjax.bn_apply`, whose arguments these are."""
-        return self.apply_part(params, state, x, train, mask)[:2]
+        return self.apply_part(params, state, x, train, mask, moments=False)[:2]
 
     def apply_part(
         self,
@@ -122,9 +121,11 @@ class BatchNorm:
         train: bool,
         mask: Array | None = None,
         earlier: Collected | None = None,
+        *,
+        moments: bool = True,
         **inputs: Any,
     ) -> tuple[Array, Any, Collected | None]:
-        """`apply` to one part of a batch, and the moments of the parts so far; None in evaluation.
+        """`apply` to one part of a batch, and the `moments` of the parts so far if asked for; None in evaluation.
 
         `earlier` are the moments of the other parts. They are merged with the moments of this part: the state absorbs
         all of them, and all of them are returned. The output is normalized by the moments of this part. `inputs` are
@@ -141,7 +142,7 @@ class BatchNorm:
             **dict.fromkeys(self.numeric),
         )
         numbers = self.numbers(state, train, **inputs)
-        y, new_state, batch = batch_norm(program, train, params, state, x, mask, numbers, earlier)
+        y, new_state, batch = batch_norm(program, train, moments, params, state, x, mask, numbers, earlier)
         return y, new_state if train or state is None else state, batch
 
     def numbers(self, state: Any, train: bool) -> dict[str, Any]:
@@ -202,10 +203,11 @@ class BatchNorm:
         return normalize(x, mean, var, scale, bias, mask, self.epsilon, self.dtype).astype(self.dtype)
 
 
-@partial(jax.jit, static_argnums=(0, 1), inline=True)
-def batch_norm(layer, train, params, state, x, mask, numbers, earlier):
+@partial(jax.jit, static_argnums=(0, 1, 2), inline=True)
+def batch_norm(layer, train, moments, params, state, x, mask, numbers, earlier):
     """One program for each set of options and shapes, which an eager call dispatches once."""
-    return layer.run(params, state, x, mask, numbers, earlier, train)
+    y, state, batch = layer.run(params, state, x, mask, numbers, earlier, train)
+    return y, state, batch if moments else None
 
 
 def known_or_running(moments: Moments, state: BNState | None, x: Array, mask: Array | None) -> tuple[Array, Array]:

@@ -18,11 +18,13 @@ from bnjax.core.sharding import select, sharded_as
 
 
 def rates(call: str, momentum: Any, state: Any, train: bool) -> tuple[Any, Any]:
-    """The weights of the old value and of the new one, numbers that are arguments of a compiled function."""
+    """The weights of the old value and of the new one, numbers, by a momentum that was checked."""
     ours = debiased(1.0) if momentum is cumulative_average else momentum
     if isinstance(ours, debiased):
         return at_count(call, "momentum", ours.weights, state, train, unused=(1.0, 0.0))
-    keep = checks.momentum(call, at_count(call, "momentum", momentum, state, train, unused=1.0))
+    keep = momentum
+    if callable(momentum):
+        keep = checks.momentum(call, at_count(call, "momentum", momentum, state, train, unused=1.0))
     if is_traced(keep):
         keep = jnp.where(keep < 0, 0, jnp.where(keep > 1, 1, keep))  # a NaN stays one
     # In float32 the complement of 0.99 is off by a relative 1e-6; of a Python number it is taken in float64.

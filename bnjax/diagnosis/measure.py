@@ -84,7 +84,7 @@ def diagnose(
     if callable(momentum):
         raise TypeError("diagnose(momentum=...): expected a number. Leave out a function of the count: it is debiased.")
     if momentum is not None:
-        momentum = float(checks.momentum("diagnose", momentum)[0])
+        momentum = float(checks.momentum("diagnose", momentum))
     layers = sorted(read(params, batch_stats, batch_moments), key=lambda layer: _natural(layer.name))
     reports, ranked = {}, []
     with np.errstate(all="ignore"):  # values that are not finite become findings, not warnings

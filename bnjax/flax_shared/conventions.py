@@ -18,6 +18,7 @@ from bnjax.core.jax_internals import is_traced
 from bnjax.core.layer import BatchNorm
 from bnjax.core.moments import wider, with_support
 from bnjax.core.records import BNParams, BNState, Collected, Moments
+from bnjax.variants.adaptive import AdaptiveBatchNorm
 from bnjax.variants.conditional import chosen_params
 from bnjax.variants.indexed import IndexedBatchNorm
 
@@ -107,6 +108,8 @@ def call_layer(
     x = array(x, call)
     _check_switches(call, layer, use_running_average)
     train = not use_running_average and not getattr(layer, "frozen", False)
+    if not train and not use_running_average and kind is AdaptiveBatchNorm:
+        kind = BatchNorm  # frozen, in training: by the running statistics as they are
     axes = feature_axes(x, layer.axis, call)
     features = tuple(x.shape[a] for a in axes)
     variables = storage.read(x, list(features), train)

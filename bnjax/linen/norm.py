@@ -9,7 +9,6 @@ from flax.linen.dtypes import canonicalize_dtype
 from jax import Array
 
 from bnjax.core import checks, frozen
-from bnjax.core import layer as core
 from bnjax.core.records import BNParams, BNState, Collected
 from bnjax.core.schedules import Momentum
 from bnjax.flax_shared.bridge import collects
@@ -250,9 +249,7 @@ class AdaptiveBatchNorm(BatchNorm, kw_only=True):
     @nn.compact
     def __call__(self, x: Any, use_running_average: bool | None = None, *, mask: Any = None) -> Array:
         """As `BatchNorm`."""
-        evaluates = nn.merge_param("use_running_average", self.use_running_average, use_running_average)
-        kind = adaptive.AdaptiveBatchNorm if evaluates or not self.frozen else core.BatchNorm
-        return batch_norm(self, x, use_running_average, mask=mask, kind=kind)
+        return batch_norm(self, x, use_running_average, mask=mask, kind=adaptive.AdaptiveBatchNorm)
 
 
 def batch_norm(

@@ -6,7 +6,6 @@ import jax.numpy as jnp
 from jax import Array
 
 from bnjax.core import checks
-from bnjax.core import layer as core
 from bnjax.nnx.norm import BatchNorm, add_count
 from bnjax.variants import adaptive, ghost, indexed, renorm
 from bnjax.variants.renorm import RENORM_D_MAX, RENORM_R_MAX, Limit
@@ -171,9 +170,7 @@ class AdaptiveBatchNorm(BatchNorm):
 
     def __call__(self, x: Any, use_running_average: bool | None = None, *, mask: Any = None) -> Array:
         """As `BatchNorm`."""
-        evaluates = self.use_running_average if use_running_average is None else use_running_average
-        kind = adaptive.AdaptiveBatchNorm if evaluates or not self.frozen else core.BatchNorm
-        return self._call(x, use_running_average, mask, kind=kind)
+        return self._call(x, use_running_average, mask, kind=adaptive.AdaptiveBatchNorm)
 
 
 def _stack(layer, number, names):

@@ -66,7 +66,7 @@ class IndexedBatchNorm(BatchNorm):
         self, params: BNParams, state: BNState, x: Array, train: bool, mask: Array | None = None, *, index: Any
     ) -> tuple[Array, BNState]:
         """y and the new state, as from `bnjax.indexed_bn_apply`, whose arguments these are."""
-        return self.apply_part(params, state, x, train, mask, index=index)[:2]
+        return self.apply_part(params, state, x, train, mask, moments=False, index=index)[:2]
 
     def numbers(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, state: Any, train: bool, index: Any
