@@ -76,7 +76,7 @@ __all__ = [
 
 if not TYPE_CHECKING:  # a type checker knows the names that exist
     _ELSEWHERE = {
-        "linen": "BNLSTM BNLSTMCell ConditionalBatchNorm convert exact_batch_norm fold_model",
+        "linen": "BNLSTM BNLSTMCell ConditionalBatchNorm convert fold_model",
         "nnx": "BNLSTMCell BatchMoments ConditionalBatchNorm Identity convert fold_model fold_report functional",
         "training": "TrainState decay_mask eval_step save_statistics train_step",
         "interop": "from_keras from_keras_model from_torch from_torch_model to_keras to_keras_model to_torch "

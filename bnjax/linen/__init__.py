@@ -4,7 +4,7 @@
 their own BatchNorm layers compute through bnjax. `fold_model` removes the layers for serving.
 """
 
-from bnjax.linen.conversion import convert, exact_batch_norm
+from bnjax.linen.conversion import convert
 from bnjax.linen.folding import fold_model
 from bnjax.linen.lstm import BNLSTM, BNLSTMCell
 from bnjax.linen.norm import (
@@ -26,6 +26,5 @@ __all__ = [
     "IndexedBatchNorm",
     "RenormBatchNorm",
     "convert",
-    "exact_batch_norm",
     "fold_model",
 ]

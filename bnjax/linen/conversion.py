@@ -36,35 +36,6 @@ _KINDS = {
 }
 """The layer that computes a call, by the function called. A key by class would skip the code that a subclass adds
 around `super().__call__`."""
-_FLAX_CALL = inspect.unwrap(nn.BatchNorm.__call__)
-
-
-def exact_batch_norm(next_function: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
-    """Interceptor for `flax.linen.intercept_methods` under which every `flax.linen.BatchNorm` computes through bnjax.
-
-    Variables, arguments and results are the same as without it. For compiled code use `convert`, because the cache key
-    of `jax.jit` does not contain interceptors: a function compiled outside of the context keeps Flax's formula inside
-    it, a function compiled inside keeps bnjax's formula outside, and so do blocks under `flax.linen.jit`.
-
-    Args:
-      next_function, args, kwargs, context: as Flax passes them to an interceptor.
-
-    Returns:
-      The result of the intercepted call.
-
-    Example:
-      >>> import flax.linen as nn, jax, jax.numpy as jnp
-      >>> import bnjax.linen
-      >>> model = nn.BatchNorm(use_running_average=False)
-      >>> x = 1e4 + jax.random.normal(jax.random.key(0), (256, 1))
-      >>> with nn.intercept_methods(bnjax.linen.exact_batch_norm):
-      ...     y, _ = model.init_with_output(jax.random.key(0), x)
-      >>> y.std().round(2).tolist()
-      1.0
-    """
-    if getattr(context.orig_method, "func", None) is _FLAX_CALL:
-        return norm_module.batch_norm(context.module, *args, **kwargs)
-    return next_function(*args, **kwargs)
 
 
 def convert(model: nn.Module, *, to: type | None = None, where: Where | None = None, **changes: Any) -> Any:

@@ -117,8 +117,7 @@ def test_recalibrate_takes_batches_of_any_form_and_models_of_flax():
             return nn.BatchNorm(use_running_average=False)(x, mask=mask)
 
     def apply(variables, batch, mutable):
-        with nn.intercept_methods(bnjax.linen.exact_batch_norm):
-            return Masked().apply(variables, batch["x"], batch["mask"], mutable=mutable)
+        return bnjax.linen.convert(Masked()).apply(variables, batch["x"], batch["mask"], mutable=mutable)
 
     batches = [{"x": x, "mask": np.arange(len(x))[:, None] > 0} for x in BATCHES]
     variables = Masked().init(jax.random.key(0), **batches[0])

@@ -323,9 +323,8 @@ def test_lifted_transforms_carry_the_layer(rng):
     assert_same(*(gradient(variables["params"], m) for m in (ours, flax)), 1e-3, 1e-3)
 
 
-def train_resnet(x, labels, steps=3):
-    """Losses, variables and evaluation of the plain Flax ResNet, under whichever interceptor is active."""
-    model = LinenResNet()
+def train_resnet(model, x, labels, steps=3):
+    """Losses, variables and evaluation of the model."""
     variables = jax.jit(partial(model.init, train=False))(KEY, x)
 
     @jax.jit
@@ -344,34 +343,31 @@ def train_resnet(x, labels, steps=3):
     return jnp.stack(losses), variables, jax.jit(partial(model.apply, train=False))(variables, x)
 
 
-def test_an_interceptor_leaves_a_plain_flax_resnet_the_same_network(rng):
+def test_convert_leaves_a_plain_flax_resnet_the_same_network(rng):
     x = rng.normal(0.5, 1, (8, 8, 8, 3)).astype(np.float32)
     labels = rng.integers(0, 5, 8)
-    flax = train_resnet(x, labels)
-    with nn.intercept_methods(bnjax.linen.exact_batch_norm):
-        ours = train_resnet(x, labels)
+    flax = train_resnet(LinenResNet(), x, labels)
+    ours = train_resnet(bnjax.linen.convert(LinenResNet()), x, labels)
     assert_same(ours, flax, 2e-3, 2e-4)  # where Flax's statistics are good
 
 
 @pytest.mark.optimized
-def test_an_interceptor_makes_a_plain_flax_layer_exact(rng):
+def test_convert_makes_a_plain_flax_layer_exact(rng):
     far = rng.normal(0.5, 1, (8, 8, 8, 3)).astype(np.float32) + np.float32(3e4)
-    with nn.intercept_methods(bnjax.linen.exact_batch_norm):
-        layer = nn.BatchNorm(use_running_average=False, use_bias=False)
-        y, _ = layer.init_with_output(KEY, far)
+    layer = nn.BatchNorm(use_running_average=False, use_bias=False)
+    y, _ = bnjax.linen.convert(layer).init_with_output(KEY, far)
     oracle = reference.train(far.astype(np.float64), np.ones(3), np.zeros(3), 0, 1)[0]
     np.testing.assert_allclose(y, oracle, atol=8 * 1.2e-7 * 3e4)
     assert np.abs(layer.init_with_output(KEY, far)[0] - oracle).max() > 10  # Flax alone
 
 
-def test_an_interceptor_keeps_what_a_subclass_adds(rng):
+def test_convert_keeps_what_a_subclass_adds(rng):
     class Doubled(nn.BatchNorm):
         @nn.compact
         def __call__(self, x, use_running_average=None, *, mask=None):
             return 2 * super().__call__(x, use_running_average, mask=mask)
 
     x = (1e4 + rng.standard_normal((64, 2))).astype(np.float32)
-    layer = Doubled(use_running_average=False)
-    with nn.intercept_methods(bnjax.linen.exact_batch_norm):
-        y, _ = layer.init_with_output(KEY, x)
+    layer = bnjax.linen.convert(Doubled(use_running_average=False))
+    y, _ = layer.init_with_output(KEY, x)
     np.testing.assert_allclose(y, 2 * reference.train(x.astype(np.float64), 1, 0, 0, 1)[0], atol=2e-2)
