@@ -25,7 +25,7 @@ from typing import Any
 
 from bnjax.interop.layers import from_keras, from_torch, to_keras, to_torch
 from bnjax.interop.match import Moved, Report
-from bnjax.interop.models import Unmatched, from_keras_model, from_torch_model, to_keras_model, to_torch_model
+from bnjax.interop.models import from_keras_model, from_torch_model, to_keras_model, to_torch_model
 
 __all__ = [
     "FLAX",
@@ -33,7 +33,6 @@ __all__ = [
     "TORCH",
     "Moved",
     "Report",
-    "Unmatched",
     "from_keras",
     "from_keras_model",
     "from_torch",

@@ -1,7 +1,7 @@
 """Conversion of whole models of PyTorch and Keras to the variables of Flax models, and back."""
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple, overload
+from typing import Any, overload
 
 import numpy as np
 
@@ -10,31 +10,12 @@ from bnjax.interop import keras_models, torch_modules
 from bnjax.interop.arrays import tensors
 from bnjax.interop.kernels import TORCH
 from bnjax.interop.layers import from_torch, to_torch
-from bnjax.interop.match import Report
+from bnjax.interop.match import TORCH_NAMES, Moved, Report
 from bnjax.interop.options import compare
 from bnjax.interop.pairs import check_names, matched, moved, no_model, rows, weights_of
 from bnjax.interop.verify import verify
 
 
-class Unmatched(NamedTuple):
-    """Names of the layers with running statistics that `names` does not contain."""
-
-    state_dict: list[str]  # layers of the state_dict, which were not converted
-    variables: list[str]  # layers of the variables, which were not replaced
-
-
-@overload
-def from_torch_model(
-    state_dict: Any, variables: Mapping[str, Any], names: Mapping[str, str]
-) -> tuple[dict[str, Any], Unmatched]: ...
-@overload
-def from_torch_model(
-    state_dict: Any, variables: Mapping[str, Any], names: None = None, **kwargs: Any
-) -> tuple[dict[str, Any], Report]: ...
-@overload
-def from_torch_model(
-    state_dict: Any, variables: Mapping[str, Any], names: Mapping[str, str] | None = None, *, model: Any, **kwargs: Any
-) -> tuple[dict[str, Any], Report]: ...
 def from_torch_model(
     state_dict: Any,
     variables: Mapping[str, Any],
@@ -45,7 +26,7 @@ def from_torch_model(
     flatten: Mapping[str, tuple[int, ...]] | None = None,
     expected: Any = None,
     **kwargs: Any,
-) -> tuple[dict[str, Any], Unmatched | Report]:
+) -> tuple[dict[str, Any], Report]:
     """Convert a PyTorch model to the variables of a Linen or NNX model.
 
     Every tensor of the state_dict is converted to one array of the variables; a tensor or an array without a
@@ -91,7 +72,7 @@ def from_torch_model(
         tell it from a LayerNorm, pass the PyTorch model, or name the layer.
       report: a `Report` of every tensor, which prints as a table, with what PyTorch does not keep in its last rows, and
         of layers whose options could not be compared because their classes compute in a way of their own. With `names`
-        alone, `Unmatched`: the layers with running statistics that `names` does not contain.
+        alone, what these do not contain is "not named".
 
     Raises:
       ValueError: if a layer has no counterpart, its match is ambiguous, it is named twice, or its shapes, parameters or
@@ -282,9 +263,13 @@ def to_keras_model(
     return [converted[key] for key in arrays], Report(rows(arrays, pairs), unread)
 
 
+# What PyTorch calls the variables of a layer.
+_TENSORS = {"scale": "weight"} | {ours: theirs for theirs, ours in TORCH_NAMES.items()}
+
+
 def _named_norms(state_dict, variables, names):
-    """Convert only the layers in `names`, and list the others."""
-    new = {}
+    """Convert only the layers in `names`; the report lists the others."""
+    new, moved_from = {}, {}
     ours = _named("from_torch_model", variables, names)
     for theirs, name in names.items():
         call = f"from_torch_model(names={{{theirs!r}: {name!r}}})"
@@ -302,11 +287,24 @@ def _named_norms(state_dict, variables, names):
                 "features, and set its use_scale and use_bias as PyTorch's affine."
             )
         new[name] = {key: given[key].astype(own[key].dtype) for key in own_shapes}
+        moved_from[name] = theirs
     converted = {key: trees.replaced(tree, new) for key, tree in variables.items() if key in ("params", "batch_stats")}
-    parts = [key.rpartition(".") for key in tensors("from_torch_model", state_dict)]
-    tracked = {layer for layer, _, name in parts if name == "running_mean"}
-    unmatched = Unmatched(sorted(tracked - {name.rstrip(".") for name in names}), sorted(set(ours) - set(new)))
-    return {**variables, **converted}, unmatched
+    arrays, found, left = tensors("from_torch_model", state_dict), {}, []
+    for name, (params, state) in ours.items():
+        for key, array in (params._asdict() | state._asdict()).items():
+            path = f"{name}/{key}".lstrip("/")
+            if name in new and (key in new[name] or key == "count"):
+                tensor = f"{moved_from[name].rstrip('.')}.{_TENSORS[key]}".lstrip(".")
+                done = ("", (), "not counted here") if array is None else (path, array.shape, "as it is")
+                found[tensor] = Moved(tensor, np.shape(arrays.get(tensor, 0)), *done, "names")
+            elif array is not None:
+                left.append(
+                    Moved("", (), path, array.shape, f"stays: not {'kept there' if name in new else 'named'}", "")
+                )
+    there = {key: Moved(key, array.shape, "", (), "not named", "") for key, array in arrays.items()}
+    return {**variables, **converted}, Report(
+        (*(there | {k: v for k, v in found.items() if k in there}).values(), *left)
+    )
 
 
 def _named(call, variables, names):

@@ -250,8 +250,9 @@ NETWORK = {name: array for name, array in under("network/").items() if name[0].i
 )
 def test_a_model_of_pytorch_in_and_out(variables, names):
     before = variables()
-    after, unmatched = interop.from_torch_model(NETWORK, before, names)
-    assert unmatched == ([], [])
+    after, report = interop.from_torch_model(NETWORK, before, names)
+    assert [row.theirs for row in report.tensors] == list(NETWORK)
+    assert all(row.by == "names" for row in report.tensors)
     assert jax.tree.structure(after) == jax.tree.structure({**before})
     back = interop.to_torch_model(after, names)
     counted = len(jax.tree.leaves(before["batch_stats"])) == 6
@@ -280,8 +281,11 @@ def test_a_converted_nnx_model_evaluates_by_the_statistics_of_pytorch():
 
 
 def test_from_torch_model_lists_what_was_not_matched():
-    _, unmatched = interop.from_torch_model(NETWORK, linen_variables(), {"4": "BatchNorm_1"})
-    assert unmatched == interop.Unmatched(["1"], ["BatchNorm_0"])
+    _, report = interop.from_torch_model(NETWORK, linen_variables(), {"4": "BatchNorm_1"})
+    assert "1.running_mean" in [row.theirs for row in report.tensors if row.done == "not named"]
+    assert [row.ours for row in report.tensors if row.done == "stays: not named"] == [
+        f"BatchNorm_0/{name}" for name in ("scale", "bias", "mean", "var")
+    ]
 
 
 @pytest.mark.parametrize(
@@ -309,9 +313,14 @@ def test_from_torch_model_refuses_parameters_that_the_model_has_not():
 def test_a_layer_without_statistics_leaves_those_of_the_model():
     variables = linen.BatchNorm(use_running_average=True).init(jax.random.key(0), jnp.ones((1, 3)))
     layer = {"weight": np.full(3, 2.0), "bias": np.ones(3)}
-    after, unmatched = interop.from_torch_model(layer, variables, {"": ""})
+    after, report = interop.from_torch_model(layer, variables, {"": ""})
     assert (after["params"]["scale"].tolist(), after["batch_stats"]["var"].tolist()) == ([2.0] * 3, [1.0] * 3)
-    assert unmatched == ([], [])
+    assert [(row.theirs, row.ours, row.done) for row in report.tensors] == [
+        ("weight", "scale", "as it is"),
+        ("bias", "bias", "as it is"),
+        ("", "mean", "stays: not kept there"),
+        ("", "var", "stays: not kept there"),
+    ]
 
 
 def test_arguments_of_another_kind_are_named():

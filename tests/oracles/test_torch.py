@@ -259,8 +259,8 @@ def test_a_linen_model_goes_on_from_one_of_pytorch_and_back(agree):
         network(tensor(x))
     named, names = network.state_dict(), {"1": "BatchNorm_0", "4": "BatchNorm_1"}
     variables = jax.jit(LinenNetwork().init)(jax.random.key(0), inputs[0])
-    variables, unmatched = interop.from_torch_model(named, variables, names)
-    assert unmatched == ([], [])
+    variables, report = interop.from_torch_model(named, variables, names)
+    assert not [row for row in report.tensors if row.done == "stays: not named"]
     (dense, _), _ = of_network(named)
     params = {f"Dense_{i}": {"kernel": kernel, "bias": bias} for i, (kernel, bias) in enumerate(dense)}
     variables["params"] = {**variables["params"], **params}
