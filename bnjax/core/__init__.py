@@ -8,9 +8,11 @@
     weights         masks, and means that masked elements cannot enter
     reductions      the two sums of the backward pass, with a lowering for CPU and for GPUs
     reading         how one part of a batch is read: its mean and variance
+    merging         moments of parts of a batch, merged to those of the whole
     checks          errors for bad arguments
     collectives     arrays gathered or summed over named axes
-    moments         mean and variance of a batch, of parts merged, over devices too; with their derivative
+    mesh_sums       moments of all devices of named mesh axes, in sums of fixed size
+    moments         mean and variance of a batch, over devices too, with their derivative
     normalize       the formula, with its derivative
     schedules       numbers that may be functions of the number of updates
     running         the update of the running statistics by a batch's moments

@@ -23,7 +23,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from bnjax.core import checks
-from bnjax.core.moments import collect, merge_together, widened, wider
+from bnjax.core.merging import merge_together
+from bnjax.core.moments import collect, widened, wider
 from bnjax.core.normalize import normalize
 from bnjax.core.records import BNParams, BNState, Collected, Moments
 from bnjax.core.running import absorb, rates

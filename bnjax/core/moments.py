@@ -7,7 +7,7 @@ Moments of parts merge to the moments of the whole (Chan, Golub & LeVeque, 1983)
     var = sum_i w_i (var_i + |mean_i - mean|^2) / weight
 
 which serves the shards of a mesh, the examples of `vmap`, the steps of an accumulation and the groups of a ghost batch.
-How one part is read is in `reading.py`.
+How one part is read is in `reading.py`, how parts merge in `merging.py`, and over devices in `mesh_sums.py`.
 
 This module knows neither scale and bias nor running statistics.
 """
@@ -25,13 +25,15 @@ from jax import Array, lax
 
 from bnjax.core import checks
 from bnjax.core.collectives import Groups, gather, kinds_of_axes, sum_over
-from bnjax.core.domains import Domains, Over, summed
-from bnjax.core.reading import merged, read_anywhere, read_locally, two_looks
-from bnjax.core.records import Collected, Moments, Support
+from bnjax.core.domains import Domains
+from bnjax.core.merging import merge, merged, support_of
+from bnjax.core.mesh_sums import merge_over_mesh
+from bnjax.core.reading import read_anywhere, read_locally, two_looks
+from bnjax.core.records import Collected, Moments
 from bnjax.core.reductions import sums
 from bnjax.core.residuals import named
 from bnjax.core.sharding import sharded_as
-from bnjax.core.weights import divided, is_real, nonzero, relative, sum_as, valid, weigh
+from bnjax.core.weights import is_real, nonzero, valid, weigh
 
 
 def wider(dtype: Any, other: Any = jnp.float32) -> Any:
@@ -248,7 +250,11 @@ def _collect(x, mask, shift, domains, axes, names, groups, stored, anywhere):
     collected = Collected(moments, support_of(moments.weight, x.shape, mask, axes) if is_real(mask) else None)
     if domains is not None:
         collected = merge(collected, domains)
-    return merge_over_axes(collected, names, groups) if names else collected
+    if not names:
+        return collected
+    known = mask is None and domains is None and isinstance(elements, int) and elements > 0
+    guess = jnp.squeeze(shift, axes) if domains is None else None
+    return merge_over_axes(collected, names, groups, guess, elements if known else None)
 
 
 @_collect.defjvp
@@ -278,41 +284,21 @@ def _collect_jvp(axes, names, groups, stored, anywhere, primals, tangents):
     return collected, Collected(dmoments, jax.tree.map(jnp.zeros_like, collected.support))
 
 
-def merge(parts: Collected, over: Over) -> Collected:
-    """The moments and the support of all parts of a batch, which lie along an array axis, or of each domain."""
-    moments, support = merged(parts.moments, over), parts.support
-    if support is not None:
-        weight, unit = relative(parts.moments.weight, over)
-        own = divided(summed(weigh(weight, support.mean_weight), over), moments.weight / unit)
-        support = Support(summed(support.valid, over), own)
-    return Collected(moments, support)
+def merge_over_axes(
+    part: Collected, names: tuple[Hashable, ...], groups: Groups, guess: Array | None = None, elements: Any = None
+) -> Collected:
+    """The moments and the support of all indices of the named axes, or of the own group.
 
-
-def merge_together(*parts: Collected) -> Collected:
-    """The moments and the support of all parts of a batch."""
-    if any(part.support is not None for part in parts):
-        parts = tuple(map(with_support, parts))
-    return merge(jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts), (0,))
-
-
-def merge_over_axes(collected: Collected, names: tuple[Hashable, ...], groups: Groups) -> Collected:
-    """The moments and the support of all indices of the named axes, or of the own group."""
-    for kind in kinds_of_axes(names, groups):
-        if kind:
-            collected = merge(gather(collected, kind, groups), (0,))
-    return collected
-
-
-def support_of(weight: Array, shape: tuple[int, ...], mask: Array, axes: tuple[int, ...]) -> Support:
-    """The support of an array of this shape whose real-valued mask sums up to `weight`."""
-    like = lax.full_like(weight, 0)  # of its shape, and sharded alike
-    elements = sum_as(shape, (mask > 0).astype(weight.dtype), axes)
-    shares, unit = relative(mask, axes)
-    squares = sum_as(shape, weigh(shares, shares), axes)
-    return Support(elements + like, divided(squares + like, weight / unit) * unit)
-
-
-def with_support(collected: Collected) -> Collected:
-    """The moments with their support, which is not kept where each valid element has weight 1."""
-    moments, support = collected
-    return Collected(moments, support or Support(moments.weight, lax.full_like(moments.weight, 1)))
+    Args:
+      part: the moments and the support of this index.
+      names, groups: the mapped axes and index groups, checked.
+      guess: a guess of the mean, which affects how many collectives there are, never the result; None is 0.
+      elements: the number of elements of each index, where they have as many, all of weight 1; None if they may differ.
+    """
+    on_mesh, on_vmap = kinds_of_axes(names, groups)
+    if on_mesh and groups is None:
+        guess = jnp.zeros_like(part.moments.mean) if guess is None else guess
+        part = merge_over_mesh(part, guess, on_mesh, elements=elements)
+    elif on_mesh:  # groups have no sums of their own
+        part = merge(gather(part, on_mesh, groups), (0,))
+    return merge(gather(part, on_vmap, groups), (0,)) if on_vmap else part

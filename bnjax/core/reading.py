@@ -21,17 +21,14 @@ This module knows neither devices, nor derivatives, nor running statistics.
 """
 
 import math
-from collections.abc import Callable
-from typing import Any
 
 import jax.numpy as jnp
 from jax import Array, lax
 
-from bnjax.core.domains import Over, returned
 from bnjax.core.jax_internals import PlatformFunction
 from bnjax.core.records import Moments
 from bnjax.core.reductions import FORWARD_SLABS, cut, two_sums
-from bnjax.core.weights import expectation, usual
+from bnjax.core.weights import abs_square, expectation, mean_and_variance, usual
 
 # The guard accepts |mean - c|^2 <= NEAR var + (ROUNDED eps mean)^2. Sums by trees, as TPUs and GPUs take them, round by
 # about eps, so the error of `var` is about 9 eps at the most; the tests of accuracy allow 16 eps or more. The second
@@ -46,29 +43,8 @@ PART = 16
 def two_looks(x: Array, weight: Array | None, axes: tuple[int, ...]) -> Moments:
     """The moments of `x` over `axes`: a first look gives the mean, the second one is around it."""
     total, mean_of = expectation(x, weight, axes)
-    mean, var = _around_the_mean(x, mean_of, axes)
+    mean, var = mean_and_variance(x, mean_of, axes)
     return Moments(total + jnp.zeros_like(var), mean, var)
-
-
-def merged(parts: Moments, over: Over) -> Moments:
-    """The moments of all elements of the parts along axes, or of each domain (Chan, Golub & LeVeque, 1983).
-
-    The variance of the whole is the variance of the parts' means plus the mean of the parts' variances.
-    """
-    total, mean_of = expectation(parts.mean, parts.weight, over)
-    mean, between = _around_the_mean(parts.mean, mean_of, over)
-    return Moments(total, mean, between + mean_of(parts.var))
-
-
-def _around_the_mean(x: Array, mean_of: Callable[[Array], Array], over: Over) -> tuple[Array, Array]:
-    """Mean and variance of `x` under the expectation `mean_of`."""
-    # The plain mean carries the rounding of a plain sum. The sums around it are near 0, and so is their rounding.
-    plain_mean = mean_of(x)
-    centered = x - returned(plain_mean, over)
-    offset = mean_of(centered)
-    var = mean_of(abs_square(centered)) - abs_square(offset)
-    # Rounding may leave `var` below 0. Not jnp.maximum, whose derivative is a half at 0 and nothing below.
-    return plain_mean + offset, var - lax.stop_gradient(jnp.minimum(var, 0))
 
 
 def _one_look(x: Array, shift: Array, weight: Array | None, axes: tuple[int, ...]) -> tuple[Moments, Array]:
@@ -92,9 +68,7 @@ def guarded_look(x: Array, shift: Array, *weight: Array, axes: tuple[int, ...]) 
     # A running mean that is not finite would make every sum NaN, for the guard to refuse: 0 may do better.
     shift = jnp.where(jnp.isfinite(shift), shift, 0)
     (total, mean, var), offset = _one_look(x, shift, mask, axes)
-    rounding = ROUNDED * jnp.finfo(var.dtype).eps * jnp.abs(mean)
-    # Where sums overflowed, `var` is infinite or NaN, and the two looks around the mean may still be finite.
-    near = (abs_square(offset) <= NEAR * var + rounding * rounding) & jnp.isfinite(var)
+    near = is_near(offset, mean, var)
     if mask is not None:
         near &= usual(total)
 
@@ -106,6 +80,13 @@ def guarded_look(x: Array, shift: Array, *weight: Array, axes: tuple[int, ...]) 
     # computes both branches. And what enters it is in memory, so that `x` enters before it is widened.
     mean, var = lax.cond(jnp.all(near), lambda x, *first_look: first_look, look_again, x, mean, var)
     return total, mean, jnp.maximum(var, 0)
+
+
+def is_near(offset: Array, mean: Array, var: Array) -> Array:
+    """Whether moments that were taken around a shift, at the distance `offset` from the mean, are exact per feature."""
+    rounding = ROUNDED * jnp.finfo(var.dtype).eps * jnp.abs(mean)
+    # Where sums overflowed, `var` is infinite or NaN, and the two looks around the mean may still be finite.
+    return (abs_square(offset) <= NEAR * var + rounding * rounding) & jnp.isfinite(var)
 
 
 def part_look(x: Array, shift: Array, *weight: Array, axes: tuple[int, ...]) -> tuple[Array, ...]:
@@ -162,8 +143,3 @@ read_anywhere: PlatformFunction = PlatformFunction(
 read_locally: PlatformFunction = PlatformFunction(
     "bnjax_part_moments", part_look, cpu=slab_look, taylor=_exact, first_is_full=True
 )
-
-
-def abs_square(values: Any) -> Array:
-    """|v|^2, real."""
-    return jnp.real(jnp.conj(values) * values)

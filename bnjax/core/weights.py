@@ -48,6 +48,22 @@ def expectation(
     return named(total * unit), mean
 
 
+def mean_and_variance(x: Array, mean_of: Callable[[Array], Array], over: Over) -> tuple[Array, Array]:
+    """Mean and variance of `x` under the expectation `mean_of` over axes or domains."""
+    # The plain mean carries the rounding of a plain sum. The sums around it are near 0, and so is their rounding.
+    plain_mean = mean_of(x)
+    centered = x - returned(plain_mean, over)
+    offset = mean_of(centered)
+    var = mean_of(abs_square(centered)) - abs_square(offset)
+    # Rounding may leave `var` below 0. Not jnp.maximum, whose derivative is a half at 0 and nothing below.
+    return plain_mean + offset, var - lax.stop_gradient(jnp.minimum(var, 0))
+
+
+def abs_square(values: Any) -> Array:
+    """|v|^2, real."""
+    return jnp.real(jnp.conj(values) * values)
+
+
 def usual(total: Array) -> Array:
     """Whether weights with this total leave room for the squares of values and of weights."""
     return (total == 0) | ((total > 1 / USUAL) & (total < USUAL))

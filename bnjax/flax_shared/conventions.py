@@ -16,7 +16,8 @@ from jax import Array
 from bnjax.core import checks
 from bnjax.core.jax_internals import is_traced
 from bnjax.core.layer import BatchNorm
-from bnjax.core.moments import wider, with_support
+from bnjax.core.merging import with_support
+from bnjax.core.moments import wider
 from bnjax.core.records import BNParams, BNState, Collected, Moments
 from bnjax.variants.adaptive import AdaptiveBatchNorm
 from bnjax.variants.conditional import chosen_params

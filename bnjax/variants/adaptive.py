@@ -14,7 +14,8 @@ from jax import Array
 
 from bnjax.core import checks
 from bnjax.core.layer import BatchNorm
-from bnjax.core.moments import merge_over_axes, support_of
+from bnjax.core.merging import support_of
+from bnjax.core.moments import merge_over_axes
 from bnjax.core.records import BNParams, BNState, Collected, Moments
 from bnjax.core.running import average
 from bnjax.core.sharding import select, sharded_as

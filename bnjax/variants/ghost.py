@@ -13,7 +13,8 @@ from jax import Array, lax
 
 from bnjax.core import checks
 from bnjax.core.layer import BatchNorm, aligned, known_or_running
-from bnjax.core.moments import collect, merge, merge_over_axes, merge_together
+from bnjax.core.merging import merge, merge_together
+from bnjax.core.moments import collect, merge_over_axes
 from bnjax.core.records import BNParams, BNState, Collected
 from bnjax.core.schedules import Momentum
 from bnjax.core.sharding import shards
@@ -66,7 +67,8 @@ class GhostBatchNorm(BatchNorm):
         if known and whole < number:
             y_last, last = groups_of(number - whole, whole, number)
             y, batch = lax.concatenate([y, y_last], examples), merge_together(batch, last)
-        return y, merge_over_axes(batch, self.names, self.axis_index_groups)
+        guess = None if state is None else state.mean
+        return y, merge_over_axes(batch, self.names, self.axis_index_groups, guess) if self.names else batch
 
     def _train_groups(self, params, x, mask, *, state, examples, size, stored):
         """Examples in groups of one size: normalized by group, and the moments of all groups together."""

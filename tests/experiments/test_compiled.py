@@ -135,7 +135,7 @@ def test_a_named_axis_for_tpu_has_one_collective_each_way(tpu):
     f, variables, case = layer("bn", "backward", "bfloat16", tpu.size, axis_name="data")
     found = compiled.count_layer(tpu, compiled_programs.mapped(tpu, f, "backward"), variables, case)
     assert found["passes"] <= 7.01
-    assert [kind for kind, _ in found["collectives"]] == ["all-gather", "all-reduce"]
+    assert [kind for kind, _ in found["collectives"]] == ["all-reduce", "all-reduce"]
 
 
 @needs_tpu_compiler
@@ -147,10 +147,8 @@ def test_bytes_merged_by_jit_do_not_depend_on_the_number_of_chips(name, directio
     assert [size for _, size in found["collectives"]] == [SUMS] * (1 if direction == "forward" else 2)
 
 
-gathered = pytest.mark.xfail(strict=True, reason="over a named axis the parts of all devices are gathered")
 
 
-@gathered
 @pytest.mark.slow
 @needs_tpu_compiler
 @pytest.mark.usefixtures("tpu")
@@ -208,7 +206,6 @@ def test_on_8_gpus_jit_waits_once_for_a_layer_and_shard_map_never(on_8_gpus):
     assert [compiled.merged(on_8_gpus["jit", direction]) for direction in ("forward", "backward")] == [SUMS, 2 * SUMS]
 
 
-@gathered
 @pytest.mark.slow
 @needs_cuda_compiler
 @pytest.mark.parametrize("direction", ["forward", "backward"])

@@ -103,6 +103,5 @@ def test_the_policy_recomputes_no_reduction_and_no_collective(mapped, kernels, i
     assert nothing["reduce"] > plain["reduce"]  # what a plain checkpoint costs
     assert nothing["convolution"] > plain["convolution"]
     if mapped == "shard_map":
-        assert plain["all_gather"] == 3
-        assert nothing["all_gather"] > 3
+        assert nothing["all_reduce"] > plain["all_reduce"] > 0
     assert_same(gradient(training.save_statistics)(kernels, images), gradient(True)(kernels, images), 1e-4, 1e-4)

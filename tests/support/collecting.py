@@ -1,7 +1,7 @@
 """`bn_apply` as a layer calls it: with the moments of the batch among the results."""
 
 import bnjax
-from bnjax.core.moments import with_support
+from bnjax.core.merging import with_support
 
 
 def apply_and_collect(params, state, x, *, mask=None, earlier=None, **options):

@@ -1,0 +1,161 @@
+"""Moments of all devices of named mesh axes, from each device's moments, in sums whose size is fixed.
+
+With weight w, mean m and variance v of each device's part, and a guess c of the mean, such as the running mean:
+
+    W = sum w        mean = c + sum w (m - c) / W        var = sum w (v + |m - c|^2) / W - |mean - c|^2
+
+One psum sends three rows of the features' shape, and two if all devices have as many elements. A gather sends three
+rows for each device. With r = |mean - c|^2 / var, the relative error of `var` is about eps (1 + r), as it is where an
+array is looked at once around a known shift (`reading.py`), and the same guard keeps r to 8 per feature. Where a
+feature has more, a psum of w m gives a plain mean, and another psum the sums around it. They read no `x` again.
+
+* TPU and CPU: a conditional on the guard.
+* GPU: no conditional, because the host would wait for it. The moments of a few devices are gathered in one collective.
+  Those of more are summed twice: plainly, and around the plain mean.
+
+The guess never changes the result. Where the types of `shard_map` say that it may differ between devices, it is 0.
+Where there are no such types (`check_vma=False`, `pmap`), the bits of a checksum travel with the first psum, and a
+guess that devices do not agree on is not used.
+
+This module knows neither `x` nor derivatives: the derivative rule of the moments has a psum of its own.
+"""
+
+from collections.abc import Callable, Hashable
+from functools import partial
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.custom_batching import custom_vmap
+
+from bnjax.core.collectives import gather, sum_over
+from bnjax.core.jax_internals import mesh_axes
+from bnjax.core.merging import merged
+from bnjax.core.reading import is_near
+from bnjax.core.records import Collected, Moments, Support
+from bnjax.core.weights import abs_square, divided, expectation, relative, weigh
+
+Names = tuple[Hashable, ...]
+# The most GPUs whose moments are gathered. Each receives 3 x 32 rows, 786 kB for 2048 features: an estimate of what
+# takes as long as starting one more collective.
+FEW_GPUS = 32
+
+
+def merge_over_mesh(part: Collected, guess: Array, names: Names, *, elements: int | None = None) -> Collected:
+    """The moments and the support of all devices of mesh axes.
+
+    Args:
+      part: the moments and the support of this device's elements; `mean` and `var` are 0 where the weight is.
+      guess: a guess of the mean, which broadcasts to it. It changes the number of collectives, never the result.
+      names: axes of a mesh.
+      elements: the number of elements on each device, if they all have as many, of weight 1 and at least one.
+    """
+    (weight, mean, var), support = part
+    typed = _may_differ(lax.axis_index(names), names)
+    if typed and _may_differ(guess, names):
+        guess = jnp.zeros(mean.shape, mean.dtype)
+    guess = jnp.broadcast_to(guess.astype(mean.dtype), mean.shape)
+    # A collective in a conditional is legal only if all devices that run the program decide alike.
+    alike = mesh_axes() <= set(names)
+    default = partial(_guarded, names=names, typed=typed) if alike else partial(_summed_twice, names=names)
+    on_gpu = partial(_gathered if lax.axis_size(names) <= FEW_GPUS else _summed_twice, names=names)
+    merge = _elementwise(partial(lax.platform_dependent, cuda=on_gpu, default=default))
+    if support is not None:
+        # Products with weights far from 1 may leave the floating range. Those with relative weights do not.
+        total, valid = sum_over([weight, support.valid], names, None)
+        _, unit = relative(total, ())
+        total, mean, var, mean_weight = merge(guess, mean, var, weight / unit, support.mean_weight)
+        return Collected(Moments(total * unit, mean, var), Support(valid, mean_weight))
+    total, mean, var = merge(guess, mean, var, *([weight] if elements is None else []))
+    return Collected(Moments(total * (1 if elements is None else elements), mean, var), None)
+
+
+def _may_differ(values, names):
+    """Whether the type of an array says that it may differ between devices; without check_vma no type does."""
+    for name in names:
+        try:
+            lax.pcast(values, name, to="varying")
+        except ValueError:  # the type says so already
+            return True
+    return False
+
+
+def _elementwise(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of arrays of one shape, elementwise but for one decision, that `vmap` calls once for all models.
+
+    Mapped by `vmap`, its conditional would become a select, which runs both branches.
+    """
+    mapped = custom_vmap(function)
+
+    @mapped.def_vmap
+    def _(size, batched, *arrays):
+        models = [v if b else jnp.broadcast_to(v, (size, *v.shape)) for v, b in zip(arrays, batched, strict=True)]
+        results = _elementwise(function)(*models)
+        return results, (True,) * len(results)
+
+    return mapped
+
+
+def _guarded(guess, mean, var, *weights, names, typed):
+    """All devices' moments in one psum around the guess, and in two more where it is too far from the mean."""
+    total, found, variance, *own, offset = _around(guess, mean, var, *weights, names=names)
+    near = is_near(offset, found, variance)
+    agreed = True if typed else _agreed(guess, names)
+
+    def second_look(*_):
+        return _summed_twice(guess, mean, var, *weights, names=names)[1:3]
+
+    # A branch that does nothing, so that XLA keeps the conditional.
+    found, variance = lax.cond(
+        jnp.all(near) & agreed, lambda *first: first, second_look, found, jnp.maximum(variance, 0)
+    )
+    return total, found, variance, *own
+
+
+def _summed_twice(guess, mean, var, *weights, names):
+    """All devices' moments in two psums: plain sums, and sums around the plain mean."""
+    _, (plain,) = _means([mean], *weights[:1], names=names)
+    total, mean, var, *own, _ = _around(plain, mean, var, *weights, names=names)
+    return total, mean, jnp.maximum(var, 0), *own
+
+
+def _gathered(guess, mean, var, *weights, names):
+    """All devices' moments in one gather."""
+    mean, var, *weights = gather((mean, var, *weights), names, None)
+    weight, *own = weights or [jnp.ones_like(var)]
+    _, mean_of = expectation(mean, weight, (0,))
+    return *merged(Moments(weight, mean, var), (0,)), *map(mean_of, own)
+
+
+def _around(center, mean, var, *weights, names):
+    """Weight, mean and variance of all devices, the means of further values, and mean - center; in one psum.
+
+    Rounding may leave the variance a little below 0.
+    """
+    distance = mean - center
+    values = [distance, var + abs_square(distance), *weights[1:]]
+    total, (offset, square, *own) = _means(values, *weights[:1], names=names)
+    return total, jnp.where(total > 0, center + offset, 0), square - abs_square(offset), *own, offset
+
+
+def _means(values, weight=None, *, names):
+    """The sum of the devices' weights, each 1 by default, and the weighted means of values; in one psum."""
+    rows = [weigh(weight, v) for v in values]
+    rows = [row for v in rows for row in ((v.real, v.imag) if jnp.iscomplexobj(v) else (v,))]
+    sums = list(sum_over(rows if weight is None else [*rows, weight], names, None))
+    total = lax.full_like(sums[0], lax.axis_size(names)) if weight is None else sums.pop()
+    row = iter(sums)
+    whole = [lax.complex(next(row), next(row)) if jnp.iscomplexobj(v) else next(row) for v in values]
+    return total, [divided(v, total) for v in whole]
+
+
+def _agreed(guess, names):
+    """Whether all devices have the same guess: whether each bit of a checksum is set on all devices or on none."""
+    numbers = jnp.stack([guess.real, guess.imag]) if jnp.iscomplexobj(guess) else guess
+    words = lax.bitcast_convert_type(numbers, jnp.uint32).ravel()
+    # Each word has an odd factor of its own, so that an exchange of two numbers shows too.
+    factors = (2 * lax.iota(jnp.uint32, words.size) + 1) * jnp.uint32(0x9E3779B1)
+    checksum = jnp.sum(factors * words, dtype=jnp.uint32)
+    bits = (checksum >> lax.iota(jnp.uint32, 32)) & 1
+    (number,) = sum_over([bits.astype(jnp.float32)], names, None)
+    return jnp.all((number == 0) | (number == lax.axis_size(names)))
