@@ -42,13 +42,8 @@ def calls(
         return call.marked() if known.kind == kind != "other" and call.method == "__call__" else call()
 
     def run(variables, args, kwargs):
-        if isinstance(model, nn.Module):
-            options: dict[str, Any] = {"mutable": nn.DenyList("params"), **kwargs}
-            with linen_calls(record):
-                return model.apply(variables, *args, **options)
-        whole = nnx.merge(graph, variables, copy=True)
-        with nnx_calls(whole, shapes, record):
-            return whole(*args, **kwargs)
+        whole = model if isinstance(model, nn.Module) else nnx.merge(graph, variables, copy=True)
+        return _run(whole, variables, args, kwargs, shapes, record)
 
     if not isinstance(model, nn.Module):
         graph, variables = nnx.split(model)
@@ -82,17 +77,23 @@ def evaluate(
             seen.setdefault(call.path, []).append((call.x, y))
         return y
 
+    if not isinstance(model, nn.Module):
+        model = nnx.merge(*nnx.split(model), copy=True)
+        nnx.update(model, *(variables[name] for name in ("params", "batch_stats") if name in variables))
+        model.eval()
     with jax.default_matmul_precision("highest"):
-        if isinstance(model, nn.Module):
-            options: dict[str, Any] = {**kwargs, "mutable": nn.DenyList("params")}
-            with linen_calls(record):
-                output, updates = model.apply(variables, *args, **options)
-            return output, {**variables, **updates}, seen
-        whole = nnx.merge(*nnx.split(model), copy=True)
-        nnx.update(whole, *(variables[name] for name in ("params", "batch_stats") if name in variables))
-        whole.eval()
-        with nnx_calls(whole, paths, record):
-            return whole(*args, **kwargs), variables, seen
+        output, updates = _run(model, variables, args, kwargs, paths, record)
+    return output, {**variables, **updates}, seen
+
+
+def _run(model, variables, args, kwargs, paths, record):
+    """A model's output, and what a Linen model changes of its variables. An NNX model is spent afterwards."""
+    if isinstance(model, nn.Module):
+        options: dict[str, Any] = {**kwargs, "mutable": nn.DenyList("params")}
+        with linen_calls(record):
+            return model.apply(variables, *args, **options)
+    with nnx_calls(model, paths, record):
+        return model(*args, **kwargs), {}
 
 
 def _kind(module, shapes, x):
