@@ -45,20 +45,8 @@ class TracedLayer(NamedTuple):
     kind: type
     module: Any
     axis: Any = -1  # feature axis of a norm
-    ranks: frozenset[int] = frozenset()  # of the inputs
-    evaluates: bool = True  # whether every call uses the running statistics
-    trains: bool = False  # whether no call does
     adapts: bool = False  # whether the batch enters the statistics in evaluation too
-
-    def merged(self, earlier: "TracedLayer | None") -> "TracedLayer":
-        """This call together with the earlier calls of the same layer."""
-        if earlier is None:
-            return self
-        return self._replace(
-            ranks=self.ranks | earlier.ranks,
-            evaluates=self.evaluates and earlier.evaluates,
-            trains=self.trains and earlier.trains,
-        )
+    calls: frozenset[tuple[int, bool]] = frozenset()  # of a norm: the input's rank, whether running statistics are used
 
 
 def check_arguments(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -143,7 +131,7 @@ def _fold_found(layers, neighbours, kinds, fold_one):
     """Fold every norm into the linear layer before it, or else into the one after it."""
     folded, unfolded = [], {}
     called = [name for name, layer in layers.items() if layer.kind in kinds[1] and neighbours.calls(name)]
-    if neighbours.switched and called and all(layers[name].trains for name in called):
+    if neighbours.switched and called and not any(evaluates for name in called for _, evaluates in layers[name].calls):
         raise ValueError(
             f"fold_model(...): all norms of the model normalize by their batch in this trace, {called[0]!r} for one. "
             f"{EVALUATE}"
@@ -184,12 +172,12 @@ def _check(call, pair, linear, norm, layer, neighbours):
             f"{call}: {norm!r} adapts to each batch, so that it is not one affine map in evaluation. Serve it "
             "unfolded, or turn it into a plain layer first: convert(model, to=BatchNorm)."
         )
-    if not layer.evaluates:
+    if not all(evaluates for _, evaluates in layer.calls):
         raise in_training(call, norm)
     axes = set(layer.axis) if isinstance(layer.axis, Iterable) else {layer.axis}
-    last = all({a % rank for a in axes} == {rank - 1} for rank in layer.ranks) if layer.ranks else axes == {-1}
+    last = all({a % rank for a in axes} == {rank - 1} for rank, _ in layer.calls) if layer.calls else axes == {-1}
     if not last:
-        unknown = "" if layer.ranks else ", or an example input, with which the model is traced"
+        unknown = "" if layer.calls else ", or an example input, with which the model is traced"
         raise NotFoldedError(
             f"{call}: {norm!r} has axis={layer.axis}. Folding needs the features on the last axis, -1{unknown}."
         )

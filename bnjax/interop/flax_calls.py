@@ -10,7 +10,7 @@ from flax import nnx
 from jax.core import Tracer
 
 from bnjax.interop.layout import Called, features, padded
-from bnjax.traced.calls import linen_calls, nnx_calls
+from bnjax.traced.calls import record_nnx, recorded_linen
 from bnjax.traced.program import is_array, read
 
 _TRANSPOSED = (nn.ConvTranspose, nnx.ConvTranspose)
@@ -90,10 +90,10 @@ def _run(model, variables, args, kwargs, paths, record):
     """A model's output, and what a Linen model changes of its variables. An NNX model is spent afterwards."""
     if isinstance(model, nn.Module):
         options: dict[str, Any] = {**kwargs, "mutable": nn.DenyList("params")}
-        with linen_calls(record):
+        with recorded_linen(record):
             return model.apply(variables, *args, **options)
-    with nnx_calls(model, paths, record):
-        return model(*args, **kwargs), {}
+    record_nnx(model, paths, record)
+    return model(*args, **kwargs), {}
 
 
 def _kind(module, shapes, x):

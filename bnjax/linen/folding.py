@@ -30,7 +30,7 @@ from bnjax.deploy.pairs import (
 )
 from bnjax.linen.conversion import check_model, class_of, contexts, converted, wrapped
 from bnjax.linen.norm import AdaptiveBatchNorm, BatchNorm, GhostBatchNorm, RenormBatchNorm
-from bnjax.traced.calls import linen_calls
+from bnjax.traced.calls import recorded_linen
 
 _LINEAR = (nn.Dense, nn.Conv, nn.ConvTranspose)
 _NORM = (nn.BatchNorm, AdaptiveBatchNorm, BatchNorm, GhostBatchNorm, RenormBatchNorm)
@@ -216,17 +216,16 @@ def _traced(model, variables, args, kwargs):
             return call()
         if kind in _LINEAR:
             # A bound module would hold tracers after the trace.
-            layers[path] = TracedLayer(kind, layer.clone(parent=None)).merged(layers.get(path))
+            layers[path] = TracedLayer(kind, layer.clone(parent=None))
             return call.marked(nn.meta.unbox(layer.get_variable("params", "kernel")))
-        adapts, ranks = isinstance(options, AdaptiveBatchNorm), frozenset({jnp.ndim(x)})
-        this_call = TracedLayer(kind, None, options.axis, ranks, running, not running, adapts)
-        layers[path] = this_call.merged(layers.get(path))
+        calls = {(jnp.ndim(x), running)}.union(layers[path].calls if path in layers else ())
+        layers[path] = TracedLayer(kind, None, options.axis, isinstance(options, AdaptiveBatchNorm), frozenset(calls))
         y = call.marked()
         facts[path] = options.epsilon, y.dtype
         return y
 
     def run(variables, args, kwargs):
-        with linen_calls(record):
+        with recorded_linen(record):
             return model.apply(variables, *args, **kwargs)
 
     try:

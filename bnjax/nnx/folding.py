@@ -28,7 +28,7 @@ from bnjax.deploy.pairs import (
 from bnjax.nnx.conversion import check_model
 from bnjax.nnx.norm import BatchNorm
 from bnjax.nnx.variants import AdaptiveBatchNorm, GhostBatchNorm, RenormBatchNorm
-from bnjax.traced.calls import nnx_calls
+from bnjax.traced.calls import record_nnx
 
 Model = TypeVar("Model")
 
@@ -205,27 +205,24 @@ def _traced(model, args, kwargs):
     nodes = {"/".join(map(str, path)): node for path, node in nnx.iter_modules(model)}
     layers = {path: _as_traced(node) for path, node in nodes.items()}
     found = [path for path, layer in layers.items() if layer.kind in _LINEAR + _NORM]
-    called: dict[str, TracedLayer] = {}
     training: dict[str, None] = {}  # the paths of norms in training mode
 
     def record(call):
-        layer, path = call.layer, call.path
-        if layers[path].kind in _NORM:
-            running = evaluates(call.args, call.kwargs, layer)
-            # Its caller leaves the choice to the mode of the model, which is that of the trace: evaluation.
-            if running and not evaluates(call.args, call.kwargs, layers[path].module):
-                training[path] = None
-            this_call = layers[path]._replace(
-                ranks=frozenset({jnp.ndim(call.x)}), evaluates=running, trains=not running
-            )
-            called[path] = this_call.merged(called.get(path))
-        return call.marked(None if layers[path].kind in _NORM else layer.kernel[...])
+        known = layers[call.path]
+        if known.kind in _LINEAR:
+            return call.marked(call.layer.kernel[...])
+        running = evaluates(call.args, call.kwargs, call.layer)
+        # Its caller leaves the choice to the mode of the model, which is that of the trace: evaluation.
+        if running and not evaluates(call.args, call.kwargs, known.module):
+            training[call.path] = None
+        layers[call.path] = known._replace(calls=known.calls | {(jnp.ndim(call.x), running)})
+        return call.marked()
 
     def run(state, args, kwargs):
         traced = nnx.merge(graphdef, state)
         traced.eval()
-        with nnx_calls(traced, found, record):
-            return traced(*args, **kwargs)
+        record_nnx(traced, found, record)
+        return traced(*args, **kwargs)
 
     neighbours = Neighbours(run, state, args, kwargs)
     if training:
@@ -233,4 +230,4 @@ def _traced(model, args, kwargs):
             f"fold_model(model=...): {trees.named(training)}: in training mode. Folding is for evaluation: call "
             "model.eval() before."
         )
-    return layers | called, neighbours
+    return layers, neighbours

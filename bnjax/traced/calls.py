@@ -4,6 +4,7 @@ While a model runs, each call of a layer is passed to `record(call)`, which retu
 result of `call()`, or of `call.marked()`, which marks the layer's input and output in the program of a trace.
 """
 
+import weakref
 from collections.abc import Callable, Collection, Generator
 from contextlib import contextmanager
 from functools import cache, partial, wraps
@@ -53,7 +54,7 @@ _recorded = jax.make_user_context(None)
 
 
 @contextmanager
-def linen_calls(record: Callable[[Call], Any]) -> Generator[None, None, None]:
+def recorded_linen(record: Callable[[Call], Any]) -> Generator[None, None, None]:
     """A context in which each call of a method of a Linen module is recorded, that of `setup` excepted."""
     running: list[tuple[nn.Module, str]] = []
 
@@ -72,35 +73,25 @@ def linen_calls(record: Callable[[Call], Any]) -> Generator[None, None, None]:
         yield
 
 
-@contextmanager
-def nnx_calls(model: Any, paths: Collection[str], record: Callable[[Call], Any]) -> Generator[None, None, None]:
-    """A context in which the calls of an NNX model's modules in `paths` are recorded. The model is spent afterwards."""
-    recorder = _Recorder(record)
+def record_nnx(model: Any, paths: Collection[str], record: Callable[[Call], Any]) -> None:
+    """Have the calls of an NNX model's modules in `paths` recorded as long as `record` lives. The model is a copy, to
+    be thrown away."""
     for names, module in [*nnx.iter_modules(model)]:
         path, layer = "/".join(map(str, names)), cast(Any, module)
         if path in paths:
-            layer.__class__ = _recording(type(layer))
-            layer.bnjax_recorder, layer.bnjax_path = recorder, path
-    try:
-        yield
-    finally:
-        recorder.record = None  # the caches of `jax.jit` keep the recorder
-
-
-class _Recorder:
-    """It compares by identity: functions under `nnx.jit` are traced again for another one."""
-
-    def __init__(self, record: Any):
-        self.record = record
+            layer.__class__ = _recorded_class(type(layer))
+            # A weak reference, because the caches of `jax.jit` keep it. References to two functions differ, so that
+            # functions under `nnx.jit` are traced again.
+            layer.bnjax_record, layer.bnjax_path = weakref.ref(record), path
 
 
 @cache  # NNX itself keeps every class of a module
-def _recording(cls):
+def _recorded_class(cls):
     """A subclass whose calls are recorded. NNX transforms call copies of a module, which keep its class and its static
     attributes."""
 
     @wraps(cls.__call__)
     def call(self, *args, **kwargs):
-        return self.bnjax_recorder.record(Call(self.bnjax_path, self, partial(cls.__call__, self), args, kwargs))
+        return self.bnjax_record()(Call(self.bnjax_path, self, partial(cls.__call__, self), args, kwargs))
 
     return type(cls)(cls.__name__, (cls,), {"__call__": call})

@@ -97,7 +97,8 @@ def _read(jaxpr, arguments, user=None) -> Program:
 
     for equation in jaxpr.eqns:
         kind, params, operands = equation.primitive.name, equation.params, valued(equation.invars)
-        inner = [body for body in map(_jaxpr, _flat(params.values())) if body is not None]
+        inner = [getattr(leaf, "jaxpr", leaf) for leaf in jax.tree.leaves(dict(params))]
+        inner = [jaxpr for jaxpr in inner if hasattr(jaxpr, "eqns")]
         if kind in _CALLS and len(inner) == 1 and len(inner[0].invars) == len(operands):
             inlined = _read(inner[0], operands)
             operations += inlined.operations
@@ -106,7 +107,7 @@ def _read(jaxpr, arguments, user=None) -> Program:
                 value.returned_by.add(params.get("name", ""))
         else:
             operation = Operation(kind, params, operands, [v.aval for v in equation.outvars])
-            operation.bodies += [_body(body, operands) for body in inner]
+            operation.bodies += [_body(jaxpr, operands) for jaxpr in inner]
             operations.append(operation)
             results = operation.results
         values |= zip(equation.outvars, results, strict=True)
@@ -122,14 +123,3 @@ def _body(jaxpr, operands):
     outer = [None] * missing + operands[max(-missing, 0) :]
     arguments = [Value(v.aval, outer=value) for v, value in zip(jaxpr.invars, outer, strict=True)]
     return _read(jaxpr, arguments, "the result of a loop")
-
-
-def _flat(values):
-    for value in values:
-        yield from _flat(value) if isinstance(value, list | tuple) else (value,)
-
-
-def _jaxpr(value):
-    """The jaxpr in a parameter of an operation, or None if the parameter is something else."""
-    value = getattr(value, "jaxpr", value)
-    return value if hasattr(value, "eqns") else None

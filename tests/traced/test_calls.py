@@ -1,12 +1,15 @@
 """The calls of layers, recorded in Linen and in NNX alike."""
 
+import gc
+import weakref
+
 import flax.linen as nn
 import jax
 import numpy as np
 import pytest
 from flax import nnx
 
-from bnjax.traced.calls import linen_calls, nnx_calls
+from bnjax.traced.calls import record_nnx, recorded_linen
 from bnjax.traced.program import read
 
 X = np.ones((2, 4), np.float32)
@@ -62,7 +65,7 @@ def test_both_recorders_see_every_call_and_mark_it(again):
         model.apply(variables, X)
 
     def run(x):
-        with linen_calls(record):
+        with recorded_linen(record):
             return model.apply(variables, x)
 
     roles = [mark.role for mark in read(run, X).marks()]
@@ -74,13 +77,13 @@ def test_both_recorders_see_every_call_and_mark_it(again):
     found.clear()
     graph, state = nnx.split(Nnx())
 
-    def record_nnx(call):
+    def record_in_nnx(call):
         found.append((call.path, call.method, call.x.shape))
         return call.marked(call.layer.kernel[...])
 
     def run_nnx(state, x):
-        with nnx_calls(whole := nnx.merge(graph, state), ["a"], record_nnx):
-            return whole(x)
+        record_nnx(whole := nnx.merge(graph, state), ["a"], record_in_nnx)
+        return whole(x)
 
     if again:
         nnx.merge(graph, state)(X)
@@ -88,9 +91,16 @@ def test_both_recorders_see_every_call_and_mark_it(again):
     assert found == [("a", "__call__", (2, 4))] * 2
 
 
-def test_a_recorder_lets_go_of_what_it_recorded():
+def test_no_cache_keeps_what_records():
     """The caches of `jax.jit` keep the modules' attributes."""
     model = Nnx()
-    with nnx_calls(model, ["a"], lambda call: call()):
-        np.testing.assert_array_equal(model(X), Nnx()(X))
-    assert model.a.bnjax_recorder.record is None  # pyright: ignore[reportAttributeAccessIssue]
+
+    def record(call):
+        return call()
+
+    record_nnx(model, ["a"], record)
+    np.testing.assert_array_equal(model(X), Nnx()(X))
+    kept = weakref.ref(record)
+    del record
+    gc.collect()
+    assert kept() is None
