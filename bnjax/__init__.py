@@ -4,6 +4,7 @@ The package consists of these parts, each of which imports only from the parts a
 
     core          the mathematics: moments, normalization, the layer as a function, schedules, checks
     variants      adaptive, ghost, renormalized, indexed, conditional and recurrent batch normalization
+    traced        the program of a model, and the calls of its layers (these need flax)
     deploy        layers folded into adjacent linear layers; recalibrated running statistics
     diagnosis     faults of running statistics, as a table and a figure
     interop       conversion of weights from and to PyTorch and Keras

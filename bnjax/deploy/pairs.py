@@ -45,47 +45,24 @@ class TracedLayer(NamedTuple):
     kind: type
     module: Any
     axis: Any = -1  # feature axis of a norm
-    ranks: frozenset[int] = frozenset()  # of the inputs
-    evaluates: bool = True  # whether every call uses the running statistics
-    trains: bool = False  # whether no call does
     adapts: bool = False  # whether the batch enters the statistics in evaluation too
+    calls: frozenset[tuple[int, bool]] = frozenset()  # of a norm: the input's rank, whether running statistics are used
 
-    def merged(self, earlier: "TracedLayer | None") -> "TracedLayer":
-        """This call together with the earlier calls of the same layer."""
-        if earlier is None:
-            return self
-        return self._replace(
-            ranks=self.ranks | earlier.ranks,
-            evaluates=self.evaluates and earlier.evaluates,
-            trains=self.trains and earlier.trains,
+
+def check_arguments(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Check that there are arguments to trace a model with, and that the first is not a list of pairs."""
+    if not args and not kwargs:
+        raise ValueError("fold_model(...): no arguments of the model. Pass an example input, with which it is traced.")
+    first = jax.tree.leaves(args[:1])
+    if first and all(isinstance(leaf, str) for leaf in first) and not isinstance(args[0], str):
+        raise ValueError(
+            f"fold_model(..., {args[0]!r}): expected the first argument of the model, got only names. Pass pairs by "
+            f"keyword: fold_model(..., pairs={args[0]!r})."
         )
 
 
-def as_pairs(call: str, args: tuple[Any, ...], pairs: Any) -> tuple[list[Pair] | None, tuple[Any, ...]]:
-    """The pairs, and the arguments of the model. The pairs may be the first argument, recognized as names alone."""
-    if pairs is None and args and (args[0] is None or _names(args[0])):
-        pairs, args = args[0], args[1:]
-    if pairs is None:
-        return None, args
-    pairs = list(pairs.items()) if isinstance(pairs, Mapping) else list(pairs)
-    for pair in pairs:
-        if isinstance(pair, str) or len(pair) != 2 or not all(isinstance(name, str) for name in pair):
-            raise ValueError(
-                f"{call}(pairs={pairs!r}): expected a list of pairs of names, got {pair!r} in it. "
-                'Pass [("Conv_0", "BatchNorm_0")], or leave pairs out to have them found.'
-            )
-    return [(first, second) for first, second in pairs], args
-
-
-def _names(value):
-    """Whether a value is a container that holds nothing but names."""
-    if isinstance(value, Mapping):
-        value = list(value.items())
-    return isinstance(value, list | tuple | set) and all(isinstance(v, str) or _names(v) for v in value)
-
-
 def fold_pairs(
-    pairs: list[Pair] | None,
+    pairs: Any,
     layers: Mapping[str, TracedLayer],
     neighbours: Neighbours | None,
     kinds: tuple[tuple[type, ...], tuple[type, ...]],
@@ -95,7 +72,7 @@ def fold_pairs(
     """Fold the given pairs, or all adjacent ones.
 
     Args:
-      pairs: (linear, norm) or (norm, linear), or None for all that are adjacent.
+      pairs: as in `fold_model`: pairs of names in a list or a dictionary, or None for all that are adjacent.
       layers: the model's layers by path.
       neighbours: the trace of the model; None trusts the pairs.
       kinds: the classes of linear layers, and of norms.
@@ -104,12 +81,18 @@ def fold_pairs(
     """
     types = {name: layer.kind for name, layer in layers.items()}
     if pairs is None:
-        assert neighbours is not None
         report = _fold_found(layers, neighbours, kinds, fold_one)
         return FoldReport(report.folded, {**report.unfolded, **others})
+    pairs = list(pairs.items()) if isinstance(pairs, Mapping) else list(pairs)
+    for pair in pairs:
+        if isinstance(pair, str) or len(pair) != 2 or not all(isinstance(name, str) for name in pair):
+            raise ValueError(
+                f"fold_model(pairs={pairs!r}): expected a list of pairs of names, got {pair!r} in it. "
+                'Pass [("Conv_0", "BatchNorm_0")], or leave pairs out to have them found.'
+            )
     folded: dict[str, Pair] = {}
     used = set()
-    for pair in pairs:
+    for pair in map(tuple, pairs):
         call = f"fold_model(pairs=[{pair!r}])"
         linear, norm, previous = _roles(call, pair, types, *kinds)
         if norm in folded or (linear, previous) in used:
@@ -123,6 +106,15 @@ def fold_pairs(
 
 
 EVALUATE = "Pass the argument that puts the model in evaluation, such as train=False."
+
+
+def evaluates(args: tuple[Any, ...], kwargs: Mapping[str, Any], norm: Any) -> bool:
+    """Whether a Linen or NNX norm uses the running statistics in a call with these arguments.
+
+    It does not if neither the arguments nor the norm determine it. Flax refuses such a call.
+    """
+    average = kwargs.get("use_running_average", args[1] if len(args) > 1 else None)
+    return bool(norm.use_running_average if average is None else average) or getattr(norm, "frozen", False)
 
 
 def left(kind: type, norms: tuple[type, ...]) -> str:
@@ -139,7 +131,7 @@ def _fold_found(layers, neighbours, kinds, fold_one):
     """Fold every norm into the linear layer before it, or else into the one after it."""
     folded, unfolded = [], {}
     called = [name for name, layer in layers.items() if layer.kind in kinds[1] and neighbours.calls(name)]
-    if neighbours.switched and called and all(layers[name].trains for name in called):
+    if neighbours.switched and called and not any(evaluates for name in called for _, evaluates in layers[name].calls):
         raise ValueError(
             f"fold_model(...): all norms of the model normalize by their batch in this trace, {called[0]!r} for one. "
             f"{EVALUATE}"
@@ -180,12 +172,12 @@ def _check(call, pair, linear, norm, layer, neighbours):
             f"{call}: {norm!r} adapts to each batch, so that it is not one affine map in evaluation. Serve it "
             "unfolded, or turn it into a plain layer first: convert(model, to=BatchNorm)."
         )
-    if not layer.evaluates:
+    if not all(evaluates for _, evaluates in layer.calls):
         raise in_training(call, norm)
     axes = set(layer.axis) if isinstance(layer.axis, Iterable) else {layer.axis}
-    last = all({a % rank for a in axes} == {rank - 1} for rank in layer.ranks) if layer.ranks else axes == {-1}
+    last = all({a % rank for a in axes} == {rank - 1} for rank, _ in layer.calls) if layer.calls else axes == {-1}
     if not last:
-        unknown = "" if layer.ranks else ", or an example input, with which the model is traced"
+        unknown = "" if layer.calls else ", or an example input, with which the model is traced"
         raise NotFoldedError(
             f"{call}: {norm!r} has axis={layer.axis}. Folding needs the features on the last axis, -1{unknown}."
         )

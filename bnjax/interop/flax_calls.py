@@ -1,17 +1,17 @@
 """The layers of a Linen or NNX model in the order of their calls, for `models.py`. This module needs Flax."""
 
 from collections.abc import Collection, Mapping
-from functools import wraps
 from typing import Any
 
 import flax.linen as nn
 import jax
 import numpy as np
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
-from jax.core import Tracer
 
-from bnjax.interop.layout import Called, features, mark, padded
+from bnjax.core.jax_internals import is_traced
+from bnjax.interop.layout import Called, features, padded
+from bnjax.traced.calls import record_nnx, recorded_linen
+from bnjax.traced.program import is_array, read
 
 _TRANSPOSED = (nn.ConvTranspose, nnx.ConvTranspose)
 
@@ -27,56 +27,33 @@ def calls(
       shapes: shapes of the layers' arrays, by path and name.
       args, kwargs: arguments of the model's call.
     """
-    called: dict[str, tuple[str, Any]] = {}
-    entered: dict[str, list[tuple[int, ...]]] = {}
-    leaves, structure = jax.tree.flatten((args, kwargs))
-    traced = [i for i, leaf in enumerate(leaves) if hasattr(leaf, "shape")]
+    called: dict[str, Called] = {}
 
-    def record(path, module, function, args, kwargs, marked=True):
+    def record(call):
+        path, layer, x = call.path, call.layer, call.x
         if path not in shapes:
-            return function(*args, **kwargs)
-        given = [*args, *kwargs.values()]
-        kind = _kind(module, shapes[path], given[0] if given else None)
-        called.setdefault(path, (kind, module))
-        entered.setdefault(path, []).extend(tuple(v.shape) for v in given[:1] if hasattr(v, "shape"))
-        if kind == "other" or not marked:
-            return function(*args, **kwargs)
-        place = kind.replace("transposed", "conv")
-        given[0] = checkpoint_name(given[0], mark("in", place, path))
-        y = function(*given[: len(args)], **dict(zip(kwargs, given[len(args) :], strict=True)))
-        return checkpoint_name(y, mark("out", place, path))
+            return call()
+        kind = _kind(layer, shapes[path], x)
+        swapped, groups = getattr(layer, "transpose_kernel", False), getattr(layer, "feature_group_count", 1)
+        known = called.setdefault(path, Called(kind, True, swapped, groups, module=layer))
+        if hasattr(x, "shape"):
+            called[path] = known._replace(shapes=(*known.shapes, tuple(x.shape)))
+        # `attend` of an embedding has features as input, not indices
+        return call.marked() if known.kind == kind != "other" and call.method == "__call__" else call()
 
-    def run(variables, arrays):
-        given = list(leaves)
-        for i, array in zip(traced, arrays, strict=True):
-            given[i] = array
-        args, kwargs = jax.tree.unflatten(structure, given)
-        if isinstance(model, nn.Module):
-            options: dict[str, Any] = {"mutable": nn.DenyList("params"), **kwargs}
-            with nn.intercept_methods(_linen(record)):
-                model.apply(variables, *args, **options)
-            return
-        whole = nnx.merge(graph, variables, copy=True)
-        _record(whole, shapes, record)
-        whole(*args, **kwargs)
+    def run(variables, args, kwargs):
+        whole = model if isinstance(model, nn.Module) else nnx.merge(graph, variables, copy=True)
+        return _run(whole, variables, args, kwargs, shapes, record)
 
     if not isinstance(model, nn.Module):
         graph, variables = nnx.split(model)
-    jaxpr = jax.make_jaxpr(run)(variables, [leaves[i] for i in traced])
-    seen, pads = features(jaxpr, len(traced)), padded(jaxpr.jaxpr)
+    program = read(run, variables, args, kwargs)
+    kinds = {path: call.kind for path, call in called.items()}
+    seen = features(program, sum(map(is_array, jax.tree.leaves((args, kwargs)))), kinds)
+    pads = padded(program)
     return {
-        path: Called(
-            kind,
-            True,
-            getattr(module, "transpose_kernel", False),
-            getattr(module, "feature_group_count", 1),
-            seen.get(("in", path)),
-            seen.get(("out", path)),
-            module,
-            tuple(entered[path]),
-            path in pads,
-        )
-        for path, (kind, module) in called.items()
+        path: call._replace(into=seen.get(("in", path)), out=seen.get(("out", path)), padded=path in pads)
+        for path, call in called.items()
     }
 
 
@@ -93,36 +70,34 @@ def evaluate(
     """
     seen: Seen = {}
 
-    def record(path, module, function, args, kwargs, marked=True):
-        y = function(*args, **kwargs)
-        given = [*args, *kwargs.values()]
-        if path in paths and marked and given and hasattr(y, "shape") and not isinstance(y, Tracer):
-            seen.setdefault(path, []).append((given[0], y))
+    def record(call):
+        y = call()
+        known = call.path in paths and call.method == "__call__" and call.x is not None
+        if known and hasattr(y, "shape") and not is_traced(y):
+            seen.setdefault(call.path, []).append((call.x, y))
         return y
 
+    if not isinstance(model, nn.Module):
+        model = nnx.merge(*nnx.split(model), copy=True)
+        nnx.update(model, *(variables[name] for name in ("params", "batch_stats") if name in variables))
+        model.eval()
     with jax.default_matmul_precision("highest"):
-        if isinstance(model, nn.Module):
-            options: dict[str, Any] = {**kwargs, "mutable": nn.DenyList("params")}
-            with nn.intercept_methods(_linen(record)):
-                output, updates = model.apply(variables, *args, **options)
-            return output, {**variables, **updates}, seen
-        whole = nnx.merge(*nnx.split(model), copy=True)
-        nnx.update(whole, *(variables[name] for name in ("params", "batch_stats") if name in variables))
-        whole.eval()
-        _record(whole, paths, record)
-        return whole(*args, **kwargs), variables, seen
+        output, updates = _run(model, variables, args, kwargs, paths, record)
+    return output, {**variables, **updates}, seen
 
 
-def _record(model, paths, record):
-    """Make an NNX model's layers in `paths` call `record`."""
-    for path, module in [*nnx.iter_graph(model)]:
-        name = "/".join(map(str, path))
-        if isinstance(module, nnx.Module) and name in paths:
-            module.__class__ = _recording(type(module), name, record)
+def _run(model, variables, args, kwargs, paths, record):
+    """A model's output, and what a Linen model changes of its variables. An NNX model is spent afterwards."""
+    if isinstance(model, nn.Module):
+        options: dict[str, Any] = {**kwargs, "mutable": nn.DenyList("params")}
+        with recorded_linen(record):
+            return model.apply(variables, *args, **options)
+    record_nnx(model, paths, record)
+    return model(*args, **kwargs), {}
 
 
 def _kind(module, shapes, x):
-    """The kind of a layer: dense, embed, conv2, transposed2 or norm-1 as in `mark`, or "other"."""
+    """The kind of a layer, as in `Called`."""
     kernel = shapes.get("kernel")
     if not hasattr(x, "shape"):
         return "other"
@@ -136,30 +111,3 @@ def _kind(module, shapes, x):
         axes = np.ravel(getattr(module, "axis", getattr(module, "feature_axes", -1)))
         return f"norm{axes[0] % x.ndim - x.ndim if axes.size == 1 else -1}"
     return "other"
-
-
-def _linen(record):
-    running: list[Any] = []
-
-    def interceptor(function, args, kwargs, context):
-        path = context.module.path
-        if context.method_name == "setup" or path in running:  # a subclass that calls `super().__call__` is one layer
-            return function(*args, **kwargs)
-        marked = context.method_name == "__call__"  # `attend` of an embedding has features as input, not indices
-        running.append(path)
-        try:
-            return record("/".join(path), context.module, function, args, kwargs, marked)
-        finally:
-            running.remove(path)
-
-    return interceptor
-
-
-def _recording(cls, path, record):
-    """A subclass whose calls are recorded."""
-
-    @wraps(cls.__call__)
-    def call(self, *args, **kwargs):
-        return record(path, self, lambda *args, **kwargs: cls.__call__(self, *args, **kwargs), args, kwargs)
-
-    return type(cls.__name__, (cls,), {"__call__": call})

@@ -1,4 +1,4 @@
-"""The axes of an image that a layer's features come from, according to the jaxpr of a model.
+"""The axes of an image that a layer's features come from, according to the program of a model.
 
 PyTorch stores the channels of an image before its pixels, Flax and Keras after them. If a reshape puts pixels and
 channels on one axis, between a convolution and a dense layer or in reverse, the libraries number its features in
@@ -6,12 +6,15 @@ different orders.
 
 Every axis of every array is a list of atoms, the pieces that reshapes have not split so far. A convolution determines
 which atoms are pixels and which are channels; reshapes join and split atoms; an elementwise operation equates the atoms
-of its operands. `mark` names the calls of the model's layers in the jaxpr. An atom that the program does not determine
-is UNCLEAR, which is an error if a layer's features depend on it.
+of its operands. An atom that the program does not determine is UNCLEAR, which is an error if a layer's features depend
+on it.
 """
 
+from collections.abc import Mapping
 from math import prod
 from typing import Any, NamedTuple
+
+from bnjax.traced.program import Operation, Program, Value
 
 CHANNEL, INPUT, UNCLEAR = "channel", "input", "unclear"  # roles; the role of pixels is the number of their axis, from 0
 _MOVING = {"rev", "sort", "gather", "scatter", "scatter-add", "dynamic_update_slice", "cumsum", "scan", "while", "cond"}
@@ -40,7 +43,9 @@ Axes = list[list[Atom]]
 class Called(NamedTuple):
     """A layer that a model calls."""
 
-    kind: str  # as in `mark`, or "transposed2" for a transposed convolution, or "other"
+    # "dense", "embed", "conv2" or "transposed2" for a convolution over two axes, "norm-1" for a normalization of the
+    # features on axis -1, or "other"
+    kind: str
     traced: bool = False  # False if only its arrays are known
     swapped: bool = False  # transpose_kernel
     groups: int = 1
@@ -51,46 +56,35 @@ class Called(NamedTuple):
     padded: bool = False  # whether an input of it is the result of a pad
 
 
-class _Marked(NamedTuple):
-    """Values that the marks of layers name."""
+class _Reading(NamedTuple):
+    """What is known of a program's values."""
 
+    kinds: Mapping[str, str]  # the kinds of the marked layers, as in `Called`
+    axes: dict[Value, Axes]
     features: dict[tuple[str, str], list[Atom]]  # atoms of the feature axis, by ("in" or "out", layer)
-    entered: dict[str, Axes]  # inputs of the normalizations whose outputs have not appeared yet
+    entered: dict[str, Axes]  # the last inputs of the normalizations
 
 
-def mark(side: str, kind: str, layer: str) -> str:
-    """The name of a layer's input (`side` "in") or output ("out") in the jaxpr. Its kind is "dense", "embed", "conv2"
-    for a convolution over two axes, or "norm-1" for a normalization of the features on axis -1."""
-    return f"bnjax {side} {kind} {layer}"
-
-
-def features(closed: Any, inputs: int) -> dict[tuple[str, str], list[Atom]]:
+def features(program: Program, inputs: int, kinds: Mapping[str, str]) -> dict[tuple[str, str], list[Atom]]:
     """The atoms of the feature axis of each marked layer's input and output, by ("in" or "out", layer).
 
     Args:
-      closed: the jaxpr of the model.
+      program: the model's.
       inputs: the number of arguments, at the end, that are inputs and not variables.
+      kinds: the kinds of the marked layers, as in `Called`.
     """
-    marked = _Marked({}, {})
-    arguments = [_fresh(v.aval.shape) for v in closed.jaxpr.invars]
-    for argument in arguments[len(arguments) - inputs :]:
-        for axis in argument[1:]:
+    reading = _Reading(kinds, {v: _fresh(v.shape) for v in program.arguments}, {}, {})
+    for value in program.arguments[len(program.arguments) - inputs :]:
+        for axis in reading.axes[value][1:]:
             _give(axis, INPUT)
-    _run(closed.jaxpr, arguments, marked)
-    return {key: expand(atoms) for key, atoms in marked.features.items()}
+    _run(program, reading)
+    return {key: expand(atoms) for key, atoms in reading.features.items()}
 
 
-def padded(jaxpr: Any) -> set[str]:
-    """The layers that a padded array enters, according to the marks in a jaxpr."""
-    found, padding = set(), set()
-    for eqn in jaxpr.eqns:
-        name, inner = eqn.primitive.name, [getattr(value, "jaxpr", value) for value in eqn.params.values()]
-        if name == "pad" or eqn.params.get("name") == "_pad":
-            padding |= set(eqn.outvars)
-        elif name == "name" and eqn.params["name"].startswith("bnjax in ") and eqn.invars[0] in padding:
-            found.add(eqn.params["name"].split(" ", 3)[3])
-        found = found.union(*(padded(body) for body in inner if hasattr(body, "eqns")))
-    return found
+def padded(program: Program) -> set[str]:
+    """The marked layers that a padded array enters."""
+    entering = [(mark.path, mark.operands[0]) for mark in program.marks() if mark.role == "in"]
+    return {path for path, v in entering if "_pad" in v.returned_by or (v.maker is not None and v.maker.kind == "pad")}
 
 
 def layout(atoms: list[Atom], channels_first: bool) -> Layout | None:
@@ -152,43 +146,35 @@ def _join(first, second):
         _give(first + second, UNCLEAR)
 
 
-def _run(jaxpr, arguments, marked):
-    """The axes of the results of a jaxpr, given the axes of its arguments."""
-    axes: dict[Any, Axes] = dict(zip(jaxpr.invars, arguments, strict=True))
+def _run(program, reading):
+    """Read the operations of a program, the axes of whose arguments are known."""
 
-    def read(v):
-        fresh = _fresh(getattr(v.aval, "shape", ()))
-        return fresh if hasattr(v, "val") else axes.setdefault(v, fresh)
+    def axes(values):
+        return [reading.axes.setdefault(v, _fresh(v.shape)) for v in values]
 
-    for eqn in jaxpr.eqns:
-        operands, inner = [read(v) for v in eqn.invars], _inner(eqn)
-        if inner is not None:
-            results = _run(inner, operands, marked)
+    for operation in program.operations:
+        operands, body = axes(operation.operands), _inner(operation)
+        if body is not None:
+            reading.axes.update(zip(body.arguments, operands, strict=True))
+            _run(body, reading)
+            results = axes(body.results)
         else:
-            results = [_result(eqn, operands, getattr(v.aval, "shape", ()), marked) for v in eqn.outvars]
-        axes |= zip(eqn.outvars, results, strict=True)
-    return [read(v) for v in jaxpr.outvars]
+            results = [_result(operation, operands, v.shape, reading) for v in operation.results]
+        reading.axes.update(zip(operation.results, results, strict=True))
 
 
-def _inner(eqn):
-    """The jaxpr that an equation calls with its own operands."""
-    for value in eqn.params.values():
-        jaxpr = getattr(value, "jaxpr", value)
-        if hasattr(jaxpr, "eqns") and _shapes(jaxpr.invars + jaxpr.outvars) == _shapes(eqn.invars + eqn.outvars):
-            return jaxpr
-    return None
+def _inner(operation):
+    """The body that an operation runs with its own operands."""
+    shapes = [v.shape for v in operation.operands + operation.results]
+    fitting = (body for body in operation.bodies if [v.shape for v in body.arguments + body.results] == shapes)
+    return next(fitting, None)
 
 
-def _shapes(variables):
-    return [getattr(v.aval, "shape", ()) for v in variables]
-
-
-def _result(eqn, operands, shape, marked) -> Axes:
-    """The axes of one result of an equation."""
-    name, params = eqn.primitive.name, eqn.params
-    if name == "name" and params["name"].startswith("bnjax "):
-        _, side, kind, layer = params["name"].split(" ", 3)
-        return _read_mark(side, kind, layer, operands[0], marked)
+def _result(operation: Operation, operands, shape, reading) -> Axes:
+    """The axes of one result of an operation."""
+    name, params = operation.kind, operation.params
+    if operation.role in ("in", "out"):
+        return _read_mark(operation.role, operation.path, operands[0], reading)
     if name == "reshape":
         return _reshaped(operands[0], shape)
     if name == "transpose":
@@ -208,7 +194,7 @@ def _result(eqn, operands, shape, marked) -> Axes:
     gone = params.get("dimensions" if name == "squeeze" else "axes", ())
     if operands and isinstance(gone, tuple) and len(operands[0]) - len(gone) == len(shape) and gone:
         return [axis for i, axis in enumerate(operands[0]) if i not in gone]
-    alike = [operand for operand, v in zip(operands, eqn.invars, strict=True) if v.aval.shape == shape]
+    alike = [axes for axes, v in zip(operands, operation.operands, strict=True) if v.shape == shape]
     if alike and name not in _MOVING:
         for other in alike[1:]:
             for first, second in zip(alike[0], other, strict=True):
@@ -269,15 +255,15 @@ def _merged(axis):
     return axis
 
 
-def _read_mark(side, kind, layer, axes, marked) -> Axes:
+def _read_mark(side, layer, axes, reading) -> Axes:
     """The axes of a layer's marked input or output. The output features are the same atoms in each call of a layer."""
-    axes = [*axes]
+    axes, kind = [*axes], reading.kinds[layer].replace("transposed", "conv")
     if kind.startswith("norm"):
         if side == "out":
-            return marked.entered.pop(layer)
-        marked.entered[layer] = axes
+            return reading.entered[layer]
+        reading.entered[layer] = axes
         axis = int(kind.removeprefix("norm"))
-        _join(axes[axis], marked.features.setdefault((side, layer), axes[axis]))
+        _join(axes[axis], reading.features.setdefault((side, layer), axes[axis]))
         return axes
     if kind == "embed" and side == "in":
         return axes
@@ -285,7 +271,7 @@ def _read_mark(side, kind, layer, axes, marked) -> Axes:
     pixels = list(enumerate(range(len(axes) - 1 - spatial, len(axes) - 1)))
     if side == "out":
         size = prod(atom.size for atom in expand(axes[-1]))
-        axes[-1] = marked.features.setdefault((side, layer), [Atom(size, CHANNEL if spatial else None)])
+        axes[-1] = reading.features.setdefault((side, layer), [Atom(size, CHANNEL if spatial else None)])
         for role, axis in pixels:
             axes[axis] = [Atom(prod(atom.size for atom in expand(axes[axis])), role)]
         return axes
@@ -293,5 +279,5 @@ def _read_mark(side, kind, layer, axes, marked) -> Axes:
         _give(axes[axis], role)
     if spatial:
         _give(axes[-1], CHANNEL)
-    _join(axes[-1], marked.features.setdefault((side, layer), axes[-1]))
+    _join(axes[-1], reading.features.setdefault((side, layer), axes[-1]))
     return axes

@@ -15,12 +15,13 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from bnjax.core import trees
 from bnjax.core.layer import aligned
 from bnjax.deploy.affine import fold as affine_fold
-from bnjax.deploy.neighbours import Neighbours, named_call
+from bnjax.deploy.neighbours import Neighbours
 from bnjax.deploy.pairs import (
     EVALUATE,
     FoldReport,
     TracedLayer,
-    as_pairs,
+    check_arguments,
+    evaluates,
     fold_linear,
     fold_pairs,
     in_training,
@@ -29,6 +30,7 @@ from bnjax.deploy.pairs import (
 )
 from bnjax.linen.conversion import check_model, class_of, contexts, converted, wrapped
 from bnjax.linen.norm import AdaptiveBatchNorm, BatchNorm, GhostBatchNorm, RenormBatchNorm
+from bnjax.traced.calls import recorded_linen
 
 _LINEAR = (nn.Dense, nn.Conv, nn.ConvTranspose)
 _NORM = (nn.BatchNorm, AdaptiveBatchNorm, BatchNorm, GhostBatchNorm, RenormBatchNorm)
@@ -66,9 +68,9 @@ def fold_model(
         with them, not run.
       pairs: the pairs to fold, by default all that are adjacent. A pair is (linear, norm) or (norm, linear), in the
         order of the calls, as paths such as ("Conv_0", "BatchNorm_0") or ("Block_0/BatchNorm_0", "Block_0/Dense_0").
-        `pairs` may also be passed before *args. Linear layers are `nn.Dense`, `nn.Conv` (grouped and depthwise ones
-        included) and `nn.ConvTranspose`. A linear layer after the norm must not pad zeros, since the norm would map
-        them to other values: its padding must be VALID, CIRCULAR or REFLECT, or its kernel of size 1.
+        Linear layers are `nn.Dense`, `nn.Conv` (grouped and depthwise ones included) and `nn.ConvTranspose`. A linear
+        layer after the norm must not pad zeros, since the norm would map them to other values: its padding must be
+        VALID, CIRCULAR or REFLECT, or its kernel of size 1.
 
     Returns:
       variables: the new variables, without those of the folded norms; arrays keep their dtypes.
@@ -91,9 +93,7 @@ def fold_model(
       ([('layers_0', 'layers_1')], ['bias', 'kernel'], False)
     """
     check_model("fold_model", model)
-    chosen, args = as_pairs("fold_model", args, pairs)
-    if not args and not kwargs:
-        raise ValueError("fold_model(...): no arguments of the model. Pass an example input, with which it is traced.")
+    check_arguments(args, kwargs)
     layers, norm_facts, neighbours = _traced(model, variables, args, kwargs)
     params: dict[Any, Any]
     params, stats = (flatten_dict(unfreeze(variables.get(name, {}))) for name in ("params", "batch_stats"))
@@ -115,7 +115,7 @@ def fold_model(
         folded[norm] = dtype
 
     others = _others(variables, layers)
-    report = fold_pairs(chosen, layers, neighbours, (_LINEAR, _NORM), fold_one, others)
+    report = fold_pairs(pairs, layers, neighbours, (_LINEAR, _NORM), fold_one, others)
     log(report)
     removed = {tuple(name.split("/")) for name in folded}
     remaining = {
@@ -168,12 +168,12 @@ class _FoldedLayers:
         if called and name in self._folded:
             if module.has_variable("batch_stats", "mean"):
                 raise ValueError(_UNFOLDED.format(f"{name!r} has statistics"))
-            if not _evaluates(args, kwargs, converted(context)):
+            if not evaluates(args, kwargs, converted(context)):
                 raise ValueError(
                     f"interceptor: {name!r} is folded, but is called in training, with the batch's statistics. "
                     f"{EVALUATE} Train the model that was not folded."
                 )
-            return _argument(args, kwargs).astype(self._folded[name])
+            return next(iter((*args, *kwargs.values()))).astype(self._folded[name])
         y = next_function(*args, **kwargs)
         if called and name in self._biased:
             if not module.has_variable("params", "bias"):
@@ -202,56 +202,34 @@ def _traced(model, variables, args, kwargs):
     layers: dict[str, TracedLayer] = {}
     facts: dict[str, tuple[float, Any]] = {}
 
-    def record(next_function, args, kwargs, context):
-        module, path, kind = context.module, "/".join(context.module.path), class_of(context.module)
-        if context.method_name != "__call__" or not (args or kwargs):
-            return next_function(*args, **kwargs)
-        options = converted(context)
-        evaluates = not issubclass(kind, nn.BatchNorm) or _evaluates(args, kwargs, options)
-        if not evaluates and not module.is_mutable_collection("batch_stats"):
+    def record(call):
+        layer, path, kind, x = call.layer, call.path, class_of(call.layer), call.x
+        if call.method != "__call__" or x is None:
+            return call()
+        options = converted(call.context)
+        running = not issubclass(kind, nn.BatchNorm) or evaluates(call.args, call.kwargs, options)
+        if not running and not layer.is_mutable_collection("batch_stats"):
             raise in_training("fold_model(...)", path)
-        folded_already = kind in _NORM and not module.has_variable("batch_stats", "mean")
+        folded_already = kind in _NORM and not layer.has_variable("batch_stats", "mean")
         if kind not in _LINEAR + _NORM or folded_already:
             layers[path] = TracedLayer(nn.Module if folded_already else kind, None)
-            return next_function(*args, **kwargs)
-        x, kernel = _argument(args, kwargs), None
-        if kind in _NORM:
-            adapts = isinstance(options, AdaptiveBatchNorm)
-            ranks = frozenset({jnp.ndim(x)})
-            layer = TracedLayer(kind, None, options.axis, ranks, evaluates, not evaluates, adapts)
-        else:
-            kernel = nn.meta.unbox(module.get_variable("params", "kernel"))
-            layer = TracedLayer(kind, module.clone(parent=None))  # a bound module would hold tracers after the trace
-        layers[path] = layer.merged(layers.get(path))
-
-        def call(x):
-            if args:
-                return next_function(x, *args[1:], **kwargs)
-            return next_function(**{**kwargs, next(iter(kwargs)): x})
-
-        y = named_call(path, kernel, call, x)
-        if kind in _NORM:
-            facts[path] = options.epsilon, y.dtype
+            return call()
+        if kind in _LINEAR:
+            # A bound module would hold tracers after the trace.
+            layers[path] = TracedLayer(kind, layer.clone(parent=None))
+            return call.marked(nn.meta.unbox(layer.get_variable("params", "kernel")))
+        calls = {(jnp.ndim(x), running)}.union(layers[path].calls if path in layers else ())
+        layers[path] = TracedLayer(kind, None, options.axis, isinstance(options, AdaptiveBatchNorm), frozenset(calls))
+        y = call.marked()
+        facts[path] = options.epsilon, y.dtype
         return y
 
-    def call(variables, args, kwargs):
-        return model.apply(variables, *args, **kwargs)
+    def run(variables, args, kwargs):
+        with recorded_linen(record):
+            return model.apply(variables, *args, **kwargs)
 
-    with nn.intercept_methods(record), _active((*_active.value, object())):
-        try:
-            neighbours = Neighbours(call, (variables, args, kwargs), {})
-        except (InvalidRngError, ModifyScopeVariableError) as error:
-            raise ValueError(f"fold_model(...): the model ran as in training: {error}. {EVALUATE}") from error
+    try:
+        neighbours = Neighbours(run, variables, args, kwargs)
+    except (InvalidRngError, ModifyScopeVariableError) as error:
+        raise ValueError(f"fold_model(...): the model ran as in training: {error}. {EVALUATE}") from error
     return layers, facts, neighbours
-
-
-def _evaluates(args, kwargs, options):
-    """Whether this call of a norm uses the running statistics. Flax refuses a call that does not say."""
-    average = kwargs.get("use_running_average", args[1] if len(args) > 1 else None)
-    average = options.use_running_average if average is None else average
-    return bool(average) or getattr(options, "frozen", False)
-
-
-def _argument(args, kwargs):
-    """The first argument of a call."""
-    return args[0] if args else next(iter(kwargs.values()))

@@ -3,7 +3,7 @@
 import functools
 from collections import Counter
 from collections.abc import Mapping
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import jax.numpy as jnp
 from flax import nnx
@@ -13,12 +13,13 @@ from jax import Array
 from bnjax.core import trees
 from bnjax.core.records import BNParams, BNState
 from bnjax.deploy.affine import fold as affine_fold
-from bnjax.deploy.neighbours import Neighbours, named_call
+from bnjax.deploy.neighbours import Neighbours
 from bnjax.deploy.pairs import (
     FoldReport,
     NotFoldedError,
     TracedLayer,
-    as_pairs,
+    check_arguments,
+    evaluates,
     fold_linear,
     fold_pairs,
     left,
@@ -27,6 +28,7 @@ from bnjax.deploy.pairs import (
 from bnjax.nnx.conversion import check_model
 from bnjax.nnx.norm import BatchNorm
 from bnjax.nnx.variants import AdaptiveBatchNorm, GhostBatchNorm, RenormBatchNorm
+from bnjax.traced.calls import record_nnx
 
 Model = TypeVar("Model")
 
@@ -72,11 +74,11 @@ def fold_model(model: Model, *args: Any, pairs: Any = None, **kwargs: Any) -> Mo
       *args, **kwargs: arguments of the model's call in evaluation, arrays or `jax.ShapeDtypeStruct`s. The model is
         traced with them, not run.
       pairs: the pairs to fold, by default all that are adjacent. A pair is (linear, norm) or (norm, linear), in the
-        order of the calls, as paths such as ("conv1", "bn1") or ("blocks/0/bn", "blocks/0/dense"). `pairs` may also be
-        passed before *args. Without *args the model is not traced: the caller vouches that the pairs are adjacent, and
-        norms must have axis=-1. Linear layers are `nnx.Linear`, `nnx.Conv` (grouped and depthwise ones included) and
-        `nnx.ConvTranspose`. A linear layer after the norm must not pad zeros, since the norm would map them to other
-        values: its padding must be VALID, CIRCULAR or REFLECT, or its kernel of size 1.
+        order of the calls, as paths such as ("conv1", "bn1") or ("blocks/0/bn", "blocks/0/dense"). Without *args the
+        model is not traced: the caller vouches that the pairs are adjacent, and norms must have axis=-1. Linear layers
+        are `nnx.Linear`, `nnx.Conv` (grouped and depthwise ones included) and `nnx.ConvTranspose`. A linear layer after
+        the norm must not pad zeros, since the norm would map them to other values: its padding must be VALID, CIRCULAR
+        or REFLECT, or its kernel of size 1.
 
     Returns:
       `model` itself. A folded norm is an `Identity` without variables, which is an error in training, and every linear
@@ -97,19 +99,18 @@ def fold_model(model: Model, *args: Any, pairs: Any = None, **kwargs: Any) -> Mo
       >>> model.layers[0].bias.shape, len(nnx.state(model, nnx.BatchStat))
       ((4,), 0)
     """
-    pairs, args = as_pairs("fold_model", args, pairs)
     # Only a module can be traced. Without a trace, the layers may lie in a container.
     check_model("fold_model", model, containers=not (args or kwargs))
     log(_fold(model, pairs, args, kwargs))
     return model
 
 
-def fold_report(model: nnx.Module, *args: Any, **kwargs: Any) -> FoldReport:
-    """The pairs that `fold_model(model, *args, **kwargs)` would fold, and the reason for each norm that it would not.
+def fold_report(model: nnx.Module, *args: Any, pairs: Any = None, **kwargs: Any) -> FoldReport:
+    """The pairs that `fold_model` would fold with these arguments, and the reason for each norm that it would not.
 
     Args:
       model: an NNX module; it stays unchanged.
-      *args, **kwargs: arguments of the model's call in evaluation, as in `fold_model`.
+      *args, pairs, **kwargs: as in `fold_model`.
 
     Returns:
       FoldReport: `folded`, a list of pairs of paths, and `unfolded`, the reason by the path of a norm, and of any other
@@ -130,18 +131,16 @@ def fold_report(model: nnx.Module, *args: Any, **kwargs: Any) -> FoldReport:
         left layers/2: its input is the output of max; its output is used by the model's result
     """
     check_model("fold_report", model, containers=False)
-    return _fold(nnx.clone(model), *as_pairs("fold_report", args, None), kwargs)
+    return _fold(nnx.clone(model), pairs, args, kwargs)
 
 
 def _fold(model: Any, pairs: Any, args: Any, kwargs: Mapping[str, Any]) -> FoldReport:
     nodes = {"/".join(map(str, path)): node for path, node in nnx.iter_graph(model)}
-    if args or kwargs:
+    if args or kwargs or pairs is None:
+        check_arguments(args, kwargs)
         layers, neighbours = _traced(model, args, kwargs)
-    elif pairs is None:
-        raise ValueError("fold_model(...): no arguments of the model. Pass an example input, with which it is traced.")
     else:
-        layers = {name: _as_traced(node) for name, node in nodes.items()}
-        neighbours = None
+        layers, neighbours = {name: _as_traced(node) for name, node in nodes.items()}, None
     holders = Counter(id(v) for _, module in nnx.iter_modules(model) for v in vars(module).values())
     norms: dict[str, Any] = {}  # by path, the dtype to which the norm's variables promote
     linears: dict[str, tuple[Any, Any]] = {}  # by path, the new kernel and bias
@@ -205,59 +204,30 @@ def _traced(model, args, kwargs):
     graphdef, state = nnx.split(model)
     nodes = {"/".join(map(str, path)): node for path, node in nnx.iter_modules(model)}
     layers = {path: _as_traced(node) for path, node in nodes.items()}
-    recorder = _Recorder(layers)
+    found = [path for path, layer in layers.items() if layer.kind in _LINEAR + _NORM]
+    training: dict[str, None] = {}  # the paths of norms in training mode
 
-    def call(state, args, kwargs):
+    def record(call):
+        known = layers[call.path]
+        if known.kind in _LINEAR:
+            return call.marked(call.layer.kernel[...])
+        running = evaluates(call.args, call.kwargs, call.layer)
+        # Its caller leaves the choice to the mode of the model, which is that of the trace: evaluation.
+        if running and not evaluates(call.args, call.kwargs, known.module):
+            training[call.path] = None
+        layers[call.path] = known._replace(calls=known.calls | {(jnp.ndim(call.x), running)})
+        return call.marked()
+
+    def run(state, args, kwargs):
         traced = nnx.merge(graphdef, state)
-        for names, module in nnx.iter_modules(traced):
-            path, node = "/".join(map(str, names)), cast(Any, module)
-            if layers[path].kind in _LINEAR + _NORM:
-                node.__class__ = _recording(layers[path].kind)
-                node.fold_recorder, node.fold_path = recorder, path
         traced.eval()
+        record_nnx(traced, found, record)
         return traced(*args, **kwargs)
 
-    neighbours = Neighbours(call, (state, args, kwargs), {})
-    called, training = recorder.called, recorder.training
-    recorder.layers = recorder.called = {}  # the caches of jax.jit keep the recorder
+    neighbours = Neighbours(run, state, args, kwargs)
     if training:
         raise ValueError(
             f"fold_model(model=...): {trees.named(training)}: in training mode. Folding is for evaluation: call "
             "model.eval() before."
         )
-    return layers | called, neighbours
-
-
-class _Recorder:
-    """What a trace notes of the layers that are called: `training` has the paths of norms in training mode."""
-
-    def __init__(self, layers: Mapping[str, TracedLayer]):
-        self.layers = layers
-        self.called: dict[str, TracedLayer] = {}
-        self.training: dict[str, None] = {}
-
-
-@functools.cache  # NNX itself keeps every class of a module
-def _recording(kind):
-    """A subclass that notes its calls and names its inputs and outputs.
-
-    NNX transforms call copies of a module, which keep its class and its static attributes, so that calls under
-    `nnx.jit` are seen as well. A recorder compares by identity: each trace has another one, and so compiles again.
-    """
-
-    def call(self, x, *args, **kwargs):
-        recorder, path, norm = self.fold_recorder, self.fold_path, kind in _NORM
-        average = kwargs.get("use_running_average", args[0] if norm and args else None)
-        if norm and average is None:
-            average = self.use_running_average  # after eval(): the mode of the model decides whether it trains
-            if recorder.layers[path].module.use_running_average is False and not getattr(self, "frozen", False):
-                recorder.training[path] = None
-        evaluates = not norm or bool(average) or getattr(self, "frozen", False)
-        this_call = recorder.layers[path]._replace(
-            ranks=frozenset({jnp.ndim(x)}), evaluates=evaluates, trains=not evaluates
-        )
-        recorder.called[path] = this_call.merged(recorder.called.get(path))
-        kernel = None if norm else self.kernel[...]
-        return named_call(path, kernel, lambda x: kind.__call__(self, x, *args, **kwargs), x)
-
-    return type(kind)(kind.__name__, (kind,), {"__call__": call})
+    return layers, neighbours

@@ -79,7 +79,7 @@ def serving(x: jax.Array) -> dict[str, Callable[[], Any]]:
     network = Network(partial(bnjax.linen.BatchNorm, use_running_average=True), BLOCKS, x.shape[-1])
     variables = network.init(jax.random.key(0), x)
     pairs = [(f"Block_{i}/Conv_0", f"Block_{i}/BatchNorm_0") for i in range(BLOCKS)]
-    folded, interceptor = bnjax.linen.fold_model(network, variables, pairs, x)
+    folded, interceptor = bnjax.linen.fold_model(network, variables, x, pairs=pairs)
 
     @jax.jit
     def serve(folded, x):

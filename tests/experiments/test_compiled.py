@@ -147,8 +147,6 @@ def test_bytes_merged_by_jit_do_not_depend_on_the_number_of_chips(name, directio
     assert [size for _, size in found["collectives"]] == [SUMS] * (1 if direction == "forward" else 2)
 
 
-
-
 @pytest.mark.slow
 @needs_tpu_compiler
 @pytest.mark.usefixtures("tpu")

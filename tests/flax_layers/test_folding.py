@@ -92,7 +92,7 @@ IDS = [f"into the previous: {name}" for name in PREVIOUS] + [f"into the next: {n
 def test_linen_fold_preserves_output(previous, kind, options):
     model, variables = linen_pair(kind, options, previous)
     x = image(kind, options)
-    folded, interceptor = bnjax.linen.fold_model(model, variables, [("layers_0", "layers_1")], x)
+    folded, interceptor = bnjax.linen.fold_model(model, variables, x, pairs=[("layers_0", "layers_1")])
     linear = "layers_0" if previous else "layers_1"
     assert set(folded) == {"params"}
     assert {k: set(v) for k, v in folded["params"].items()} == {linear: {"kernel", "bias"}}
@@ -107,7 +107,7 @@ def test_nnx_fold_preserves_output(previous, kind, options):
     model = nnx_pair(kind, options, previous)
     x = image(kind, options)
     want = called(model, x)
-    assert bnjax.nnx.fold_model(model, [("layers/0", "layers/1")]) is model
+    assert bnjax.nnx.fold_model(model, pairs=[("layers/0", "layers/1")]) is model
     got = called(model, x)
     np.testing.assert_allclose(got, want, **CLOSE)
     linear = "layers/0" if previous else "layers/1"
@@ -121,11 +121,11 @@ def test_nnx_fold_preserves_output(previous, kind, options):
 def test_fold_refuses_what_would_not_be_exact(kind, options):
     model, variables = linen_pair(kind, options, previous=False)
     with pytest.raises(ValueError, match=r"fold_model\(pairs=\[\('layers_0', 'layers_1'\)\]\).*not exact where zeros"):
-        bnjax.linen.fold_model(model, variables, [("layers_0", "layers_1")], image(kind, options))
+        bnjax.linen.fold_model(model, variables, image(kind, options), pairs=[("layers_0", "layers_1")])
     model = nnx_pair(kind, options, previous=False)
     before = nnx.state(model)
     with pytest.raises(ValueError, match="not exact where zeros"):
-        bnjax.nnx.fold_model(model, [("layers/0", "layers/1")])
+        bnjax.nnx.fold_model(model, pairs=[("layers/0", "layers/1")])
     jax.tree.map(np.testing.assert_array_equal, nnx.state(model), before)
 
 
@@ -162,7 +162,7 @@ LINEN = [(f"{b}/{i}", f"{b}/{j}") for b in ("Block_0", "last") for i, j in NAMES
 def test_a_linen_model_is_folded_and_exported(norm):
     model, x = Network(norm), numbers(2, 5, 5, 3)
     variables = drawn(jax.eval_shape(model.init, jax.random.key(0), x))
-    folded, interceptor = bnjax.linen.fold_model(model, variables, LINEN, x)
+    folded, interceptor = bnjax.linen.fold_model(model, variables, x, pairs=LINEN)
     assert set(trees.norms(folded["params"], folded["batch_stats"])) == {"Block_0/BatchNorm_2", "last/BatchNorm_2"}
     assert set(folded["params"]["Block_0"]["Conv_0"]) == {"kernel", "bias"}
 
@@ -209,7 +209,7 @@ def test_an_nnx_model_is_folded_and_exported(norm):
     model.eval()
     want = called(model, x)
     pairs = [(f"layers/{i}/{a}", f"layers/{i}/{b}") for i in (0, 1) for a, b in [("conv1", "bn1"), ("bn2", "conv2")]]
-    bnjax.nnx.fold_model(model, pairs)
+    bnjax.nnx.fold_model(model, pairs=pairs)
     assert set(trees.norms({}, nnx.state(model, nnx.BatchStat))) == {"layers/0/bn3", "layers/1/bn3"}
     np.testing.assert_allclose(model(x), want, **CLOSE)
     got = called(model, x)
@@ -236,7 +236,7 @@ def test_a_scanned_stack_is_folded_layer_by_layer():
     model, x = Scanned(), numbers(5, 4)
     variables = drawn(model.init(jax.random.key(0), x))
     assert variables["batch_stats"]["BatchNorm_0"]["mean"].shape == (3, 4)
-    folded, interceptor = bnjax.linen.fold_model(model, variables, [("Dense_0", "BatchNorm_0")], x)
+    folded, interceptor = bnjax.linen.fold_model(model, variables, x, pairs=[("Dense_0", "BatchNorm_0")])
     want = applied(model, variables, x)
     np.testing.assert_allclose(applied(model, folded, x, interceptor), want, **CLOSE)
 
@@ -252,7 +252,7 @@ def test_a_vmapped_stack_is_folded_layer_by_layer():
     nnx.update(model, drawn(nnx.state(model, (nnx.Param, nnx.BatchStat))))
     call = nnx.vmap(lambda model, x: model(x), in_axes=(0, None))
     want = call(model, numbers(2, 5, 4))
-    bnjax.nnx.fold_model(model, [("layers/0", "layers/1")])
+    bnjax.nnx.fold_model(model, pairs=[("layers/0", "layers/1")])
     assert model.layers[1].bias.shape == (3, 4)
     np.testing.assert_allclose(call(model, numbers(2, 5, 4)), want, **CLOSE)
 
@@ -272,7 +272,7 @@ def test_fold_keeps_partitioning_and_the_dtype_that_the_norm_gave():
     model = nn.Sequential([dense, bnjax.linen.BatchNorm(use_running_average=True, dtype=jnp.float32, scale_init=scale)])
     x = numbers(2, 3)
     variables = model.init(jax.random.key(0), x)
-    folded, interceptor = bnjax.linen.fold_model(model, variables, [("layers_0", "layers_1")], x)
+    folded, interceptor = bnjax.linen.fold_model(model, variables, x, pairs=[("layers_0", "layers_1")])
     new, old = (v["params"]["layers_0"]["kernel"] for v in (folded, variables))
     assert new.names == (None, "model")
     np.testing.assert_allclose(new.value, 2 * old.value / np.sqrt(1 + 1e-5), rtol=1e-6)
@@ -285,7 +285,7 @@ def test_fold_keeps_partitioning_and_the_dtype_that_the_norm_gave():
     model = nnx.Sequential(linear, nnx.BatchNorm(4, dtype=jnp.float16, rngs=rngs), nnx.BatchNorm(4, rngs=rngs))
     model.eval()
     before = [model.layers[1](linear(x)).dtype, model(x).dtype]
-    bnjax.nnx.fold_model(model, [("layers/0", "layers/1")])
+    bnjax.nnx.fold_model(model, pairs=[("layers/0", "layers/1")])
     assert [model.layers[1](linear(x)).dtype, model(x).dtype] == before == [jnp.float16, jnp.float32]
 
 
@@ -295,7 +295,7 @@ def test_a_norm_between_two_linear_layers_and_a_linear_layer_between_two_norms()
     nnx.update(model, drawn(nnx.state(model, (nnx.Param, nnx.BatchStat))))
     model.eval()
     want = model(x)
-    bnjax.nnx.fold_model(model, [("layers/0", "layers/1"), ("layers/1", "layers/2")])
+    bnjax.nnx.fold_model(model, pairs=[("layers/0", "layers/1"), ("layers/1", "layers/2")])
     assert not nnx.state(model, nnx.BatchStat)
     np.testing.assert_allclose(model(x), want, **CLOSE)
 
@@ -309,7 +309,7 @@ def test_shared_layers_are_folded_once():
 
     model, x = Twice(), numbers(5, 4)
     variables = drawn(model.init(jax.random.key(0), x))
-    folded, interceptor = bnjax.linen.fold_model(model, variables, [("Dense_0", "BatchNorm_0")], x)
+    folded, interceptor = bnjax.linen.fold_model(model, variables, x, pairs=[("Dense_0", "BatchNorm_0")])
     want = applied(model, variables, x)
     np.testing.assert_allclose(applied(model, folded, x, interceptor), want, **CLOSE)
 
@@ -330,13 +330,13 @@ def test_linen_fold_rejects(pairs, words):
     variables = jax.eval_shape(model.init, jax.random.key(0), x)
     variables = jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), variables)
     with pytest.raises(ValueError, match=words):
-        bnjax.linen.fold_model(model, variables, pairs, x)
+        bnjax.linen.fold_model(model, variables, x, pairs=pairs)
 
 
 def test_the_interceptor_refuses_variables_that_were_not_folded():
     model, variables = linen_pair("Dense", {}, previous=True)
     x = image("Dense", {})
-    _, interceptor = bnjax.linen.fold_model(model, variables, [("layers_0", "layers_1")], x)
+    _, interceptor = bnjax.linen.fold_model(model, variables, x, pairs=[("layers_0", "layers_1")])
     with nn.intercept_methods(interceptor), pytest.raises(ValueError, match="'layers_1' has statistics"):
         model.apply(variables, x)
 
@@ -366,7 +366,7 @@ def test_nnx_fold_rejects_and_leaves_the_model_alone(pairs, words):
     )
     before = nnx.state(model)
     with pytest.raises(ValueError, match=words):
-        bnjax.nnx.fold_model(model, pairs)
+        bnjax.nnx.fold_model(model, pairs=pairs)
     jax.tree.map(np.testing.assert_array_equal, nnx.state(model), before)
 
 
@@ -374,8 +374,8 @@ def test_fold_rejects_features_on_another_axis():
     model = nn.Sequential([nn.Dense(4), bnjax.linen.BatchNorm(axis=1, use_running_average=True)])
     x = numbers(2, 4, 4)
     with pytest.raises(ValueError, match=r"'layers_1' has axis=1. Folding needs the features on the last"):
-        bnjax.linen.fold_model(model, model.init(jax.random.key(0), x), [("layers_0", "layers_1")], x)
+        bnjax.linen.fold_model(model, model.init(jax.random.key(0), x), x, pairs=[("layers_0", "layers_1")])
     rngs = nnx.Rngs(0)
     model = nnx.Sequential(nnx.Conv(4, 4, (1, 1), rngs=rngs), nnx.BatchNorm(4, axis=1, rngs=rngs))
     with pytest.raises(ValueError, match=r"'layers/1' has axis=1"):
-        bnjax.nnx.fold_model(model, [("layers/0", "layers/1")])
+        bnjax.nnx.fold_model(model, pairs=[("layers/0", "layers/1")])

@@ -164,41 +164,47 @@ def test_nnx_fold_leaves_the_rest_and_says_why(function, reason, caplog):
     assert reason in caplog.text
     jax.tree.map(np.testing.assert_array_equal, nnx.state(model), before)
     with pytest.raises(ValueError, match=reason if reason.startswith("norm") else r"fold_model\(pairs="):
-        bnjax.nnx.fold_model(model, [("a", "bn")], x)
+        bnjax.nnx.fold_model(model, x, pairs=[("a", "bn")])
 
 
 def test_nnx_fold_without_an_input_takes_no_word_for_the_axis_or_for_a_layer_used_twice():
     model = nnx_model(lambda m, x: m.bn(m.a(x)), a=DENSE, bn=partial(nnx.BatchNorm, 4, axis=1), c=NORM)
     with pytest.raises(ValueError, match=r"'bn' has axis=1.*or an example input, with which the model is traced"):
-        bnjax.nnx.fold_model(model, [("a", "bn")])
+        bnjax.nnx.fold_model(model, pairs=[("a", "bn")])
     with pytest.raises(ValueError, match=r"'bn' has axis=1. Folding needs the features on the last axis, -1\."):
-        bnjax.nnx.fold_model(model, [("a", "bn")], numbers(2, 4, 4))
+        bnjax.nnx.fold_model(model, numbers(2, 4, 4), pairs=[("a", "bn")])
     model.bn.axis = 1 - 2
     with pytest.raises(ValueError, match="'a' is in two pairs"):
-        bnjax.nnx.fold_model(model, [("a", "bn"), ("a", "c")])
+        bnjax.nnx.fold_model(model, pairs=[("a", "bn"), ("a", "c")])
     model.bn.axis = 1
     x = numbers(2, 4)  # where axis 1 is the last
     want = model(x)
-    np.testing.assert_allclose(bnjax.nnx.fold_model(model, [("a", "bn")], x)(x), want, **CLOSE)
+    np.testing.assert_allclose(bnjax.nnx.fold_model(model, x, pairs=[("a", "bn")])(x), want, **CLOSE)
 
 
 @pytest.mark.parametrize("pairs", [("a", "bn"), {"a"}, [("a", "bn", "b")], [("a",)]], ids=str)
 def test_fold_rejects_what_are_no_pairs(pairs):
     model, x = through(A, ("bn", BN)), numbers(2, 3, 4)
     with pytest.raises(ValueError, match=r"fold_model\(pairs=.*expected a list of pairs of names"):
-        bnjax.linen.fold_model(model, variables_of(model, x), pairs, x)
+        bnjax.linen.fold_model(model, variables_of(model, x), x, pairs=pairs)
     with pytest.raises(ValueError, match=r"fold_model\(pairs=.*expected a list of pairs of names"):
-        bnjax.nnx.fold_model(nnx_model(lambda m, x: m.bn(m.a(x)), a=DENSE, bn=NORM), pairs)
+        bnjax.nnx.fold_model(nnx_model(lambda m, x: m.bn(m.a(x)), a=DENSE, bn=NORM), pairs=pairs)
 
 
-def test_fold_takes_a_dictionary_of_pairs_and_a_keyword():
+def test_fold_takes_pairs_as_a_keyword():
     model, x = through(A, ("bn", BN)), numbers(2, 3, 4)
     variables = variables_of(model, x)
-    for arguments in (([("a", "bn")], x), ({"a": "bn"}, x), (None, x)):
-        assert bnjax.linen.fold_model(model, variables, *arguments)[1].report.folded == [("a", "bn")]
-    assert bnjax.linen.fold_model(model, variables, x, pairs=[("a", "bn")])[1].report.folded == [("a", "bn")]
-    with pytest.raises(ValueError, match=r"fold_model\(...\): no arguments of the model. Pass an example input"):
-        bnjax.linen.fold_model(model, variables)
+    small = nnx_model(lambda m, x: m.bn(m.a(x)), a=DENSE, bn=NORM)
+    for pairs in ([("a", "bn")], [["a", "bn"]], {"a": "bn"}):
+        assert bnjax.linen.fold_model(model, variables, x, pairs=pairs)[1].report.folded == [("a", "bn")]
+        assert bnjax.nnx.fold_report(small, x, pairs=pairs).folded == [("a", "bn")]
+        with pytest.raises(ValueError, match=r"got only names. Pass pairs by keyword: fold_model\(..., pairs=.*'bn'"):
+            bnjax.linen.fold_model(model, variables, pairs, x)
+        with pytest.raises(ValueError, match=r"got only names. Pass pairs by keyword: fold_model\(..., pairs=.*'bn'"):
+            bnjax.nnx.fold_model(small, pairs)
+    for fold in (partial(bnjax.linen.fold_model, model, variables), partial(bnjax.nnx.fold_model, small)):
+        with pytest.raises(ValueError, match=r"fold_model\(...\): no arguments of the model. Pass an example input"):
+            fold()
 
 
 def test_fold_rejects_other_things_than_models():
@@ -216,14 +222,14 @@ def test_fold_rejects_other_things_than_models():
         with pytest.raises(TypeError, match=rf"{fold.__name__}\(model=Dense\): a Linen .* Use bnjax.linen.fold_model"):
             fold(nn.Dense(4), x)
     with pytest.raises(TypeError, match=r"fold_model\(model=int\): expected an NNX module, or a container"):
-        bnjax.nnx.fold_model(3, [("0", "1")])
-    assert type(bnjax.nnx.fold_model(layers, [("0", "1")])[1]) is bnjax.nnx.Identity  # named pairs need no call
+        bnjax.nnx.fold_model(3, pairs=[("0", "1")])
+    assert type(bnjax.nnx.fold_model(layers, pairs=[("0", "1")])[1]) is bnjax.nnx.Identity  # named pairs need no call
 
 
 def test_fold_rejects_a_trace_in_training():
     model, x = through(A, ("bn", partial(nn.BatchNorm, use_running_average=False))), numbers(2, 3, 4)
     with pytest.raises(ValueError, match=r"'bn' normalizes by its batch in this trace.*such as train=False"):
-        bnjax.linen.fold_model(model, variables_of(model, x), [("a", "bn")], x, mutable=["batch_stats"])
+        bnjax.linen.fold_model(model, variables_of(model, x), x, pairs=[("a", "bn")], mutable=["batch_stats"])
 
 
 def test_a_folded_linen_model_refuses_other_variables():
@@ -263,7 +269,7 @@ def test_a_folded_model_is_folded_again():
     model, x = through(A, ("bn", BN), nn.relu, B, ("bn2", BN)), numbers(5, 4)
     variables = variables_of(model, x)
     want = model.apply(variables, x)
-    once, interceptor = bnjax.linen.fold_model(model, variables, [("a", "bn")], x)
+    once, interceptor = bnjax.linen.fold_model(model, variables, x, pairs=[("a", "bn")])
     twice, interceptor = bnjax.linen.fold_model(interceptor.model, once, x)
     assert ("b", "bn2") in interceptor.report.folded
     assert "batch_stats" not in twice
@@ -284,7 +290,7 @@ def test_fold_leaves_a_linear_layer_whose_kernel_is_not_its_own():
         variables = Model(function).init(KEY, x)
         assert COMPUTED in bnjax.linen.fold_model(Model(function), variables, x)[1].report.unfolded["bn"]
         with pytest.raises(ValueError, match=COMPUTED):
-            bnjax.linen.fold_model(Model(function), variables, [("a", "bn")], x)
+            bnjax.linen.fold_model(Model(function), variables, x, pairs=[("a", "bn")])
 
     def tied(x):
         a = nn.Dense(4, name="a")
@@ -305,7 +311,7 @@ def test_fold_leaves_a_linear_layer_whose_kernel_is_not_its_own():
     model.b.kernel = model.a.kernel
     assert "the kernel of 'a' is used elsewhere" in bnjax.nnx.fold_report(model, x).unfolded["bn"]
     with pytest.raises(ValueError, match="'a' shares its kernel or bias with another layer"):
-        bnjax.nnx.fold_model(model, [("a", "bn")])
+        bnjax.nnx.fold_model(model, pairs=[("a", "bn")])
 
 
 def test_a_norm_that_trains_in_one_of_its_calls_is_left():
