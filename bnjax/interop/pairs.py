@@ -16,6 +16,7 @@ from bnjax.interop.match import Moved, Pairs, match, own_layers, uncalled
 
 def matched(call, library, theirs, variables, names, model, inputs, flatten, kwargs) -> Pairs:
     """The matched layers, with the moves of their arrays."""
+    trees.check_no_report(f"{call}(variables=...)", variables)
     if not isinstance(variables, Mapping) or "params" not in variables:
         raise ValueError(
             f"{call}(variables=...): expected a mapping with params, got {type(variables).__name__}. Pass the result "

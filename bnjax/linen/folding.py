@@ -93,6 +93,7 @@ def fold_model(
       ([('layers_0', 'layers_1')], ['bias', 'kernel'], False)
     """
     check_model("fold_model", model)
+    trees.check_no_report("fold_model(variables=...)", variables)
     check_arguments(args, kwargs)
     layers, norm_facts, neighbours = _traced(model, variables, args, kwargs)
     params: dict[Any, Any]

@@ -224,6 +224,8 @@ class _Step:
         self._call, self._compiled, self._donate = f"{call}(...)(state=...)", compiled, donate
 
     def __call__(self, state: Any, batch: Any) -> Any:
+        for name in ("params", "batch_stats"):
+            trees.check_no_report(f"{self._call.removesuffix('=...)')}.{name})", getattr(state, name, None))
         arrays = check_alive(self._call, state)
         if self._donate:
             check_unshared(self._call, state, arrays)

@@ -36,6 +36,15 @@ def test_a_report_where_variables_belong_is_refused_with_the_way_to_take_it_apar
                 training.TrainState.create(apply_fn=model.apply, tx=optax.sgd(0.1), **given)
         with pytest.raises(TypeError, match=rf"^recalibrate\(variables{message}"):
             bnjax.recalibrate(model.apply, wrong, [x])
+        with pytest.raises(TypeError, match=rf"^fold_model\(variables{message}"):
+            bnjax.linen.fold_model(model, wrong, x)
+        for to_model in interop.to_torch_model, interop.to_keras_model:
+            with pytest.raises(TypeError, match=rf"^{to_model.__name__}\(variables{message}"):
+                to_model(wrong, **{"state_dict" if to_model is interop.to_torch_model else "weights": {}}, model=model)
+        state = training.TrainState.create(apply_fn=model.apply, tx=optax.sgd(0.1), **pair[0])
+        for step in training.train_step, training.eval_step:
+            with pytest.raises(TypeError, match=rf"^{step.__name__}\(...\)\(state.batch_stats\): got {got}\. {advice}"):
+                step(lambda model, batch, train: 0.0)(state.replace(batch_stats=wrong), x)
         with pytest.raises(TypeError, match=rf"^diagnose\(batch_stats{message}"):
             bnjax.diagnose(old["params"], wrong)
         with pytest.raises(TypeError, match=rf"^diagnose\(params{message}"):
