@@ -19,19 +19,21 @@ from jax.sharding import PartitionSpec as P
 from bnjax.core.sharding import is_explicit
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["index"], meta_fields=["number", "axis", "sharding"])
+@partial(jax.tree_util.register_dataclass, data_fields=["index", "guess"], meta_fields=["number", "axis", "sharding"])
 @dataclass(frozen=True)
 class Domains:
     """The domain of each example.
 
-    `index` has shape (batch,), in [0, number). `axis` is that of the examples in arrays of examples, and `sharding`
-    the one of such an array whose examples lie along the first axis; None unless sharding is explicit.
+    `index` has shape (batch,), in [0, number). `guess` is a table of guesses of the domains' means. `axis` is that of
+    the examples in arrays of examples, and `sharding` the one of such an array whose examples lie along the first axis;
+    None unless sharding is explicit.
 
     Sums are scatters, which read each example once, whatever the number of domains, and keep a NaN in its own domain. A
     product with a one-hot matrix would spread it to all. Explicit sharding has no scatter over a sharded axis.
     """
 
     index: Array
+    guess: Array
     number: int
     axis: int
     sharding: NamedSharding | None

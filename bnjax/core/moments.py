@@ -77,8 +77,8 @@ def batch_moments(
       axis: the feature axis of `x`, or several; the result has their sizes in increasing axis order.
       mask: array of x's rank that broadcasts to it, boolean or weights >= 0. A negative weight is an error, or 0 where
         only run time knows it. Masked elements, even NaN, do not affect the result. The mask is not differentiated.
-      axis_name: mapped axis, or several, whose devices or examples share their statistics. One collective gathers
-        3 x features numbers a device (5 with real-valued weights); the derivative has one psum of 2 x features.
+      axis_name: mapped axis, or several, whose devices or examples share their statistics. The collectives are as in
+        `bnjax.bn_apply`.
       axis_index_groups: groups of indices as in `jax.lax.psum`; each group has its own moments.
 
     Returns:
@@ -253,7 +253,7 @@ def _collect(x, mask, shift, domains, axes, names, groups, stored, anywhere):
     if not names:
         return collected
     known = mask is None and domains is None and isinstance(elements, int) and elements > 0
-    guess = jnp.squeeze(shift, axes) if domains is None else None
+    guess = jnp.squeeze(shift, axes) if domains is None else domains.guess
     return merge_over_axes(collected, names, groups, guess, elements if known else None)
 
 

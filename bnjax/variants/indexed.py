@@ -125,7 +125,7 @@ class IndexedBatchNorm(BatchNorm):
     ) -> tuple[Array, Collected]:
         if not numbers["index"].ndim:
             return super().train(params, state, x, mask, numbers, stored)
-        examples, domains = self._domains(x, numbers["index"])
+        examples, domains = self._domains(x, numbers["index"], state.mean)
         features = tuple(sorted((examples, *self.features)))
         names, groups = self.names, self.axis_index_groups
         batch = collect(x, mask, features, stored, names, groups, sharded=False, domains=domains)
@@ -137,15 +137,15 @@ class IndexedBatchNorm(BatchNorm):
             return super().evaluate(params, state, x, mask, numbers, stored)
         return self._normalized_by_rows(x, state.mean, state.var.real, params, mask, numbers["index"])
 
-    def _domains(self, x, index):
-        """The axis of the examples, and the domain of each: its index."""
+    def _domains(self, x, index, mean):
+        """The axis of the examples, and the domain of each: its index. The running mean is a guess of each's mean."""
         examples = next(a for a in range(x.ndim) if a not in self.features)
         sharding = row_sharding(x, (examples, *self.features))
-        return examples, Domains(index, self.num_indices, sum(a < examples for a in self.features), sharding)
+        return examples, Domains(index, mean, self.num_indices, sum(a < examples for a in self.features), sharding)
 
     def _normalized_by_rows(self, x, mean, var, params, mask, index):
         """The formula by each example's rows of the tables."""
-        examples, domains = self._domains(x, index)
+        examples, domains = self._domains(x, index, mean)
         inner = [a for a in range(x.ndim) if a not in self.features and a != examples]
 
         def rows(table):
@@ -217,8 +217,7 @@ def indexed_bn_apply(
     With an index for each example, `x` is read once for its statistics, each example around the mean of its own first
     sixteenth, and twice under a mask. The examples' moments are then merged by index (Chan, Golub & LeVeque, 1983) in
     six sums over arrays of batch x features numbers, whatever num_indices is. If `x` has no other axes these arrays are
-    as large as `x`. Over axis_name the forward pass gathers 3 x num_indices x features numbers (5 with real-valued
-    weights), and the backward pass has one psum of 2 x num_indices x features for the statistics.
+    as large as `x`. Over axis_name the collectives are as in `bnjax.bn_apply`, of num_indices x features numbers.
 
     Args:
       params, state: the variables from `indexed_bn_init`. A scale or bias of the state's shape has a row for each

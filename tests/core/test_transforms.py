@@ -209,7 +209,7 @@ def test_the_gradient_of_scale_or_bias_alone_moves_no_more_than_its_size(wrt, tr
     mean, var = reference.moments(X)[1:] if train else (np.zeros(3), np.ones(3))
     want = (G * (X - mean) / np.sqrt(var + 1e-5) if wrt == "scale" else G).sum(0)
     np.testing.assert_allclose(step(SCALE, X, G), want, atol=2e-5)
-    assert collectives(step.lower(SCALE, X, G))[-1] == ("all-reduce", FEATURES)
+    assert collectives(step.lower(SCALE, X, G))[-1] == ("all-reduce", 4 * FEATURES)
 
 
 GROUPS = {"pairs": [[0, 3], [1, 2]], "unequal": [[2], [3, 0, 1]]}
