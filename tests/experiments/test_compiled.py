@@ -208,7 +208,8 @@ def test_on_8_gpus_jit_waits_once_for_a_layer_and_shard_map_never(on_8_gpus):
 @needs_cuda_compiler
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_bytes_merged_over_a_named_axis_on_8_gpus_are_few(direction, on_8_gpus):
-    assert SUMS <= compiled.merged(on_8_gpus["shard_map", direction]) <= MERGED[direction]
+    # A few GPUs gather mean and variance of each, where sums would need a decision or a second collective.
+    assert compiled.merged(on_8_gpus["shard_map", direction]) == 8 * SUMS + (SUMS if direction == "backward" else 0)
 
 
 PROGRAM = """HloModule m
