@@ -6,7 +6,7 @@ In training `mean` and `var` are the batch's moments, which the running statisti
 running statistics. A call goes through four steps:
 
     check              every argument, and x is widened to 32 bits or more
-    batch_moments      how one part is read is in `reading.py`, how parts merge in `moments.py`
+    batch_moments      how one part is read is in `reading.py`, how parts merge in `merging.py`
     normalized         the formula, with its derivative, in `normalize.py`
     absorb             the running statistics, in `running.py`
 
