@@ -77,6 +77,7 @@ class PlatformFunction:
       cpu: the computation where one CPU device holds the arrays.
       cuda: the computation on CUDA GPUs. It is elementwise, so that it serves sharded arrays too.
       one_gpu: the computation where one CUDA GPU holds the arrays.
+      several: the computation where several CPU devices or CUDA GPUs hold the arrays; `devices` says how many.
       taylor: the same function in operations that `jax.experimental.jet` knows; by default `plain`.
       linear: how many of the first arguments the function is linear in, all together.
       first_is_full: whether the arrays broadcast against the first one. Several models under `vmap` are then one
@@ -91,6 +92,7 @@ class PlatformFunction:
         cpu: Callable[..., Any] | None = None,
         cuda: Callable[..., Any] | None = None,
         one_gpu: Callable[..., Any] | None = None,
+        several: Callable[..., Any] | None = None,
         taylor: Callable[..., Any] | None = None,
         linear: int = 0,
         first_is_full: bool = False,
@@ -99,6 +101,7 @@ class PlatformFunction:
         self.cpu: Callable[..., Any] = cpu or plain
         self.cuda: Callable[..., Any] = cuda or plain
         self.one_gpu: Callable[..., Any] = one_gpu or self.cuda
+        self.several: Callable[..., Any] | None = several
         self.taylor: Callable[..., Any] = taylor or plain
         self.linear = linear
         self.first_is_full = first_is_full
@@ -123,8 +126,8 @@ class PlatformFunction:
         batching.primitive_batchers[primitive] = self._batch
         plain, cpu, cuda, one_gpu = map(_shared, (self.plain, self.cpu, self.cuda, self.one_gpu))
         mlir.register_lowering(primitive, plain)
-        for platform, one, several in ("cpu", cpu, plain), ("cuda", one_gpu, cuda):
-            mlir.register_lowering(primitive, partial(self._lower, one, several), platform=platform)
+        for platform, one, others in ("cpu", cpu, plain), ("cuda", one_gpu, cuda):
+            mlir.register_lowering(primitive, partial(self._lower, one, others), platform=platform)
         if jet is not None:
             jet.jet_rules[primitive] = self._jet
         return primitive
@@ -161,9 +164,13 @@ class PlatformFunction:
         out = self(first, *rest, axes=tuple(a + 1 for a in axes))
         return out, (0,) * len(out)
 
-    def _lower(self, one, several, context, *arrays, axes):
-        lower = one if _on_one_device(context.module_context.axis_context) else several
-        return lower(context, *arrays, axes=axes)
+    def _lower(self, one, others, context, *arrays, axes):
+        where = context.module_context.axis_context
+        if _on_one_device(where):
+            return one(context, *arrays, axes=axes)
+        if self.several is None or not isinstance(where, mlir.ShardingContext):
+            return others(context, *arrays, axes=axes)
+        return _shared(self.several, ("axes", "devices"))(context, *arrays, axes=axes, devices=where.num_devices)
 
     def _jet(self, primals, terms, *, axes):
         # A name for `jax.checkpoint` is the identity, so that its result has the Taylor series of its argument. What we
@@ -172,9 +179,10 @@ class PlatformFunction:
         return jet.jet(partial(self.taylor, axes=axes), primals, terms, factorial_scaled=False)
 
 
-def _shared(rule):
+@functools.cache
+def _shared(rule, static=("axes",)):
     """The lowering of a function that all layers of one shape call in a program, which is half as long so."""
-    return mlir.lower_fun(jax.jit(rule, static_argnames="axes"), multiple_results=True)
+    return mlir.lower_fun(jax.jit(rule, static_argnames=static), multiple_results=True)
 
 
 def transpose_each_other(first: PlatformFunction, second: PlatformFunction) -> None:

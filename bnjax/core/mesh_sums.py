@@ -10,8 +10,8 @@ array is looked at once around a known shift (`reading.py`), and the same guard 
 feature has more, a psum of w m gives a plain mean, and another psum the sums around it. They read no `x` again.
 
 * TPU and CPU: a conditional on the guard.
-* GPU: no conditional, because the host would wait for it. The moments of a few devices are gathered in one collective.
-  Those of more are summed twice: plainly, and around the plain mean.
+* GPU: no conditional, because the host would wait for it. The sums are in float64, which needs no guess: it has digits
+  enough for sums around 0. TPUs would gather for a sum in float64.
 
 The guess never changes the result. Where the types of `shard_map` say that it may differ between devices, it is 0.
 Where there are no such types (`check_vma=False`, `pmap`), the bits of a checksum travel with the first psum, and a
@@ -24,21 +24,18 @@ from collections.abc import Callable, Hashable
 from functools import partial
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.custom_batching import custom_vmap
 
-from bnjax.core.collectives import gather, sum_over
+from bnjax.core.collectives import sum_over
 from bnjax.core.jax_internals import mesh_axes
-from bnjax.core.merging import merged
 from bnjax.core.reading import is_near
 from bnjax.core.records import Collected, Moments, Support
-from bnjax.core.weights import abs_square, divided, expectation, relative, weigh
+from bnjax.core.weights import abs_square, divided, relative, weigh
 
 Names = tuple[Hashable, ...]
-# The most GPUs whose moments are gathered. Each receives 3 x 32 rows, 786 kB for 2048 features: an estimate of what
-# takes as long as starting one more collective.
-FEW_GPUS = 32
 
 
 def merge_over_mesh(part: Collected, guess: Array, names: Names, *, elements: int | None = None) -> Collected:
@@ -58,7 +55,7 @@ def merge_over_mesh(part: Collected, guess: Array, names: Names, *, elements: in
     # A collective in a conditional is legal only if all devices that run the program decide alike.
     alike = mesh_axes() <= set(names)
     default = partial(_guarded, names=names, typed=typed) if alike else partial(_summed_twice, names=names)
-    on_gpu = partial(_gathered if lax.axis_size(names) <= FEW_GPUS else _summed_twice, names=names)
+    on_gpu = partial(_in_float64 if jnp.finfo(var.dtype).bits == 32 else _summed_twice, names=names)
     merge = _elementwise(partial(lax.platform_dependent, cuda=on_gpu, default=default))
     if support is not None:
         # Products with weights far from 1 may leave the floating range. Those with relative weights do not.
@@ -119,12 +116,15 @@ def _summed_twice(guess, mean, var, *weights, names):
     return total, mean, jnp.maximum(var, 0), *own
 
 
-def _gathered(guess, mean, var, *weights, names):
-    """All devices' moments in one gather."""
-    mean, var, *weights = gather((mean, var, *weights), names, None)
-    weight, *own = weights or [jnp.ones_like(var)]
-    _, mean_of = expectation(mean, weight, (0,))
-    return *merged(Moments(weight, mean, var), (0,)), *map(mean_of, own)
+def _in_float64(guess, mean, var, *weights, names):
+    """All devices' moments, of float32, in one psum of float64."""
+    # Without the barrier XLA may compute a mean twice, for itself and for its square, and round it in two ways.
+    mean, var = lax.optimization_barrier((mean, var))
+    with jax.enable_x64(True):
+        wide = [v.astype(jnp.complex128 if jnp.iscomplexobj(v) else jnp.float64) for v in (mean, var, *weights)]
+        total, center, variance, *own, _ = _around(jnp.zeros((), wide[0].dtype), *wide, names=names)
+        found = total, center, jnp.maximum(variance, 0), *own
+        return tuple(v.astype(like.dtype) for v, like in zip(found, (var, mean, var, *weights[1:]), strict=True))
 
 
 def _around(center, mean, var, *weights, names):

@@ -14,6 +14,7 @@ rounded input. The textbook E|x|^2 - |E x|^2 is c = 0 without a guard, and its e
     guarded_look    one look around a known shift, and two more if the guard asks for them
     part_look       one look around the mean of a sixteenth of the array, which bounds r without a guard
     slab_look       the same on CPU, by slabs
+    group_look      the same where several devices hold the array, by groups of examples that lie on one device
 
 Which of them reads is chosen for the platform that a program is lowered for: `read_anywhere` and `read_locally`.
 
@@ -22,10 +23,12 @@ This module knows neither devices, nor derivatives, nor running statistics.
 
 import math
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
 from bnjax.core.jax_internals import PlatformFunction
+from bnjax.core.merging import merged
 from bnjax.core.records import Moments
 from bnjax.core.reductions import FORWARD_SLABS, cut, two_sums
 from bnjax.core.weights import abs_square, expectation, mean_and_variance, usual
@@ -38,6 +41,7 @@ NEAR = 8.0
 ROUNDED = 1024.0
 # A shift that is taken from the array itself is the mean of one part of it, out of so many.
 PART = 16
+LEAST_ROWS = 4
 
 
 def two_looks(x: Array, weight: Array | None, axes: tuple[int, ...]) -> Moments:
@@ -97,12 +101,24 @@ def part_look(x: Array, shift: Array, *weight: Array, axes: tuple[int, ...]) -> 
     """
     if weight:
         return _exact(x, shift, *weight, axes=axes)
-    # In an export a size may be a symbol. Otherwise the first axis that has a sixteenth is taken, if any has.
+    pivot, offset, var = _look_around(_first_part(x, axes), x, shift.dtype, axes)
+    count = math.prod(x.shape[a] for a in axes)
+    return count + jnp.zeros_like(var), pivot + offset, var
+
+
+def _first_part(x, axes):
+    """The first sixteenth of `x` along one of the axes: the first that has a sixteenth, if any has."""
+    # In an export a size may be a symbol.
     known = [a for a in axes if isinstance(x.shape[a], int)]
     axis = max(known, key=lambda a: min(x.shape[a], PART), default=axes[0])
-    part = lax.slice_in_dim(x, 0, -(-x.shape[axis] // PART), axis=axis).astype(shift.dtype)
-    moments, _ = _one_look(x, jnp.mean(part, axes, keepdims=True), None, axes)
-    return tuple(moments._replace(var=jnp.maximum(moments.var, 0)))
+    return lax.slice_in_dim(x, 0, -(-x.shape[axis] // PART), axis=axis)
+
+
+def _look_around(part, x, dtype, axes):
+    """The mean of a part of `x`; and in one look around that, mean - it and the variance."""
+    pivot = jnp.mean(part.astype(dtype), axes, keepdims=True)
+    moments, offset = _one_look(x, pivot, None, axes)
+    return jnp.squeeze(pivot, axes), offset, jnp.maximum(moments.var, 0)
 
 
 def slab_look(x: Array, shift: Array, *weight: Array, axes: tuple[int, ...]) -> tuple[Array, ...]:
@@ -118,6 +134,40 @@ def slab_look(x: Array, shift: Array, *weight: Array, axes: tuple[int, ...]) -> 
     offset, mean_square = (v / count for v in both)
     var = jnp.maximum(mean_square - abs_square(offset), 0)
     return tuple(jnp.squeeze(v, axes) for v in (jnp.full_like(var, count), pivot + offset, var))
+
+
+def group_look(x: Array, shift: Array, *weight: Array, axes: tuple[int, ...], devices: int) -> tuple[Array, ...]:
+    """Moments of an array that several devices hold, each group of examples in one look around the mean of its part.
+
+    There are as many groups as devices, along the first of the reduced axes, in general that of the batch. If the batch
+    is divided among devices, a group lies on one of them, so that no device waits for another one's part, and the
+    groups' moments are all that travels. However `x` is divided, the result is the same. A masked array, or a batch
+    that has no such groups, is looked at around the shift, under the guard.
+    """
+    axis = axes[0]
+    size = x.shape[axis]
+    if weight or not isinstance(size, int) or size % devices:
+        return guarded_look(x, shift, *weight, axes=axes)
+
+    def grouped(v):
+        return v.reshape(*v.shape[:axis], devices, size // devices, *v.shape[axis + 1 :])
+
+    groups, inner = grouped(x), tuple(a + 1 for a in axes)
+    # Of an image some rows, so that XLA slices `x` as it is; of other examples some from each group.
+    rows = [a for a in axes[1:] if isinstance(x.shape[a], int) and x.shape[a] >= LEAST_ROWS]
+    part = grouped(_first_part(x, rows)) if rows else _first_part(groups, inner)
+    pivot, offset, var = _look_around(part, groups, shift.dtype, inner)
+    total = math.prod(x.shape[a] for a in axes) + jnp.zeros(var.shape[:axis] + var.shape[axis + 1 :], var.dtype)
+    if jnp.finfo(var.dtype).bits == 64:
+        return total, *merged(Moments(jnp.ones_like(var), pivot + offset, var), (axis,))[1:]
+    with jax.enable_x64(True):
+        # One sum over the devices, which in float64 has digits enough around 0. The addition is in float64 too:
+        # compiled twice, for the mean and for its square, one in float32 may be rounded in two ways.
+        wide = jnp.complex128 if jnp.iscomplexobj(x) else jnp.float64
+        means = pivot.astype(wide) + offset.astype(wide)
+        mean, square = jnp.mean(means, axis), jnp.mean(var.astype(jnp.float64) + abs_square(means), axis)
+        merged_var = jnp.maximum(square - abs_square(mean), 0)
+        return total, mean.astype(shift.dtype), merged_var.astype(var.dtype)
 
 
 def _exact(x, shift, *weight, axes):
@@ -137,7 +187,13 @@ def _look_on_one_gpu(x, shift, *weight, axes):
 
 # The reduced axes may be divided among devices, so that no part of the array can be picked out without communication.
 read_anywhere: PlatformFunction = PlatformFunction(
-    "bnjax_moments", guarded_look, cpu=slab_look, one_gpu=_look_on_one_gpu, taylor=_exact, first_is_full=True
+    "bnjax_moments",
+    guarded_look,
+    cpu=slab_look,
+    one_gpu=_look_on_one_gpu,
+    several=group_look,
+    taylor=_exact,
+    first_is_full=True,
 )
 # Each array of several, such as an example under `vmap`, lies on one device, and each may be far from the shift.
 read_locally: PlatformFunction = PlatformFunction(

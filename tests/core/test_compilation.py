@@ -93,9 +93,7 @@ def test_synchronized_gradient_exports(platform):
     exported = jax.export.export(jax.jit(f), platforms=[platform])(
         jax.ShapeDtypeStruct(X.shape, jnp.float32, sharding=spec)
     )
-    # TPUs sum, and a few GPUs gather.
-    gathers = {"tpu": 0, "cuda": 1}.get(platform, 0)
-    assert exported.mlir_module().count("stablehlo.all_gather") == gathers
+    assert "stablehlo.all_gather" not in exported.mlir_module()
 
 
 def test_many_steps_trace_once():

@@ -162,14 +162,13 @@ def test_groups_are_exact_without_a_guard(size, everywhere, rng):
 
 
 @pytest.mark.lowerings
-def test_one_gpu_has_no_conditional_and_several_have_the_guard(everywhere):
+def test_gpus_have_no_conditional_and_tpus_have_the_guard(everywhere):
     # The host of a GPU waits for the predicate of a conditional. Lowering for a GPU needs none.
-    traced = {
-        where: step.trace(jax.device_put(np.zeros((ROWS, FEATURES), "f"), where), FRESH) for where in (None, everywhere)
-    }
-    one, several = (t.lower(lowering_platforms=("cuda",)).as_text() for t in traced.values())
-    assert "stablehlo.case" not in one
-    assert several.count("stablehlo.case") == 1
+    for where in None, everywhere:
+        traced = step.trace(jax.device_put(np.zeros((ROWS, FEATURES), "f"), where), FRESH)
+        gpu, tpu = (traced.lower(lowering_platforms=(platform,)).as_text() for platform in ("cuda", "tpu"))
+        assert "stablehlo.case" not in gpu
+        assert tpu.count("stablehlo.case") == 1
 
 
 @pytest.mark.lowerings
@@ -200,7 +199,8 @@ def test_models_under_vmap_share_one_conditional(everywhere, rng):
         f = jax.jit(jax.vmap(lambda s, x: bnjax.bn_apply(PARAMS, s, x, True, momentum=0.0)[1], axes))
         sharding = NamedSharding(everywhere.mesh, P(None, "data") if axes[1] == 0 else P("data"))
         args = args[0], jax.device_put(args[1], sharding)
-        assert f.lower(*args).as_text().count("stablehlo.case") == 1
+        tpu = f.trace(*args).lower(lowering_platforms=("tpu",)).as_text()
+        assert tpu.count("stablehlo.case") == 1
         new = f(*args)
         for i in range(2):
             assert_exact(np.asarray(args[1][i] if axes[1] == 0 else args[1]), new.mean[i], new.var[i])
@@ -227,3 +227,26 @@ def test_the_guard_is_what_its_comment_says(rng):
     guarded = jax.jit(reading.guarded_look, static_argnames="axes")
     _, mean, var = guarded(x, np.full((1, FEATURES), worst, "f"), axes=(0,))
     assert_exact(x, mean, var)
+
+
+# Images with rows to slice and without, and examples of numbers; the last batch does not divide.
+GROUPED = [(96, 6), (48, 8, 3, 6), (40, 2, 2, 6), (8, 6), (12, 6)]
+
+
+@pytest.mark.lowerings
+@pytest.mark.parametrize("shape", GROUPED)
+@pytest.mark.parametrize("far", [0.0, 1e4])
+def test_devices_have_exact_moments_however_x_is_divided(shape, far, rng):
+    # Each example has a mean of its own, and the first device's jump; the running mean is far from all of them.
+    x = far + rng.standard_normal(shape) + 10 * rng.standard_normal((shape[0], *(1,) * (len(shape) - 1)))
+    x[: shape[0] // 8] += 1e3
+    x = x.astype(np.float32)
+    mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    inner = (None,) * (len(shape) - 2)
+    specs = [P(), P("a"), P("a", *inner, "b"), P(None, *inner, "b")]
+    specs += [P(("a", "b"))] * (shape[0] % 8 == 0) + [P(None, "a"), P("b", "a")] * (shape[1] == 8)
+    params, state = bnjax.bn_init(6)
+    statistics = jax.jit(lambda x: bnjax.bn_apply(params, state, x, True, momentum=0.0)[1])
+    for spec in specs:
+        mean, var, _ = statistics(jax.device_put(x, NamedSharding(mesh, spec)))
+        assert_exact(x.reshape(-1, 6), mean, var)
