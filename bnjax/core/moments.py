@@ -69,8 +69,7 @@ def batch_moments(
     with w the mask, or 1. Devices are merged by weight (Chan, Golub & LeVeque, 1983, equation 2.1), so that unequal and
     empty shards are exact. The relative error of `var`, and the error of `mean` in standard deviations, grow linearly
     with |mean| / std, which is the least possible for a rounded input. `x` is read as by `bnjax.bn_apply`, but around 0
-    in place of the running mean. On TPUs, and where several devices hold `x`, this is once, and twice more if
-    |mean|^2 > 8 var for any feature.
+    in place of the running mean. On TPUs this is once, and twice more if |mean|^2 > 8 var for any feature.
 
     Args:
       x: floating or complex, any shape.
