@@ -17,7 +17,7 @@ The guess never changes the result. Where the types of `shard_map` say that it m
 Where there are no such types (`check_vma=False`, `pmap`), the bits of a checksum travel with the first psum, and a
 guess that devices do not agree on is not used.
 
-This module knows neither `x` nor derivatives: the derivative rule of the moments has a psum of its own.
+This module does not know `x`. The derivative of the merge is one psum too, and that of the moments has its own.
 """
 
 from collections.abc import Callable, Hashable
@@ -33,12 +33,14 @@ from bnjax.core.collectives import sum_over
 from bnjax.core.jax_internals import mesh_axes
 from bnjax.core.reading import is_near
 from bnjax.core.records import Collected, Moments, Support
-from bnjax.core.weights import abs_square, divided, relative, weigh
+from bnjax.core.residuals import named
+from bnjax.core.weights import abs_square, divided, nonzero, relative, weigh
 
 Names = tuple[Hashable, ...]
 
 
-def merge_over_mesh(part: Collected, guess: Array, names: Names, *, elements: int | None = None) -> Collected:
+@partial(jax.custom_jvp, nondiff_argnums=(2, 3))
+def merge_over_mesh(part: Collected, guess: Array, names: Names, elements: int | None = None) -> Collected:
     """The moments and the support of all devices of mesh axes.
 
     Args:
@@ -65,6 +67,19 @@ def merge_over_mesh(part: Collected, guess: Array, names: Names, *, elements: in
         return Collected(Moments(total * unit, mean, var), Support(valid, mean_weight))
     total, mean, var = merge(guess, mean, var, *([weight] if elements is None else []))
     return Collected(Moments(total * (1 if elements is None else elements), mean, var), None)
+
+
+@merge_over_mesh.defjvp
+def _merge_over_mesh_jvp(names, elements, primals, tangents):
+    # dmean = E[dm] and dvar = E[dv + 2 Re(conj(m - mean) dm)], in one psum. Neither the guess nor the conditional is
+    # differentiated, and JAX has no reverse mode for what `vmap` calls once.
+    whole = named(merge_over_mesh(*primals, names, elements))
+    (weight, mean, _), (_, dm, dv) = primals[0].moments, tangents[0].moments
+    share = (weight / nonzero(whole.moments.weight)).astype(dm.dtype)
+    dsquare = dv + 2 * jnp.real(jnp.conj(mean - whole.moments.mean) * dm)
+    dmean, dvar = sum_over([share * dm, share * dsquare], names, None)
+    zeros = jax.tree.map(jnp.zeros_like, whole)
+    return whole, zeros._replace(moments=Moments(zeros.moments.weight, dmean, dvar.real))
 
 
 def _may_differ(values, names):

@@ -9,6 +9,7 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
+import bnjax
 from bnjax.core import mesh_sums
 from bnjax.core.merging import support_of
 from bnjax.core.mesh_sums import merge_over_mesh
@@ -325,3 +326,27 @@ def test_xla_keeps_one_conditional_and_sends_the_checksum_with_the_sums(check_vm
         assert text.count(" conditional(") == 1
         assert text[text.index("\nENTRY") :].count(" all-reduce(") == 1
         assert text.count(" all-reduce(") == 3
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("constant", [True, False])
+def test_merged_moments_of_groups_have_derivatives_of_the_whole_batch(constant, check_vma, rng):
+    # A ghost batch merges outside of the derivative rule of the moments.
+    x = np.full((DEVICES * 4, FEATURES), 3, np.float32) if constant else batch(3, 1, rng)[: DEVICES * 4]
+    params, state = bnjax.bn_init(FEATURES)
+
+    def loss(x, axis_name):
+        _, new = bnjax.ghost_bn_apply(params, state, x, True, ghost_size=2, axis_name=axis_name)
+        return 100 * (new.mean * new.var).sum()
+
+    over_mesh = jax.shard_map(
+        functools.partial(loss, axis_name="a"), mesh=mesh(DEVICES), in_specs=P("a"), out_specs=P(), check_vma=check_vma
+    )
+    whole = functools.partial(loss, axis_name=None)
+    for found, wanted in (over_mesh, whole), (square_of_gradient(over_mesh), square_of_gradient(whole)):
+        np.testing.assert_allclose(jax.jit(jax.grad(found))(x), jax.jit(jax.grad(wanted))(x), rtol=1e-5, atol=1e-6)
+
+
+def square_of_gradient(f):
+    """A function whose gradient needs the second derivatives of `f`."""
+    return lambda x: ((jax.grad(f)(x) - 1) ** 2).sum()
