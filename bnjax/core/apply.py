@@ -115,5 +115,13 @@ def bn_apply(
       >>> y.round(3).tolist(), state.mean.round(3).tolist()
       ([[-1.0, -1.0], [1.0, 1.0]], [0.2..., 2.0])
     """
-    layer = BatchNorm(axis, momentum, epsilon, axis_name, axis_index_groups, unbiased_var, call="bn_apply")
+    layer = BatchNorm(
+        axis=axis,
+        momentum=momentum,
+        epsilon=epsilon,
+        axis_name=axis_name,
+        axis_index_groups=axis_index_groups,
+        unbiased_var=unbiased_var,
+        call="bn_apply",
+    )
     return layer.apply(params, state, x, train, mask)

@@ -88,6 +88,7 @@ def feature_axes(call: str, x: Array, axis: Axis, name: str = "x") -> tuple[int,
 
 def static_axis(call: str, axis: Any) -> int | tuple[int, ...]:
     """The axis argument, an integer or several, in a hashable form."""
+    axis = axis.tolist() if isinstance(axis, np.ndarray) else axis
     axes = tuple(axis) if isinstance(axis, Iterable) else (axis,)
     if not axes or any(isinstance(a, bool) or not isinstance(a, int | np.integer) for a in axes):
         raise TypeError(

@@ -14,9 +14,9 @@ A variant is a subclass that replaces a step: `train` or `evaluate`.
 """
 
 from collections.abc import Hashable, Sequence
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -32,17 +32,19 @@ from bnjax.core.schedules import Momentum, check_no_class
 from bnjax.core.sharding import select, sharded_as
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class BatchNorm:
     """The options of a layer of batch normalization, checked, with the layer's functions `init` and `apply`.
 
     A value is immutable, hashes and compares by its options, and holds no arrays of the layer: `init` makes them, and
-    `apply` takes and returns them. `bnjax.bn_apply` with the same options computes the same.
+    `apply` takes and returns them. `bnjax.bn_apply` with the same options computes the same. In a jitted function a
+    value is closed over, or is a static argument. The layers of Flax are `bnjax.linen.BatchNorm` and
+    `bnjax.nnx.BatchNorm`.
 
     Args:
-      axis, momentum, epsilon, axis_name, axis_index_groups, unbiased_var: as in `bnjax.bn_apply`. A momentum that is an
-        array leaves the value without a hash.
-      dtype: dtype of y; None is x's.
+      axis, momentum, epsilon, axis_name, axis_index_groups, unbiased_var: as in `bnjax.bn_apply`. With a momentum that
+        is an array the value has no hash, and does not compare.
+      dtype: dtype of y, complex for complex x; None is x's.
 
     Raises:
       TypeError, ValueError: for options that do not fit; the message names the option and what to pass.
@@ -63,7 +65,6 @@ class BatchNorm:
     axis_name: checks.AxisName | None = None
     axis_index_groups: Sequence[Sequence[int]] | None = None
     unbiased_var: bool = False
-    _: KW_ONLY
     dtype: Any = None
     call: str = field(default="", repr=False, compare=False)  # what errors name; by default the class
     # The axes of an array, counted from 0, that the value was fitted to, and axis_name as a tuple.
@@ -74,6 +75,17 @@ class BatchNorm:
     # `numbers` makes of them, so that another number is no other program.
     numeric: ClassVar[tuple[str, ...]] = ("momentum",)
     average: ClassVar[str] = "var"  # what the running variance is an average of, or "std"
+
+    def __new__(cls, *args: Any, **options: Any) -> Self:
+        """Tell who makes a layer of Flax where to find it."""
+        if args or not options.keys() <= cls.__dataclass_fields__.keys():
+            names = [field.name for field in fields(cls) if field.init and field.name != "call"]
+            got = ", ".join([*map(repr, args), *(name for name in options if name not in names)])
+            raise TypeError(
+                f"{cls.__name__}({got}): expected the options {', '.join(names)}, by keyword. The layers of Flax are "
+                f"bnjax.linen.{cls.__name__} and bnjax.nnx.{cls.__name__}."
+            )
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         """Check the options, and bring equal ones into one spelling."""
@@ -158,6 +170,11 @@ class BatchNorm:
 
     def check(self, params: Any, state: Any, x: Array, mask: Array | None, train: bool) -> None:
         """Check that the arguments of `apply` fit each other."""
+        if jnp.iscomplexobj(x) and not jnp.issubdtype(self.dtype, jnp.complexfloating):
+            raise TypeError(
+                f"{self.call}(dtype={jnp.dtype(self.dtype).name}): x is {x.dtype}, and so is y, whose imaginary part a "
+                "real dtype has not. Pass dtype=None, or a complex one."
+            )
         checks.variables(self.call, params, state, x, self.features)
         checks.weights(self.call, mask, x)
         if train or state is None:

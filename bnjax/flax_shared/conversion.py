@@ -47,6 +47,11 @@ class Conversion(NamedTuple):
 
 def conversion(library: str, to: Any, where: Any, changes: Mapping[str, Any], layers: Mapping[str, type]) -> Conversion:
     """Check the arguments of `convert`; `layers` are the library's classes by name."""
+    if isinstance(to, type) and issubclass(to, BatchNorm):
+        raise TypeError(
+            f"convert(to=bnjax.{to.__name__}): expected a layer, got the class of its options. Pass "
+            f"bnjax.{library}.{to.__name__}."
+        )
     if to is not None and to not in [layers[name] for name in VARIANTS]:
         raise TypeError(
             f"convert(to={getattr(to, '__name__', to)!r}): expected one of {list(VARIANTS)} of bnjax.{library}. Layers "

@@ -50,6 +50,7 @@ class IndexedBatchNorm(BatchNorm):
         super().__post_init__()
         checks.positive_integer(self.call, "num_indices", self.num_indices)
         checks.boolean(self.call, "indexed_params", self.indexed_params)
+        self._set(num_indices=int(self.num_indices))
 
     def init(
         self, features: int | Sequence[int], *, scale: Any = 1.0, bias: Any = 0.0, dtype: Any = jnp.float32
@@ -267,6 +268,8 @@ def indexed_bn_apply(
 
 def _tables(params, shape, row):
     """The parameters, with `row` of those that are tables of this shape, with a row for each index."""
+    if not isinstance(params, BNParams):
+        return params  # `check` will tell
     return BNParams(*(row(v) if v is not None and np.shape(v) == shape else v for v in params))
 
 

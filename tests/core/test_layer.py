@@ -1,6 +1,7 @@
 """`bnjax.BatchNorm` and its variants: options as a value, and the same numbers as the functions with these options."""
 
 import copy
+import importlib
 import pickle
 
 import chex
@@ -8,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen, nnx
 
 import bnjax
 from bnjax.core.layer import batch_norm
@@ -71,7 +73,7 @@ def test_equal_options_in_any_spelling_are_one_value_and_one_program():
     size = batch_norm._cache_size()
     for axis in (-1, 2, (2,), [-1], np.int64(2)):
         chex.assert_trees_all_equal(
-            bnjax.BatchNorm(axis).apply(params, state, X, True), bnjax.bn_apply(params, state, X, True, axis=axis)
+            bnjax.BatchNorm(axis=axis).apply(params, state, X, True), bnjax.bn_apply(params, state, X, True, axis=axis)
         )
     bnjax.BatchNorm(momentum=0.3).apply(params, state, X, True)
     assert batch_norm._cache_size() == size
@@ -109,6 +111,19 @@ def test_dtype_is_that_of_the_output():
         (bnjax.BatchNorm, {"axis_name": {"a"}}, TypeError, r"BatchNorm\(axis_name=\{'a'\}\)"),
         (bnjax.BatchNorm, {"unbiased_var": 1}, TypeError, r"BatchNorm\(unbiased_var=...\): expected a Python bool"),
         (bnjax.BatchNorm, {"dtype": jnp.int32}, TypeError, r"BatchNorm\(dtype=int32\)"),
+        (bnjax.BatchNorm, {"axis": np.array(1.0)}, TypeError, r"BatchNorm\(axis=1.0\): expected an integer"),
+        (
+            bnjax.BatchNorm,
+            {"use_running_average": True},
+            TypeError,
+            r"BatchNorm\(use_running_average\): .*bnjax.linen.Ba",
+        ),
+        (
+            bnjax.GhostBatchNorm,
+            {"rngs": None, "ghost_size": 2},
+            TypeError,
+            r"by keyword. The .* bnjax.nnx.GhostBatchNorm",
+        ),
         (bnjax.GhostBatchNorm, {"ghost_size": 0}, ValueError, r"GhostBatchNorm\(ghost_size=0\)"),
         (bnjax.RenormBatchNorm, {"r_max": 0.5}, ValueError, r"RenormBatchNorm\(r_max=0.5\): expected a number of 1 or"),
         (bnjax.RenormBatchNorm, {"average": "mean"}, ValueError, r"RenormBatchNorm\(average='mean'\)"),
@@ -131,3 +146,24 @@ def test_parts_of_a_batch_are_absorbed_together():
     np.testing.assert_allclose(state.var, x.var(0), rtol=1e-6)
     assert both.support is None
     assert norm.apply_part(params, state, X, False)[2] is None
+
+
+def test_a_number_of_features_is_no_option():
+    with pytest.raises(
+        TypeError, match=r"^BatchNorm\(64\): expected the options axis, .*dtype, by keyword. The layers of"
+    ):
+        bnjax.BatchNorm(64)  # pyright: ignore[reportCallIssue]
+
+
+def test_a_real_dtype_does_not_cut_off_complex_numbers():
+    norm = bnjax.BatchNorm(dtype=jnp.float32)
+    with pytest.raises(TypeError, match=r"BatchNorm\(dtype=float32\): x is complex64.*Pass dtype=None"):
+        norm.apply(*norm.init(3, dtype=jnp.complex64), jnp.asarray(X + 1j), train=True)
+
+
+@pytest.mark.parametrize("library", ["linen", "nnx"])
+def test_convert_names_the_layer_of_options(library):
+    convert = importlib.import_module(f"bnjax.{library}").convert
+    model = {"linen": linen.BatchNorm(), "nnx": None}[library] or nnx.BatchNorm(3, rngs=nnx.Rngs(0))
+    with pytest.raises(TypeError, match=rf"to=bnjax.GhostBatchNorm\): .*Pass bnjax.{library}.GhostBatchNorm"):
+        convert(model, to=bnjax.GhostBatchNorm, ghost_size=2)
