@@ -4,7 +4,8 @@ from typing import Any
 
 from flax.core.scope import DenyList
 from flax.nnx import bridge
-from flax.nnx.bridge import wrappers
+
+from bnjax.flax_shared.flax_internals import linen_module_around
 
 
 def collects(module: Any) -> bool:
@@ -21,5 +22,5 @@ def collects(module: Any) -> bool:
 
 def linen_collects() -> bool:
     """Whether NNX layers that are made here belong to a Linen model (`bridge.to_linen`) that collects moments."""
-    module = wrappers.current_linen_module()
+    module = linen_module_around()
     return isinstance(module, bridge.ToLinen) and collects(module)

@@ -20,6 +20,7 @@ import jax
 from flax.traverse_util import flatten_dict
 
 from bnjax.core.trees import owns_statistics
+from bnjax.flax_shared import flax_internals
 from bnjax.flax_shared.conversion import VARIANTS, Conversion, Where, conversion, instead, other_library
 from bnjax.flax_shared.found import Found
 from bnjax.linen import norm as norm_module
@@ -117,14 +118,15 @@ def convert_part(model: nn.Module, changed: Conversion, prefix: tuple[str, ...],
 
 def _part(module, changed, memo):
     """A copy of an unbound module that is converted, as are the modules in its fields: they can be taken out of it."""
-    if module._id not in memo:
-        copied = memo[module._id] = module.clone()
+    key = flax_internals.identity(module)
+    if key not in memo:
+        copied = memo[key] = module.clone()
         for field in dataclasses.fields(copied):
             if field.init and field.name not in ("parent", "name"):
                 value = _parts(getattr(copied, field.name), field.name, changed, memo)
                 object.__setattr__(copied, field.name, value)
         wrapped(copied, *_entered(module, changed))
-    return memo[module._id]
+    return memo[key]
 
 
 def _entered(module, changed):
@@ -148,7 +150,7 @@ def _parts(value, name, changed, memo):
         found.append(leaf)
         return _part(leaf, changed.below(f"{name}{suffix}"), memo)
 
-    mapped = nn.module._map_over_modules_in_tree(convert_one, value)  # pyright: ignore[reportPrivateUsage]
+    mapped = flax_internals.map_modules(convert_one, value)
     return mapped if found else value
 
 

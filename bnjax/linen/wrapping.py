@@ -13,6 +13,8 @@ from typing import Any
 import flax.linen as nn
 import jax
 
+from bnjax.flax_shared import flax_internals
+
 
 def contexts(module: nn.Module) -> tuple[Any, ...]:
     """The contexts in which a module's methods run, the outermost first."""
@@ -45,7 +47,7 @@ def _class(cls: type, entered: tuple[Any, ...]) -> type:
             return made
     body = {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")}
     methods = {name: inspect.getattr_static(cls, name) for name in dir(cls)}
-    methods = {name: _run_under(entered, f) for name, f in methods.items() if hasattr(f, "method_handler_wrapped")}
+    methods = {name: _run_under(entered, f) for name, f in methods.items() if flax_internals.is_method(f)}
     return type(cls)(cls.__name__, (_Wrapped, cls), body | methods | {"_contexts": entered, "_written": cls})
 
 
@@ -65,7 +67,7 @@ def _run_under(entered: tuple[Any, ...], method: Any) -> Any:
     return run
 
 
-class _Wrapped:
+class _Wrapped(flax_internals.Registering):
     """The first base class of a converted or folded Linen module."""
 
     _contexts: tuple[Any, ...]
@@ -90,10 +92,9 @@ class _Wrapped:
         object.__setattr__(module, "_found", self._found)
         return module
 
-    def _register_submodules(self, name, val):
+    def registered(self, name: str) -> None:
         # Submodules of a bound model can be called directly, `model.bind(variables).encoder(x)`, and would then run
-        # outside of the contexts. Flax passes every submodule in an attribute to this private method.
-        super()._register_submodules(name, val)  # pyright: ignore[reportAttributeAccessIssue]
+        # outside of the contexts.
         for module in jax.tree.leaves(self.__dict__[name], is_leaf=lambda leaf: isinstance(leaf, nn.Module)):
             if not isinstance(module, nn.Module) or module.parent is not self:
                 continue

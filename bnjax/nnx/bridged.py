@@ -7,8 +7,9 @@ from typing import Any
 from flax import nnx
 from flax.core.scope import DenyList, in_filter
 from flax.errors import InvalidRngError
-from flax.nnx import bridge, variablelib
+from flax.nnx import bridge
 
+from bnjax.flax_shared import flax_internals
 from bnjax.nnx.norm import BatchMoments
 
 
@@ -78,7 +79,7 @@ def _with_moments(module: bridge.ToNNX, mutable: Any) -> list[str]:
         mutable = [mutable]
     if isinstance(mutable, bool | DenyList):
         kinds = {type(node) for _, node in nnx.iter_graph(module) if isinstance(node, nnx.Variable)}
-        names = {variablelib.variable_name_from_type(kind, allow_register=True) for kind in kinds} | {"intermediates"}
+        names = {flax_internals.collection_of(kind) for kind in kinds} | {"intermediates"}
         mutable = [name for name in sorted(names) if in_filter(mutable, name)]
     names: Iterable[str] = mutable or ()
     return [*dict.fromkeys((*names, "batch_moments"))]

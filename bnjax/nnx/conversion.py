@@ -9,6 +9,7 @@ from flax import linen, nnx
 from flax.nnx import bridge
 
 from bnjax.core.trees import owns_statistics
+from bnjax.flax_shared import flax_internals
 from bnjax.flax_shared.conventions import counts
 from bnjax.flax_shared.conversion import VARIANTS, Conversion, Where, conversion, instead, other_library
 from bnjax.flax_shared.found import Found
@@ -163,7 +164,7 @@ def _subclass(written, kind):
     """A subclass of an author's subclass of BatchNorm whose `super().__call__` is that of `kind`."""
     body = {name: getattr(written, name) for name in ("__module__", "__qualname__", "__doc__")}
     body |= {"_written": written, "__reduce_ex__": _reduced}
-    return type(written)(written.__name__, (written, kind), body, pytree=written._pytree__is_pytree)
+    return type(written)(written.__name__, (written, kind), body, pytree=flax_internals.is_pytree(written))
 
 
 def _reduced(layer, protocol):

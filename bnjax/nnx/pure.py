@@ -6,11 +6,11 @@ from typing import Any
 
 import jax
 from flax import linen, nnx
-from flax.nnx import bridge, variablelib
+from flax.nnx import bridge
 
 from bnjax.core import frozen
 from bnjax.core.records import Collected
-from bnjax.flax_shared import conventions
+from bnjax.flax_shared import conventions, flax_internals
 from bnjax.nnx import bridged
 from bnjax.nnx.conversion import check_model
 from bnjax.nnx.norm import BatchMoments, BatchNorm, collect
@@ -117,7 +117,7 @@ def _other_collections(model):
     others = {}
     for _, node in nnx.iter_graph(model):
         if isinstance(node, nnx.Variable) and not isinstance(node, (nnx.Param, nnx.BatchStat, *_OUTPUTS)):
-            others[variablelib.variable_name_from_type(type(node), allow_register=True)] = _exactly(type(node))
+            others[flax_internals.collection_of(type(node))] = _exactly(type(node))
     return others
 
 
