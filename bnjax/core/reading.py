@@ -22,13 +22,13 @@ This module knows neither devices, nor derivatives, nor running statistics.
 """
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
 from bnjax.core.jax_internals import PlatformFunction
-from bnjax.core.merging import merged
 from bnjax.core.records import Moments
 from bnjax.core.reductions import FORWARD_SLABS, cut, two_sums
 from bnjax.core.weights import abs_square, expectation, mean_and_variance, usual
@@ -159,7 +159,8 @@ def group_look(x: Array, shift: Array, *weight: Array, axes: tuple[int, ...], de
     pivot, offset, var = _look_around(part, groups, shift.dtype, inner)
     total = math.prod(x.shape[a] for a in axes) + jnp.zeros(var.shape[:axis] + var.shape[axis + 1 :], var.dtype)
     if jnp.finfo(var.dtype).bits == 64:
-        return total, *merged(Moments(jnp.ones_like(var), pivot + offset, var), (axis,))[1:]
+        mean, between = mean_and_variance(pivot + offset, partial(jnp.mean, axis=axis), (axis,))
+        return total, mean, between + jnp.mean(var, axis)
     with jax.enable_x64(True):
         # One sum over the devices, which in float64 has digits enough around 0. The addition is in float64 too:
         # compiled twice, for the mean and for its square, one in float32 may be rounded in two ways.
