@@ -41,6 +41,7 @@ NEAR = 8.0
 ROUNDED = 1024.0
 # A shift that is taken from the array itself is the mean of one part of it, out of so many.
 PART = 16
+# Rows are the part of an image that has so many: one of fewer is more than a quarter of it.
 LEAST_ROWS = 4
 
 
