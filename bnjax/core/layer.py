@@ -67,12 +67,13 @@ class BatchNorm:
     unbiased_var: bool = False
     dtype: Any = None
     call: str = field(default="", repr=False, compare=False)  # what errors name; by default the class
-    # The axes of an array, counted from 0, that the value was fitted to, and axis_name as a tuple.
+    # `features` are the feature axes of the array that a value was fitted to, counted from 0; `names` is axis_name as a
+    # tuple. Both follow from the other options, so that a user never passes them.
     features: tuple[int, ...] = field(default=(), init=False, repr=False)
     names: tuple[Hashable, ...] = field(default=(), init=False, repr=False, compare=False)
 
-    # Options that are numbers, or functions of the number of updates: arguments of the compiled function, which
-    # `numbers` makes of them, so that another number is no other program.
+    # The options that are numbers or functions of the number of updates. `numbers` makes arguments of the compiled
+    # function of them, so that another number does not compile another program.
     numeric: ClassVar[tuple[str, ...]] = ("momentum",)
     average: ClassVar[str] = "var"  # what the running variance is an average of, or "std"
 
