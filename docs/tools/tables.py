@@ -149,7 +149,7 @@ def networks() -> str:
                 f"{compiled.added(same, 'bnjax'):.3f}" if compiled.NONE in same else "",
                 f"{len(flax['collectives'])}, {len(ours['collectives'])}",
                 f"{compiled.merged(flax) / 1e6:.1f}, {compiled.merged(ours) / 1e6:.1f}",
-                ", ".join(str(e.get("conditionals", "-")) for e in (flax, ours)),  # "-" for a run that had no count
+                ", ".join(str(e["conditionals"]) for e in (flax, ours)),
                 f"{flax['temporary'] / 1e9:.2f}, {ours['temporary'] / 1e9:.2f}",
             ]
         )

@@ -196,7 +196,7 @@ def report(entries: list[dict[str, Any]]) -> None:
             ratio = f"{added(same, e['library']):8.3f}" if NONE in same else ""
             print(
                 f"{e['part']:10}{e['target']:8}{e['library']:24}{e['bytes'] / 1e9:8.3f}{len(e['collectives']):6}"
-                f"{merged(e) / 1e6:8.2f}{e.get('conditionals', '-'):>6}{e['temporary'] / 1e9:8.3f}{ratio}"
+                f"{merged(e) / 1e6:8.2f}{e['conditionals']:>6}{e['temporary'] / 1e9:8.3f}{ratio}"
             )
 
 
