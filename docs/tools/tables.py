@@ -118,6 +118,19 @@ def synchronized() -> str:
     return table(["bnjax / Flax", *values], rows)
 
 
+def small() -> str:
+    """Passes of a small layer on GPUs, and under a mask."""
+    entries = [entry for entry in _programs() if entry["part"] == "small"]
+    targets = list(dict.fromkeys(e["target"] for e in entries))
+    found = {(e["library"], e["variant"], e["direction"], e["target"]): f"{e['passes']:.1f}" for e in entries}
+    rows = [
+        [f"{library}{', masked' if variant else ''}, {DIRECTIONS[direction]}"]
+        + [found.get((library, variant, direction, target), "-") for target in targets]
+        for library, variant, direction in dict.fromkeys(key[:3] for key in found)
+    ]
+    return table(["passes of a small layer", *targets], rows)
+
+
 def variants_compiled() -> str:
     """Passes over memory of variants, masks and layouts, forward and backward, bfloat16."""
     entries = [e for e in _programs() if e["part"] == "layer" and e.get("variant") and e["library"] == "bnjax"]
@@ -256,6 +269,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "passes": passes,
     "passes-float32": lambda: passes("float32"),
     "synchronized": synchronized,
+    "small": small,
     "variants-compiled": variants_compiled,
     "networks": networks,
     "libraries": libraries,
