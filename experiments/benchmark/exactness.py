@@ -200,5 +200,6 @@ def _lines(axes: Any, errors: dict[str, dict[float, float | None]]) -> None:
         axes.plot(broken, [8 * highest] * len(broken), "x", color=style["color"])
         label = f"{name} (x: not finite)" if broken else name
         ends[label], styles[label] = values[-1] if np.isfinite(values[-1]) else 8 * highest, style
+    axes.figure.get_layout_engine().set(w_pad=0.12, h_pad=0.08)
     axes.set(xscale="log", yscale="log", xlabel="|mean| / standard deviation of the data")
     plot.line_labels(axes, ends, styles)
