@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from docs.tools import drawings
 from experiments.benchmark import bench, compiled, device_tables, exactness
 from experiments.harness import records, report
 
@@ -56,6 +57,17 @@ def verdicts(names: Sequence[str] = (), page: str = "results/report.html") -> st
 def tally() -> str:
     """How many claims have which verdict on each data set, in sentences."""
     return report.tally(claims())
+
+
+def which_variant() -> str:
+    """The flow chart of variants in words."""
+    rows = [
+        [" ".join(each.question), f"[`{each.use}`]({each.link}): {' '.join(each.what)}", drawings.measured(each)]
+        for each in drawings.BRANCHES
+    ]
+    return table(
+        ["if", "use", "evidence"], [*rows, ["none of these", "`BatchNorm` as it is", "[claims](../claims.md)"]]
+    )
 
 
 def averaging() -> str:
@@ -262,6 +274,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "verdicts": verdicts,
     "tally": tally,
     "variant-verdicts": lambda: verdicts(VARIANTS, "../results/report.html"),
+    "which-variant": which_variant,
     "cost-verdict": lambda: verdicts(["cost"], "../results/report.html"),
     "averaging": averaging,
     "errors-output": lambda: errors("y"),
