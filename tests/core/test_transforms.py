@@ -280,6 +280,18 @@ def test_axis_index_groups_match_each_group_as_a_batch_of_its_own(mapping, group
     np.testing.assert_allclose(dparams.scale, dscale, atol=3e-5)
 
 
+@pytest.mark.optimized
+@pytest.mark.parametrize(("groups", "gathered"), [([[0, 2], [1, 3]], 2), ([[0], [1, 2, 3]], 4)])
+def test_groups_gather_from_their_own_devices(groups, gathered):
+    # Only groups of several sizes gather from all devices, for want of a collective in JAX.
+    mesh = jax.make_mesh((4,), ("a",), axis_types=(AxisType.Auto,))
+    apply = partial(bnjax.bn_apply, PARAMS, STATE, train=True, axis_name="a", axis_index_groups=groups)
+    specs = {"in_specs": P("a"), "out_specs": (P("a"), jax.tree.map(lambda _: P("a"), STATE))}
+    mapped = jax.jit(jax.shard_map(apply, mesh=mesh, **specs))
+    rows, features = 3, X.shape[-1]
+    assert collectives(mapped.lower(X)) == [("all-gather", gathered * rows * features * 4)]
+
+
 def test_sync_over_one_of_two_mesh_axes_matches_each_column_of_the_mesh():
     mesh = jax.make_mesh((2, 2), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
 
