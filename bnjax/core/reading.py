@@ -30,7 +30,7 @@ from jax import Array, lax
 
 from bnjax.core.jax_internals import PlatformFunction
 from bnjax.core.records import Moments
-from bnjax.core.reductions import FORWARD_SLABS, cut, is_short, joint_sums, two_sums
+from bnjax.core.reductions import FORWARD_SLABS, cut, joint_sums, joint_sums_pay, two_sums
 from bnjax.core.sharding import shards
 from bnjax.core.weights import (
     abs_square,
@@ -65,9 +65,12 @@ def two_looks(x: Array, weight: Array | None, axes: tuple[int, ...]) -> Moments:
 
 
 def _one_look(
-    x: Array, shift: Array, weight: Array | None, axes: tuple[int, ...], *, jointly: bool = False
+    x: Array, shift: Array, weight: Array | None, axes: tuple[int, ...], *, jointly: int = 0
 ) -> tuple[Moments, Array]:
-    """The moments around the shift, `var` perhaps a little below 0, and mean - shift; jointly by `joint_sums`."""
+    """The moments around the shift, `var` perhaps a little below 0, and mean - shift.
+
+    `jointly` is the number of devices that hold `x`, for `joint_sums`, or 0 for two sums.
+    """
     x = x.astype(shift.dtype)
     if jointly and weight is not None:  # a masked element is put at the shift, where its product with 0 is 0
         x = jnp.where(valid(weight, x), x, shift)
@@ -75,7 +78,7 @@ def _one_look(
     total, mean_of = expectation(centered, weight, axes, scaled=False)
     if jointly:
         weighed = weigh(weight, jnp.ones(weight.shape, x.dtype)) * centered if is_real(weight) else centered
-        both = joint_sums(weighed, weighed * centered, axes)
+        both = joint_sums(weighed, weighed * centered, axes, jointly)
         offset, square = (divided(v, total + jnp.zeros_like(v)) for v in both)
     else:
         offset, square = mean_of(centered), mean_of(abs_square(centered))
@@ -116,9 +119,7 @@ def is_near(offset: Array, mean: Array, var: Array) -> Array:
     return (abs_square(offset) <= NEAR * var + rounding * rounding) & jnp.isfinite(var)
 
 
-def part_look(
-    x: Array, shift: Array, *weight: Array, axes: tuple[int, ...], jointly: bool = False
-) -> tuple[Array, ...]:
+def part_look(x: Array, shift: Array, *weight: Array, axes: tuple[int, ...], jointly: int = 0) -> tuple[Array, ...]:
     """Moments in one look at `x` around the mean of a sixteenth of it along one of the axes.
 
     The mean of a part that has a fraction f of the weight is at most sqrt((1 - f) / f) standard deviations from the
@@ -224,7 +225,8 @@ def group_look(
     else:
         masks = jnp.broadcast_to(masks, (*masks.shape[:axis], number, *masks.shape[axis + 1 :]))
         part = jax.vmap(partial(_part, axes=axes), axis, axis)(groups, masks)
-    jointly = on_gpus and _joint_sums_are_better(groups, inner)
+    real = not jnp.iscomplexobj(x)
+    jointly = devices if on_gpus and real and joint_sums_pay(groups, inner, devices) else 0
     (_, offset, var), pivot = _look_around(part, groups, masks, shift.dtype, inner, jointly=jointly)
     shares = None if mask is None else total_weight(groups.shape, masks, inner, var.dtype)
     if jnp.finfo(var.dtype).bits == 64:
@@ -253,13 +255,9 @@ def _exact(x, shift, *weight, axes):
     return tuple(two_looks(x.astype(shift.dtype), weight[0] if weight else None, axes))
 
 
-def _joint_sums_are_better(x, axes):
-    """Whether XLA on GPUs reads real arrays fewer times for `joint_sums` than for two sums."""
-    return is_short(x, axes) and not jnp.iscomplexobj(x)
-
-
 def _part_look_on_a_gpu(x, shift, *weight, axes):
-    return part_look(x, shift, *weight, axes=axes, jointly=_joint_sums_are_better(x, axes))
+    jointly = not jnp.iscomplexobj(x) and joint_sums_pay(x, axes)
+    return part_look(x, shift, *weight, axes=axes, jointly=int(jointly))
 
 
 def _look_on_one_gpu(x, shift, *weight, axes):

@@ -15,7 +15,8 @@ communication, so this is for arrays that one device holds.
 
 XLA on GPUs takes two reductions in one kernel if it splits them, which it does with more than `LONGEST` elements a
 feature. For two shorter ones it writes both operands in float32 and reads them again, five times the traffic of `x` in
-bfloat16. As one sum of complex numbers, `joint_sums`, they read the arrays once. It is for GPUs only: XLA on CPU splits
+bfloat16. As one sum of complex numbers, `joint_sums`, they read the arrays once. If there are few features, these are
+sums of pieces first. It is for GPUs only: XLA on CPU splits
 a sum of real numbers, and takes one of complex numbers over several axes one by one, with that many roundings.
 """
 
@@ -39,6 +40,11 @@ LEAST_INNER_ELEMENTS = 64
 # The longest reduction over the rows of an array that XLA on GPUs does not split: its tile of 128 rows for each of the
 # 32 threads of a warp.
 LONGEST = 4096
+# The least number of sums for which XLA on GPUs computes what it adds up where it is read. Fewer sums occupy few of the
+# cores of an H100, so that it writes that first, unless each sum has only a few elements. A piece has as many or more.
+LEAST_SUMS = 1024
+FEW = 256
+LEAST_ADDED = 16
 
 
 class Slabs(NamedTuple):
@@ -118,16 +124,57 @@ def _has_at_least(least, count):
     return isinstance(count, int) and count >= least
 
 
-def is_short(x: Array, axes: tuple[int, ...], devices: int = 1) -> bool:
-    """Whether XLA on GPUs does not split a reduction of `x`, which so many devices hold."""
-    count = math.prod(x.shape[a] for a in axes)
-    return isinstance(count, int) and count <= LONGEST * devices
+def joint_sums_pay(x: Array, axes: tuple[int, ...], devices: int = 1, *, parts: int = 1) -> bool:
+    """Whether XLA on GPUs moves less for `joint_sums` than for two sums.
+
+    Args:
+      x: an array of the shape of what is summed.
+      axes: the reduced axes.
+      devices: the number of devices that hold the array.
+      parts: the number of devices that the reduced axes are divided among.
+    """
+    sums, elements = _sums_and_elements(x.shape, axes)
+    if not isinstance(sums, int) or not isinstance(elements, int) or elements > LONGEST * parts:
+        return False
+    return elements <= FEW * parts or _pieces(x.shape, axes, devices)[1] * sums >= LEAST_SUMS * devices
 
 
-def joint_sums(first: Array, second: Array, axes: tuple[int, ...]) -> tuple[Array, Array]:
-    """The sums over `axes` of two real arrays of one shape, taken together."""
-    both = jnp.sum(lax.complex(first, second), axes)
+def _sums_and_elements(shape, axes):
+    """How many sums there are, and how many elements each adds up."""
+    return tuple(math.prod(n for a, n in enumerate(shape) if (a in axes) == reduced) for reduced in (False, True))
+
+
+def joint_sums(first: Array, second: Array, axes: tuple[int, ...], devices: int = 1) -> tuple[Array, Array]:
+    """The sums over `axes` of two real arrays of one shape, which so many devices hold, taken together."""
+    both = lax.complex(first, second)
+    axis, number = _pieces(both.shape, axes, devices)
+    if number > 1:
+        both = both.reshape(*both.shape[:axis], number, both.shape[axis] // number, *both.shape[axis + 1 :])
+        pieces = jnp.sum(both, [a + (a >= axis) for a in axes])
+        # Without the conjugate XLA makes one sum of the two.
+        both = jnp.conj(jnp.sum(jnp.conj(pieces), axis - sum(a < axis for a in axes)))
+    else:
+        both = jnp.sum(both, axes)
     return both.real, both.imag
+
+
+def _pieces(shape, axes, devices):
+    """A reduced axis, and the number of pieces that it is cut into for `LEAST_SUMS` sums on each device, or for less.
+
+    A device that holds a part of the axis holds whole pieces, whatever number of devices the axis is divided among. Of
+    several devices only the first axis is cut, in general that of the batch: if another one was, the devices would
+    merge pieces.
+    """
+    sums, elements = _sums_and_elements(shape, axes)
+    if not isinstance(sums, int) or not 0 < sums < LEAST_SUMS * devices:
+        return 0, 1
+    cuts = []
+    for axis in axes if devices == 1 else axes[:1]:
+        common = math.gcd(shape[axis], devices)
+        fitting = [n for n in range(1, elements // LEAST_ADDED + 1) if shape[axis] % n == 0 and n % common == 0]
+        enough = [n for n in fitting if n * sums >= LEAST_SUMS * devices]
+        cuts += [(axis, min(enough))] if enough else [(axis, max(fitting))] if fitting else []
+    return max(cuts, key=lambda cut: min(cut[1] * sums, LEAST_SUMS * devices), default=(0, 1))
 
 
 def _plain_sums(g, x, mean, *, axes):
@@ -139,9 +186,9 @@ def _cpu_sums(g, x, mean, *, axes):
 
 
 def _gpu_sums(g, x, mean, *, axes, devices=1):
-    if not is_short(x, axes, devices):
+    if not joint_sums_pay(x, axes, devices, parts=devices):
         return _plain_sums(g, x, mean, axes=axes)
-    return tuple(jnp.expand_dims(v, axes) for v in joint_sums(g, g * (x - mean), axes))
+    return tuple(jnp.expand_dims(v, axes) for v in joint_sums(g, g * (x - mean), axes, devices))
 
 
 def _plain_spread(c, k, x, mean, *, axes):

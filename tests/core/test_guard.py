@@ -211,7 +211,7 @@ def test_moments_around_a_part_are_exact_where_the_part_is_as_far_off_as_can_be(
 
 LOOKS = {
     "part": reading.part_look,
-    "part, jointly": functools.partial(reading.part_look, jointly=True),
+    "part, jointly": functools.partial(reading.part_look, jointly=1),
     "groups": functools.partial(reading.group_look, devices=8),
     "groups, jointly": functools.partial(reading.group_look, devices=8, on_gpus=True),
 }

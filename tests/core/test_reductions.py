@@ -63,6 +63,49 @@ def test_sums_match_numpy(way, shape, axes, rng):
     np.testing.assert_allclose(product, np.sum(np.asarray(g) * (x - mean), axes, keepdims=True), atol=1e-11)
 
 
+@pytest.mark.parametrize("devices", [1, 8])
+@pytest.mark.parametrize(("shape", "axes"), [*CASES, ((16, 8, 8, 128), (0, 1, 2)), ((3, 24, 2, 64), (1, 2))])
+def test_joint_sums_match_numpy_however_they_are_cut(shape, axes, devices, rng):
+    first, second = rng.standard_normal((2, *shape))
+    got = reductions.joint_sums(jnp.asarray(first), jnp.asarray(second), axes, devices)
+    np.testing.assert_allclose(got, [first.sum(axes), second.sum(axes)], atol=1e-11)
+
+
+@pytest.mark.parametrize(
+    ("shape", "devices", "pieces"),
+    [
+        ((2048, 1024), 1, (0, 1)),  # as many sums as are wanted
+        ((2048, 128), 1, (0, 8)),
+        ((7, 8, 8, 256), 1, (0, 7)),
+        ((5, 8, 8, 128), 1, (1, 8)),
+        ((7, 11, 64), 1, (0, 1)),  # pieces of a few elements would be arrays of the size of x
+        ((64, 8, 8, 512), 8, (0, 16)),
+        ((12, 8, 8, 1024), 8, (0, 12)),  # the batch lies on four devices at the most
+        ((7, 8, 8, 64), 8, (0, 7)),
+    ],
+)
+def test_pieces_are_enough_and_whole_on_each_device(shape, devices, pieces):
+    axes = tuple(range(len(shape) - 1))
+    assert reductions._pieces(shape, axes, devices) == pieces
+
+
+@pytest.mark.parametrize(
+    ("shape", "devices", "pays"),
+    [
+        ((2048, 64), 1, True),
+        ((8192, 64), 1, False),  # XLA splits both sums
+        ((2039, 64), 1, False),  # a prime: no pieces, and too few sums without
+        ((2039, 1024), 1, True),
+        ((251, 64), 1, True),  # few elements
+        ((16384, 64), 8, True),
+        ((60, 8, 8, 64), 8, False),
+    ],
+)
+def test_joint_sums_are_for_short_sums_that_are_many_or_have_pieces(shape, devices, pays):
+    axes = tuple(range(len(shape) - 1))
+    assert reductions.joint_sums_pay(jnp.zeros(shape), axes, devices, parts=devices) == pays
+
+
 @pytest.mark.parametrize(("shape", "axes"), [(shape, axes) for shape, axes in CASES if axes and 0 not in shape])
 def test_batch_moments_match_numpy_however_many_places(shape, axes, rng):
     x = rng.standard_normal(shape) + 100.0
