@@ -112,6 +112,33 @@ def test_pytorch_refuses_one_value_per_channel():
         torch.nn.BatchNorm1d(5)(torch.from_numpy(X[:1]))
 
 
+def test_fuse_modules_of_pytorch_is_fold_into_previous():
+    pair = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3, bias=False), torch.nn.BatchNorm2d(4))
+    pair(torch.randn(8, 3, 5, 5))
+    fused = torch.ao.quantization.fuse_modules(pair.eval(), [["0", "1"]])[0]
+    kernel = pair[0].weight.detach().permute(2, 3, 1, 0).numpy()
+    ours, bias = bnjax.fold_into_previous(kernel, None, bnjax.fold(*interop.from_torch(pair[1])))
+    np.testing.assert_allclose(ours, fused.weight.detach().permute(2, 3, 1, 0), atol=1e-6)
+    np.testing.assert_allclose(bias, fused.bias.detach(), atol=1e-6)
+
+
+def test_keras_leaves_out_of_weight_decay_what_is_not_trainable():
+    model = keras.Sequential([keras.Input((5,)), keras.layers.BatchNormalization(), keras.layers.Dense(1)])
+    model.layers[0].trainable = False
+    model.compile(keras.optimizers.AdamW(0.1, weight_decay=0.1), "mse")
+    model.train_on_batch(X, X[:, :1])
+    np.testing.assert_array_equal(model.layers[0].gamma, np.ones(5))
+
+
+def test_keras_passes_the_mask_of_an_embedding_on():
+    embedding, layer = keras.layers.Embedding(9, 5, mask_zero=True), keras.layers.BatchNormalization()
+    tokens = np.array([[1, 2, 0], [3, 0, 0]])
+    y = layer(embedding(tokens), training=True)
+    ours = embedding(tokens), (tokens != 0)[..., None]
+    expected, _ = bnjax.bn_apply(*bnjax.bn_init(5), ours[0], True, mask=ours[1], epsilon=1e-3)
+    np.testing.assert_allclose(y, expected, atol=1e-5)
+
+
 def test_keras_layers_have_the_defaults_that_the_page_says():
     layer = keras.layers.BatchNormalization(renorm=True)
     assert (layer.momentum, layer.epsilon, layer.axis) == (0.99, 1e-3, -1)
