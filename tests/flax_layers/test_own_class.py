@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -75,3 +76,26 @@ def test_the_variance_over_devices_has_that_of_their_means():
     var = call(x).var[0]
     np.testing.assert_allclose(var, x.var(1).mean(0) + x.mean(1).var(0), rtol=1e-4)
     np.testing.assert_allclose(var, (x**2).mean(1).mean(0) - x.mean((0, 1)) ** 2, rtol=1e-4)
+
+
+class Derived(bnjax.linen.BatchNorm):
+    """A class whose argument is the opposite of Flax's, in its place."""
+
+    @nn.compact
+    def __call__(self, x, is_training):
+        return super().__call__(x, use_running_average=not is_training)
+
+
+class Network(nn.Module):
+    @nn.compact
+    def __call__(self, x, is_training):
+        x = Derived(name="norm")(nn.Dense(4)(x), is_training)
+        return bnjax.linen.BatchNorm(use_running_average=not is_training)(nn.Dense(4)(x))
+
+
+def test_a_derived_class_is_left_by_name_and_its_arguments_are_not_read():
+    x = np.ones((5, 3), np.float32)
+    variables = Network().init(jax.random.key(0), x, False)
+    report = bnjax.linen.fold_model(Network(), variables, x, False)[1].report
+    assert report.folded == [("Dense_1", "BatchNorm_0")]
+    assert report.unfolded["norm"].startswith("Derived is none of")
