@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from experiments.__main__ import STUDIES, main
-from experiments.harness import data, lab, protocol, records, report, runs, study
+from experiments.harness import data, headline, lab, protocol, records, report, runs, study
 from tests.support.browser import open_in_browser
 from tests.support.page import Page
 
@@ -41,6 +41,7 @@ class Weighing(study.Study):
 
     NAME = "weighing"
     CLAIM = "lead is heavier than water"
+    HEADLINE = headline.Headline("weight", "lead is {} heavy", "lead", "amount")
     QUESTION = "How many times as heavy is it?"
     SOURCE = "nobody"
     PROTOCOL = "Both are weighed."
@@ -212,6 +213,8 @@ def test_every_study_says_what_the_report_shows_and_has_10_seeds_or_more(kind):
         assert part.effect
         assert part.source
         assert part.kind == "difference" or part.threshold > 0
+    (headed,) = (part for part in kind.PARTS if part.name == kind.HEADLINE.part)
+    headline.check(kind.HEADLINE, headed)
     assert kind.CHANGES
     for change in kind.CHANGES:
         datetime.date.fromisoformat(change.date)
