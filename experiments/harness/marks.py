@@ -14,7 +14,7 @@ class Mark(NamedTuple):
     several: str
     colours: tuple[str, str]
     """on a light and on a dark page, of Okabe and Ito's palette or near it"""
-    shape: Literal["disk", "diamond", "square"]
+    shape: Literal["disk", "diamond", "square", "triangle"]
     filling: Literal["full", "half", "none"]
 
 
@@ -33,6 +33,7 @@ SHAPES = {
     "disk": "M-5 0A5 5 0 0 0 5 0A5 5 0 0 0 -5 0Z",
     "diamond": "M-6 0L0 -6L6 0L0 6Z",
     "square": "M-4.5 -4.5H4.5V4.5H-4.5Z",
+    "triangle": "M-5 5L0 -5L5 5Z",
 }
 """The marks of the forest plot, as paths of SVG around their centre."""
 

@@ -127,7 +127,7 @@ def test_report_says_all_that_was_given_as_it_was_given(sections, page):
         for value in said:
             assert value in text
         assert all(shown.command in page.text["pre"] for shown in section.shown)
-    cells = page.text["th"] + page.text["td"]
+    cells = [cell.replace("\N{NO-BREAK SPACE}", " ") for cell in page.text["th"] + page.text["td"]]
     assert all(cell in cells for row in sections[0].shown[0].table for cell in row)
     times = [words for words in page.text["p"] if words.startswith("To repeat it")]
     assert times == [f"To repeat it ({time}):" for time in ("1 min 23 s", "time unknown", "0.2 s")]
@@ -303,10 +303,11 @@ def test_in_a_browser_each_line_opens_its_claim_at_the_width_of_a_desk_and_of_a_
         shown = found[str(width)]
         assert shown["inner"] == width
         assert (shown["beyond"], shown["beyondOpen"], shown["cut"], shown["asked"]) == (0, 0, [], [])
+        assert shown["scrolling"] == []
         assert shown["open"] == 0
         assert shown["opened"] == [[id, True, [id]] for id in ["depth", "bare", *["depth"] * 3, "bare"]]
-        assert shown["folded"] == {"fold": [False], "group": [width == 1280] * 2}
-    assert found["unscripted"] == [True] * (2 + 1 + 2)
+        assert shown["folded"] == {"fold": [False, False], "group": [width == 1280] * 2}
+    assert found["unscripted"] == [True] * (2 + 2 + 2)
 
 
 def test_look_notices_a_wide_page_and_a_dead_link(tmp_path):

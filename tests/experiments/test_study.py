@@ -14,6 +14,7 @@ import pytest
 
 from experiments.__main__ import STUDIES, main
 from experiments.harness import data, headline, lab, protocol, records, report, runs, study
+from tests.support import report_page
 from tests.support.browser import open_in_browser
 from tests.support.page import Page
 
@@ -327,6 +328,17 @@ def figures_of(folder, name):
         for path in (folder / name).glob("*/config.json")
         if records.read_config(path.parent)["complete"]
     ]
+
+
+@pytest.mark.results
+@pytest.mark.slow
+def test_the_committed_report_is_shown_whole_at_the_width_of_a_desk_and_of_a_phone():
+    found, messages, missing = report_page.look(RESULTS / "report.html", (1280, 390))
+    assert (messages, missing) == ([], [])
+    for width in ("1280", "390"):
+        shown = found[width]
+        assert (shown["beyond"], shown["beyondOpen"], shown["cut"], shown["scrolling"]) == (0, 0, [], [])
+        assert all(seen and opened == [name] for name, seen, opened in shown["opened"])
 
 
 @pytest.mark.results

@@ -45,8 +45,11 @@ const visit = async width => {
   }
   for (const claim of claims) claim.open = true;
   await wait(100);
+  const tables = Array.from(page.querySelectorAll(".scroll"));
+  const scrolling = tables.filter(table => table.scrollWidth > table.clientWidth).map(table => table.ariaLabel);
   const asked = view.performance.getEntriesByType("resource").map(entry => entry.name);
-  Object.assign(found, {opened, beyondOpen: beyond(page), asked: asked.filter(name => !name.startsWith("data:"))});
+  found.asked = asked.filter(name => !name.startsWith("data:"));
+  Object.assign(found, {opened, scrolling, beyondOpen: beyond(page)});
   frame.remove();
   return found;
 };
