@@ -43,19 +43,13 @@ def claims() -> list[report.Claim]:
 
 
 def verdicts(names: Sequence[str] = (), page: str = "results/report.html") -> str:
-    """Each claim with its verdicts and measurements on all data sets; of these experiments alone if any are named."""
+    """The list of claims with which the report opens; or only these claims, with the measured numbers."""
     chosen = [claim for claim in claims() if not names or claim.id in names]
-    rows: list[list[str]] = []
-    for claim in chosen:
-        found = [f"{result.verdict} on {result.dataset}" for result in claim.results]
-        measured = [f"{result.dataset}: {result.measured}" for result in claim.results]
-        rows.append([f"[{claim.id}]({page}#{claim.id})", claim.claim, "<br>".join(found), "<br>".join(measured)])
-    text = table(["experiment", "claim", "verdict", "measured"], rows)
-    return f'<div class="verdicts" markdown>\n\n{text}\n\n</div>'
+    return f"<style>\n{report.style()}</style>\n\n{report.listed(chosen, page, measured=bool(names))}"
 
 
 def tally() -> str:
-    """How many claims have which verdict on each data set, in sentences."""
+    """How many claims have which verdict on each data set, and how many parts are decided, in sentences."""
     return report.tally(claims())
 
 
