@@ -95,9 +95,9 @@ def test_names_link_to_the_reference_outside_of_blocks():
     assert docstrings.linked(text) == text.replace("`bnjax.fold(params)` and `bnjax.nothing`", linked)
 
 
-def test_readme_has_at_most_180_lines_and_an_example_by_line_15():
+def test_readme_has_at_most_90_lines_and_an_example_by_line_15():
     lines = README.splitlines()
-    assert len(lines) <= 180
+    assert len(lines) <= 90
     assert any("bn_apply(" in line for line in lines[:15])
 
 
