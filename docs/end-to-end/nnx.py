@@ -70,7 +70,8 @@ def training_batch(step):
 # ## Model and loss
 #
 # A convolution before batch normalization needs no bias, since the layer would subtract it. 120 steps are few for the
-# default momentum of 0.99, so the running statistics use 0.9.
+# default momentum of 0.99, so the running statistics use 0.9. `x.shape[0]`, unlike `len(x)`, may be a symbol, which
+# the export needs.
 
 
 # %%
@@ -161,7 +162,8 @@ jax.tree.map(np.testing.assert_array_equal, train(again, STEPS, manager), run)
 #
 # The averaged weights were never run in training mode, so the running statistics are not theirs. `bnjax.recalibrate`
 # recomputes them. Its batches have the size of the micro-batches, by whose statistics the network was trained to
-# normalize.
+# normalize. Two layers on digits are so easy that the three rows of the output hardly differ;
+# [Recalibration](../guides/recalibration.md#evidence) has a network in which they do.
 
 # %%
 state = run["state"]
@@ -175,14 +177,14 @@ compared = {"last": state, "averaged": state.replace(**stale), "recalibrated": s
 for name, kept in compared.items():
     result = evaluate(kept, test)
     print(f"{name:12} weights: test accuracy {result['accuracy']:.3f}, loss {result['loss']:.4f}")
-assert result["accuracy"] > 0.97
+assert result["accuracy"] > 0.96
 
 # %% [markdown]
 # ## Fold and export
 #
-# Arrays that lie on eight devices would make the exported program one for eight devices, so the variables are taken
-# to the host first, and put back into the model. `bnjax.nnx.fold_model` puts batch normalization into the
-# convolutions. The exported program holds the weights, takes batches of any size, and runs on CPU, GPU and TPU.
+# The served program uses one device, so the variables are taken from the eight devices to the host and put back into
+# the model. `bnjax.nnx.fold_model` puts batch normalization into the convolutions. The exported program holds the
+# weights, takes batches of any size, and is compiled for CPU, GPU or TPU where it is loaded.
 
 # %%
 nnx.update(model, *jax.device_get(variables).values())
@@ -200,6 +202,7 @@ np.testing.assert_allclose(probabilities(images[test_rows]), expected, atol=1e-5
 
 symbolic = jax.ShapeDtypeStruct(jax.export.symbolic_shape("batch, 8, 8, 1"), jnp.float32)
 exported = jax.export.export(jax.jit(probabilities), platforms=["cpu", "cuda", "tpu"])(symbolic)
+assert exported.nr_devices == 1
 Path("digits-nnx.bin").write_bytes(exported.serialize())
 
 # %% [markdown]
