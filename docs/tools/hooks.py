@@ -1,9 +1,10 @@
 """What MkDocs calls while it builds the site (`hooks` in mkdocs.yml).
 
 Files from outside of docs/ become part of the site: the figures and the report of the committed results, the changelog
-and the guide for contributors. Comments such as `<!-- table: verdicts -->` become tables of the committed results, so
-that no page can state a number that the results do not have. Public names in text become links to the reference, and
-a public name that the reference lacks is a warning, which `mkdocs build --strict` makes an error.
+and the guide for contributors. Scripts under docs/end-to-end become pages and notebooks. Comments such as
+`<!-- table: verdicts -->` become tables of the committed results, so that no page can state a number that the results
+do not have. Public names in text become links to the reference, and a public name that the reference lacks is a
+warning, which `mkdocs build --strict` makes an error.
 """
 
 import logging
@@ -19,9 +20,10 @@ ROOT = Path(__file__).parents[2]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from docs.tools import docstrings, public, tables  # noqa: E402  found by the line above
+from docs.tools import docstrings, public, scripts, tables  # noqa: E402  found by the line above
 
 RESULTS = ROOT / "experiments" / "results"
+SCRIPTS = ROOT / "docs" / "end-to-end"
 PAGES = {"changelog.md": "CHANGELOG.md", "contributing.md": "CONTRIBUTING.md"}
 
 _log = logging.getLogger("mkdocs.hooks.bnjax")
@@ -34,12 +36,16 @@ def on_pre_build(config: Any) -> None:
 
 
 def on_files(files: Any, config: Any) -> Any:
-    """Add the files from outside of docs/."""
+    """Add the files from outside of docs/, and what is made of scripts."""
     for path in [RESULTS / "report.html", *sorted(RESULTS.glob("**/*.png"))]:
         name = f"results/{path.relative_to(RESULTS).as_posix()}"
         files.append(File.generated(config, name, abs_src_path=str(path)))
     for name, source in PAGES.items():
         files.append(File.generated(config, name, abs_src_path=str(ROOT / source)))
+    for path in sorted(SCRIPTS.glob("*.py")):
+        script, name = path.read_text(encoding="utf-8"), f"{SCRIPTS.name}/{path.stem}"
+        files.append(File.generated(config, f"{name}.md", content=scripts.page(script, path.stem)))
+        files.append(File.generated(config, f"{name}.ipynb", content=scripts.notebook(script)))
     return files
 
 
