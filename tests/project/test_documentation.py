@@ -7,7 +7,8 @@ import pytest
 pytest.importorskip("griffe", reason="the documentation is built by the extra `docs`")
 
 import bnjax.diagnosis
-from docs.tools import docstrings, public, tables
+import bnjax.linen
+from docs.tools import docstrings, public, signatures, tables
 from experiments.harness import readme
 from tests.support.markdown import PAGES, ROOT
 
@@ -51,6 +52,27 @@ def test_functions_name_the_errors_that_they_raise():
 
 def test_diagnose_is_in_its_package_too():
     assert bnjax.diagnosis.diagnose is bnjax.diagnose
+
+
+def test_every_parameter_of_a_class_is_explained():
+    """`Model` is made by the steps of training, and `RESULTS` have no constructor of their own."""
+    missing = {}
+    for cls, path in signatures.classes().items():
+        if path not in signatures.RESULTS and path != "bnjax.training.Model":
+            explained = signatures.explanations(cls)
+            missing[path] = [p.name for p in signatures.constructor(cls) if not explained.get(p.name)]
+    assert {path: names for path, names in missing.items() if names} == {}
+    assert "bnjax.nnx.GhostBatchNorm" in missing
+
+
+def test_an_explanation_is_the_one_of_the_class_that_has_the_parameter():
+    found = signatures.explanations(bnjax.linen.GhostBatchNorm)
+    assert found["ghost_size"] == "number of examples in a group, > 0."
+    assert found["epsilon"] == "a small float added to variance to avoid dividing by zero."  # Flax's words
+    assert found["use_fast_variance"].startswith("has no effect")  # ours, where Flax's do not hold
+    shown = docstrings.arguments(bnjax.linen.GhostBatchNorm)
+    assert '\n??? note "As in `bnjax.linen.BatchNorm`"\n' in shown
+    assert "    - `epsilon`: a small float" in shown
 
 
 def test_sections_of_a_docstring_become_lists():

@@ -4,7 +4,8 @@ import pytest
 
 pytest.importorskip("mkdocs", reason="the documentation is built by the extra `docs`")
 
-from tests.support import site
+from docs.tools import signatures
+from tests.support import constructors, site
 
 pytestmark = [pytest.mark.slow, pytest.mark.results]
 
@@ -59,3 +60,19 @@ def test_a_page_that_is_too_wide_or_lacks_a_picture_is_seen(tmp_path):
     assert seen["broken"] == [f"{address}/none.png"]
     assert missing == ["/none.png"]
     assert any("a message" in message for message in messages)
+
+
+def test_the_reference_shows_the_constructors_of_the_live_classes(folder):
+    shown = constructors.shown(folder)
+    assert set(shown) == set(signatures.classes().values())
+    for cls, path in signatures.classes().items():
+        if path in signatures.RESULTS:
+            assert not shown[path], path
+            continue
+        found, expected = constructors.parsed(shown[path]), constructors.live(cls)
+        assert found.keys() == expected.keys(), path
+        for name, (keyword, default) in found.items():
+            assert keyword == expected[name][0], f"{path}({name})"
+            assert constructors.same(default, expected[name][1]), f"{path}({name}={default!r})"
+    assert {"ghost_size", "axis_name", "dtype", "rngs"} <= constructors.parsed(shown["bnjax.nnx.GhostBatchNorm"]).keys()
+    assert constructors.parsed(shown["bnjax.linen.GhostBatchNorm"])["momentum"] == (False, 0.99)
