@@ -82,7 +82,7 @@ def constructor(cls: type) -> tuple[Parameter, ...]:
 
 
 def explanations(cls: type) -> dict[str, str]:
-    """By the name of a parameter, its explanation in the docstring of the class or of a base, or the field's comment."""
+    """By the name of a parameter, its explanation: from a docstring, or the comment of the field."""
     found = {"name": "name of the module in its parent; None lets Flax choose it."}  # every module of Linen has it
     for base in reversed(cls.__mro__[:-1]):
         short = not base.__module__.startswith("bnjax")
@@ -203,7 +203,7 @@ def _globals(module: str) -> dict[str, str]:
         if isinstance(item, ast.Assign):
             (target,) = item.targets
             several = isinstance(target, ast.Tuple) and isinstance(item.value, ast.Tuple)
-            pairs = zip(target.elts, item.value.elts, strict=True) if several else [(target, item.value)]  # pyright: ignore
+            pairs = zip(target.elts, item.value.elts, strict=True) if several else [(target, item.value)]
             found |= {name.id: _written(value) for name, value in pairs if isinstance(name, ast.Name)}
     return found
 
