@@ -28,10 +28,18 @@ help:
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python $(INSTALL) --constraint constraints.txt --editable '.[dev]'
-	touch $@
+	touch $@ $(VENV)/.demo
 
-demo: $(VENV)/.installed ## train with and without batch normalization; table and figure under results/
-	$(BIN)/python -m experiments train
+$(VENV)/.demo: pyproject.toml constraints.txt
+	@echo "installing what the experiments need into $(VENV), about a minute"
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python $(INSTALL) --constraint constraints.txt --editable '.[experiments]'
+	@touch $@
+
+demo: $(VENV)/.demo ## train with and without batch normalization; table and figure under results/
+	@$(BIN)/python -m experiments train
+	@echo "next: docs/quick-start.md has the layer in your own code; other networks, data and devices are flags:"
+	@echo "      $(BIN)/python -m experiments train --help"
 
 claims: $(VENV)/.installed ## measure every claim made for batch normalization; report.html and verdicts.json under results/
 	$(BIN)/python -m experiments all

@@ -8,5 +8,5 @@ def message(error: ModuleNotFoundError) -> str:
     package = (error.name or "").partition(".")[0]
     if package in ("", "bnjax", "experiments"):
         raise error
-    extra = "bench" if package in _BENCH else "experiments,flax"
+    extra = "bench" if package in _BENCH else "experiments"
     return f"error: the experiments need {package}, which is not installed. Run: pip install '.[{extra}]'"

@@ -38,9 +38,14 @@ def gather(tree: Any, names: tuple[Hashable, ...], groups: Groups) -> Any:
         return jax.tree.map(lambda leaf: _own_group(_gather_one_by_one(leaf, names), names, groups), tree)
     leaves, treedef = jax.tree.flatten(tree)
     rows = jnp.stack([row for leaf in leaves for row in _real_rows(leaf)])
+    rows = _varying(rows, names)
     # One collective serves any number of mesh axes; "invarying" types its result as replicated.
-    to = "invarying" if groups is None else "varying"
-    gathered = _own_group(lax.all_gather(_varying(rows, names), names, to=to), names, groups)
+    if groups is None:
+        gathered = lax.all_gather(rows, names, to="invarying")
+    elif len({*map(len, groups)}) == 1:
+        gathered = lax.all_gather(rows, names, axis_index_groups=groups)
+    else:  # JAX gathers in groups of one size only
+        gathered = _own_group(lax.all_gather(rows, names), names, groups)
     columns = iter(jnp.moveaxis(gathered, 1, 0))
     complete = [lax.complex(next(columns), next(columns)) if jnp.iscomplexobj(v) else next(columns) for v in leaves]
     return jax.tree.unflatten(treedef, complete)

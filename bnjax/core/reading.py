@@ -30,8 +30,19 @@ from jax import Array, lax
 
 from bnjax.core.jax_internals import PlatformFunction
 from bnjax.core.records import Moments
-from bnjax.core.reductions import FORWARD_SLABS, cut, two_sums
-from bnjax.core.weights import abs_square, expectation, mean_and_variance, usual
+from bnjax.core.reductions import FORWARD_SLABS, cut, is_short, joint_sums, two_sums
+from bnjax.core.weights import (
+    abs_square,
+    divided,
+    expectation,
+    is_real,
+    mean_and_variance,
+    relative,
+    total_weight,
+    usual,
+    valid,
+    weigh,
+)
 
 # The guard accepts |mean - c|^2 <= NEAR var + (ROUNDED eps mean)^2. Sums by trees, as TPUs and GPUs take them, round by
 # about eps, so the error of `var` is about 9 eps at the most; the tests of accuracy allow 16 eps or more. The second
@@ -52,12 +63,20 @@ def two_looks(x: Array, weight: Array | None, axes: tuple[int, ...]) -> Moments:
     return Moments(total + jnp.zeros_like(var), mean, var)
 
 
-def _one_look(x: Array, shift: Array, weight: Array | None, axes: tuple[int, ...]) -> tuple[Moments, Array]:
-    """The moments around the shift, `var` perhaps a little below 0, and mean - shift."""
+def _one_look(
+    x: Array, shift: Array, weight: Array | None, axes: tuple[int, ...], *, jointly: bool = False
+) -> tuple[Moments, Array]:
+    """The moments around the shift, `var` perhaps a little below 0, and mean - shift; jointly by `joint_sums`."""
     centered = x.astype(shift.dtype) - shift
     total, mean_of = expectation(centered, weight, axes, scaled=False)
-    offset = mean_of(centered)
-    var = mean_of(abs_square(centered)) - abs_square(offset)
+    if jointly:
+        present = weigh(None if weight is None else valid(weight, centered), centered)
+        weighed = weigh(weight, present)
+        both = joint_sums(weighed, weighed * present, axes)
+        offset, square = (divided(v, total + jnp.zeros_like(v)) for v in both)
+    else:
+        offset, square = mean_of(centered), mean_of(abs_square(centered))
+    var = square - abs_square(offset)
     mean = jnp.squeeze(shift, axes) + offset
     if weight is not None:
         mean = jnp.where(total > 0, mean, 0)
@@ -94,32 +113,60 @@ def is_near(offset: Array, mean: Array, var: Array) -> Array:
     return (abs_square(offset) <= NEAR * var + rounding * rounding) & jnp.isfinite(var)
 
 
-def part_look(x: Array, shift: Array, *weight: Array, axes: tuple[int, ...]) -> tuple[Array, ...]:
-    """Moments in one look at `x` around the mean of its first sixteenth along one of the axes, unless it is masked.
+def part_look(
+    x: Array, shift: Array, *weight: Array, axes: tuple[int, ...], jointly: bool = False
+) -> tuple[Array, ...]:
+    """Moments in one look at `x` around the mean of a sixteenth of it along one of the axes.
 
-    The mean of a fraction f is at most sqrt((1 - f) / f) standard deviations from the mean of all, whatever the data,
-    so that no guard is needed. That axis may not be divided among devices, and the part is looked at twice.
+    The mean of a part that has a fraction f of the weight is at most sqrt((1 - f) / f) standard deviations from the
+    mean of all, whatever the data, so that no guard is needed. Of a masked array the part is the one of sixteen that
+    has the most weight, which is a sixteenth or more. The axis may not be divided among devices, and the part is looked
+    at twice. An array whose features have masks of their own has no such part, and is looked at twice as a whole.
     """
-    if weight:
-        return _exact(x, shift, *weight, axes=axes)
-    pivot, offset, var = _look_around(_first_part(x, axes), x, shift.dtype, axes)
-    count = math.prod(x.shape[a] for a in axes)
-    return count + jnp.zeros_like(var), pivot + offset, var
+    mask = weight[0] if weight else None
+    if mask is not None and not _features_share(mask, axes):
+        return _exact(x, shift, mask, axes=axes)
+    mask, unit = relative(mask, axes)
+    part = _part(x, mask, axes)
+    (total, offset, var), pivot = _look_around(part, x, mask, shift.dtype, axes, jointly=jointly)
+    return total * unit, jnp.where(total > 0, pivot + offset, 0), var
 
 
-def _first_part(x, axes):
-    """The first sixteenth of `x` along one of the axes: the first that has a sixteenth, if any has."""
-    # In an export a size may be a symbol.
-    known = [a for a in axes if isinstance(x.shape[a], int)]
-    axis = max(known, key=lambda a: min(x.shape[a], PART), default=axes[0])
-    return lax.slice_in_dim(x, 0, -(-x.shape[axis] // PART), axis=axis)
+def _features_share(mask, axes):
+    """Whether one mask serves all features."""
+    return all(size == 1 for a, size in enumerate(mask.shape) if a not in axes)
 
 
-def _look_around(part, x, dtype, axes):
-    """The mean of a part of `x`; and in one look around that, mean - it and the variance."""
-    pivot = jnp.mean(part.astype(dtype), axes, keepdims=True)
-    moments, offset = _one_look(x, pivot, None, axes)
-    return jnp.squeeze(pivot, axes), offset, jnp.maximum(moments.var, 0)
+def _part(x, mask, axes):
+    """About a sixteenth of `x` along one of the axes, the first that has a sixteenth if any has, and its mask."""
+    if mask is not None:  # along an axis that the mask does not know, each part has the same weight
+        axes = [a for a in axes if mask.shape[a] == 1 and _known(x.shape[a]) >= PART // 2] or axes
+    axis = max(axes, key=lambda a: min(_known(x.shape[a]), PART))
+    size = -(-x.shape[axis] // PART)
+    if mask is None or mask.shape[axis] == 1:
+        return lax.slice_in_dim(x, 0, size, axis=axis), mask
+    others = [a for a in range(mask.ndim) if a != axis]
+    weights = jnp.sum(weigh(mask, jnp.ones(mask.shape, mask.dtype if is_real(mask) else jnp.float32)), others)
+    start = size * jnp.argmax(jnp.pad(weights, (0, -weights.size % size)).reshape(-1, size).sum(1))
+    # A last part that is smaller begins earlier, and so has more.
+    return tuple(lax.dynamic_slice_in_dim(v, start, size, axis) for v in (x, mask))
+
+
+def _known(size):
+    """The size of an axis; 0 if it is a symbol, as in an export."""
+    return size if isinstance(size, int) else 0
+
+
+def _look_around(part, x, mask, dtype, axes, *, jointly):
+    """In one look around the mean of a part of `x`: weight, mean - that mean, variance; and that mean.
+
+    Args:
+      part: the part and its mask. Masks are boolean, or of weights whose sum is not far from 1.
+    """
+    values, part_mask = part[0].astype(dtype), part[1]
+    pivot = jnp.expand_dims(expectation(values, part_mask, axes, scaled=False)[1](values), axes)
+    (total, _, var), offset = _one_look(x, pivot, mask, axes, jointly=jointly)
+    return Moments(total, offset, jnp.maximum(var, 0)), jnp.squeeze(pivot, axes)
 
 
 def slab_look(x: Array, shift: Array, *weight: Array, axes: tuple[int, ...]) -> tuple[Array, ...]:
@@ -140,36 +187,56 @@ def slab_look(x: Array, shift: Array, *weight: Array, axes: tuple[int, ...]) -> 
 def group_look(x: Array, shift: Array, *weight: Array, axes: tuple[int, ...], devices: int) -> tuple[Array, ...]:
     """Moments of an array that several devices hold, each group of examples in one look around the mean of its part.
 
-    There are as many groups as devices, along the first of the reduced axes, in general that of the batch. If the batch
-    is divided among devices, a group lies on one of them, so that no device waits for another one's part, and the
-    groups' moments are all that travels. However `x` is divided, the result is the same. A masked array, or a batch
-    that has no such groups, is looked at around the shift, under the guard.
+    There are as many groups as devices, along the first of the reduced axes, in general that of the batch; or as many
+    as divide both numbers. If the batch is divided among devices, a group lies on one of them, so that no device waits
+    for another one's part, and the groups' moments are all that travels. However `x` is divided, the result is the
+    same.
     """
-    axis = axes[0]
-    size = x.shape[axis]
-    if weight or not isinstance(size, int) or size % devices:
+    axis, mask = axes[0], weight[0] if weight else None
+    if not isinstance(x.shape[axis], int):
         return guarded_look(x, shift, *weight, axes=axes)
+    if mask is not None and not _features_share(mask, axes):
+        return _exact(x, shift, mask, axes=axes)
+    number = math.gcd(x.shape[axis], devices)
 
     def grouped(v):
-        return v.reshape(*v.shape[:axis], devices, size // devices, *v.shape[axis + 1 :])
+        several = min(number, v.shape[axis])
+        return v.reshape(*v.shape[:axis], several, v.shape[axis] // several, *v.shape[axis + 1 :])
 
     groups, inner = grouped(x), tuple(a + 1 for a in axes)
+    masks, units = relative(None if mask is None else grouped(mask), inner)
     # Of an image some rows, so that XLA slices `x` as it is; of other examples some from each group.
-    rows = [a for a in axes[1:] if isinstance(x.shape[a], int) and x.shape[a] >= LEAST_ROWS]
-    part = grouped(_first_part(x, rows)) if rows else _first_part(groups, inner)
-    pivot, offset, var = _look_around(part, groups, shift.dtype, inner)
-    total = math.prod(x.shape[a] for a in axes) + jnp.zeros(var.shape[:axis] + var.shape[axis + 1 :], var.dtype)
+    rows = [a for a in axes[1:] if _known(x.shape[a]) >= LEAST_ROWS]
+    if mask is not None:
+        rows = [a for a in rows if mask.shape[a] == 1 and x.shape[a] >= PART // 2]
+    if rows:
+        part = grouped(_part(x, mask, rows)[0]), masks
+    elif mask is None:
+        part = _part(groups, None, inner)
+    else:
+        masks = jnp.broadcast_to(masks, (*masks.shape[:axis], number, *masks.shape[axis + 1 :]))
+        part = jax.vmap(partial(_part, axes=axes), axis, axis)(groups, masks)
+    jointly = _joint_sums_are_better(groups, inner)
+    (_, offset, var), pivot = _look_around(part, groups, masks, shift.dtype, inner, jointly=jointly)
+    weights = None if mask is None else total_weight(groups.shape, masks, inner, var.dtype) * units
     if jnp.finfo(var.dtype).bits == 64:
-        mean, between = mean_and_variance(pivot + offset, partial(jnp.mean, axis=axis), (axis,))
-        return total, mean, between + jnp.mean(var, axis)
-    with jax.enable_x64(True):
-        # One sum over the devices, which in float64 has digits enough around 0. The addition is in float64 too:
-        # compiled twice, for the mean and for its square, one in float32 may be rounded in two ways.
-        wide = jnp.complex128 if jnp.iscomplexobj(x) else jnp.float64
-        means = pivot.astype(wide) + offset.astype(wide)
-        mean, square = jnp.mean(means, axis), jnp.mean(var.astype(jnp.float64) + abs_square(means), axis)
-        merged_var = jnp.maximum(square - abs_square(mean), 0)
-        return total, mean.astype(shift.dtype), merged_var.astype(var.dtype)
+        total, mean_of = expectation(offset, weights, (axis,))
+        mean, between = mean_and_variance(pivot + offset, mean_of, (axis,))
+        merged = Moments(total, mean, between + mean_of(var))
+    else:
+        with jax.enable_x64(True):
+            # One sum over the devices, which in float64 has digits enough around 0, and range enough for weights. The
+            # addition is in float64 too: compiled twice, for the mean and for its square, one in float32 may be rounded
+            # in two ways.
+            wide = jnp.complex128 if jnp.iscomplexobj(x) else jnp.float64
+            means = pivot.astype(wide) + offset.astype(wide)
+            weights = None if mask is None else weights.astype(jnp.float64)
+            total, mean_of = expectation(means, weights, (axis,), scaled=False)
+            mean, square = mean_of(means), mean_of(var.astype(jnp.float64) + abs_square(means))
+            wide_var = jnp.maximum(square - abs_square(mean), 0)
+            merged = Moments(jnp.asarray(total).astype(var.dtype), mean.astype(shift.dtype), wide_var.astype(var.dtype))
+    total = math.prod(x.shape[a] for a in axes) if mask is None else merged.weight
+    return total + jnp.zeros_like(merged.var), merged.mean, merged.var
 
 
 def _exact(x, shift, *weight, axes):
@@ -177,14 +244,22 @@ def _exact(x, shift, *weight, axes):
     return tuple(two_looks(x.astype(shift.dtype), weight[0] if weight else None, axes))
 
 
+def _joint_sums_are_better(x, axes):
+    """Whether XLA on GPUs reads real arrays fewer times for `joint_sums` than for two sums."""
+    return is_short(x, axes) and not jnp.iscomplexobj(x)
+
+
+def _part_look_on_a_gpu(x, shift, *weight, axes):
+    return part_look(x, shift, *weight, axes=axes, jointly=_joint_sums_are_better(x, axes))
+
+
 def _look_on_one_gpu(x, shift, *weight, axes):
     """The results of `guarded_look` without a conditional, for whose predicate the host of a GPU would wait.
 
-    On an H100 the waits took longer than reading a sixteenth of the array twice. A masked array has no such part.
+    On an H100 the waits took longer than reading a sixteenth of the array twice.
     """
-    if weight or not any(isinstance(x.shape[a], int) for a in axes):
-        return guarded_look(x, shift, *weight, axes=axes)
-    return part_look(x, shift, axes=axes)
+    known = any(isinstance(x.shape[a], int) for a in axes)
+    return (_part_look_on_a_gpu if known else guarded_look)(x, shift, *weight, axes=axes)
 
 
 # The reduced axes may be divided among devices, so that no part of the array can be picked out without communication.
@@ -199,5 +274,10 @@ read_anywhere: PlatformFunction = PlatformFunction(
 )
 # Each array of several, such as an example under `vmap`, lies on one device, and each may be far from the shift.
 read_locally: PlatformFunction = PlatformFunction(
-    "bnjax_part_moments", part_look, cpu=slab_look, taylor=_exact, first_is_full=True
+    "bnjax_part_moments",
+    part_look,
+    cpu=slab_look,
+    cuda=_part_look_on_a_gpu,
+    taylor=_exact,
+    first_is_full=True,
 )

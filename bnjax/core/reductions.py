@@ -12,6 +12,10 @@ share an operand it first writes that operand, an array of x's size. `two_sums` 
 into slabs that are adjacent in memory, and adds the slabs up as complex numbers whose parts are the two sums. To
 XLA that is elementwise work: it reads the arrays once and writes one slab. Slabs of a sharded array would be
 communication, so this is for arrays that one device holds.
+
+XLA on GPUs takes two reductions in one kernel if it splits them, which it does with more than `LONGEST` elements a
+feature. For two shorter ones it writes both operands in float32 and reads them again, five times the traffic of `x` in
+bfloat16. As one sum of complex numbers, `joint_sums`, they read the arrays once.
 """
 
 import math
@@ -31,6 +35,9 @@ FORWARD_SLABS = 16
 # A slab is cut again, into this many slabs, as long as it has so many elements to add up that this pays.
 INNER_SLABS = 16
 LEAST_INNER_ELEMENTS = 64
+# The longest reduction over the rows of an array that XLA on GPUs does not split: its tile of 128 rows for each of the
+# 32 threads of a warp.
+LONGEST = 4096
 
 
 class Slabs(NamedTuple):
@@ -110,12 +117,30 @@ def _has_at_least(least, count):
     return isinstance(count, int) and count >= least
 
 
+def is_short(x: Array, axes: tuple[int, ...], devices: int = 1) -> bool:
+    """Whether XLA on GPUs does not split a reduction of `x`, which so many devices hold."""
+    count = math.prod(x.shape[a] for a in axes)
+    return isinstance(count, int) and count <= LONGEST * devices
+
+
+def joint_sums(first: Array, second: Array, axes: tuple[int, ...]) -> tuple[Array, Array]:
+    """The sums over `axes` of two real arrays of one shape, taken together."""
+    both = jnp.sum(lax.complex(first, second), axes)
+    return both.real, both.imag
+
+
 def _plain_sums(g, x, mean, *, axes):
     return jnp.sum(g, axes, keepdims=True), jnp.sum(jnp.real(jnp.conj(x - mean) * g), axes, keepdims=True)
 
 
 def _cpu_sums(g, x, mean, *, axes):
     return two_sums(lambda x, g, mean: (g, g * (x - mean)), BACKWARD_SLABS, axes, x, g, mean)
+
+
+def _gpu_sums(g, x, mean, *, axes, devices=1):
+    if not is_short(x, axes, devices):
+        return _plain_sums(g, x, mean, axes=axes)
+    return tuple(jnp.expand_dims(v, axes) for v in joint_sums(g, g * (x - mean), axes))
 
 
 def _plain_spread(c, k, x, mean, *, axes):
@@ -129,7 +154,7 @@ def _cuda_spread(c, k, x, mean, *, axes):
     return ((c - k * mean) + k * x,)
 
 
-_sums = PlatformFunction("bnjax_sums", _plain_sums, cpu=_cpu_sums, linear=1)
+_sums = PlatformFunction("bnjax_sums", _plain_sums, cpu=_cpu_sums, one_gpu=_gpu_sums, several=_gpu_sums, linear=1)
 _spread = PlatformFunction("bnjax_spread", _plain_spread, cuda=_cuda_spread, linear=2)
 transpose_each_other(_sums, _spread)
 

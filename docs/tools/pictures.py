@@ -1,7 +1,7 @@
 """The pictures of the guide to diagnosis: `python -m docs.tools.pictures` makes them again, under docs/images.
 
 One network of six dense layers with batch normalization and ReLU, on normal random data; what is wrong differs. The
-path of x (docs/images/path-of-x.svg) is drawn by hand.
+path of x (docs/images/path-of-x.svg) is drawn by hand, and `docs.tools.drawings` makes the other drawings.
 """
 
 from functools import partial

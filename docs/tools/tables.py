@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from docs.tools import drawings
 from experiments.benchmark import bench, compiled, device_tables, exactness
 from experiments.harness import records, report
 
@@ -56,6 +57,17 @@ def verdicts(names: Sequence[str] = (), page: str = "results/report.html") -> st
 def tally() -> str:
     """How many claims have which verdict on each data set, in sentences."""
     return report.tally(claims())
+
+
+def which_variant() -> str:
+    """The flow chart of variants in words."""
+    rows = [
+        [" ".join(each.question), f"[`{each.use}`]({each.link}): {' '.join(each.what)}", drawings.measured(each)]
+        for each in drawings.BRANCHES
+    ]
+    return table(
+        ["if", "use", "evidence"], [*rows, ["none of these", "`BatchNorm` as it is", "[claims](../claims.md)"]]
+    )
 
 
 def averaging() -> str:
@@ -116,6 +128,19 @@ def synchronized() -> str:
         label = f"`{mapping}`, {DIRECTIONS[direction]}, {target}"
         rows.append([label, *(_side_by_side(row, FLAX[:2], value) for value in values.values())])
     return table(["bnjax / Flax", *values], rows)
+
+
+def small() -> str:
+    """Passes of a small layer on GPUs, and under a mask."""
+    entries = [entry for entry in _programs() if entry["part"] == "small"]
+    targets = list(dict.fromkeys(e["target"] for e in entries))
+    found = {(e["library"], e["variant"], e["direction"], e["target"]): f"{e['passes']:.1f}" for e in entries}
+    rows = [
+        [f"{library}{', masked' if variant else ''}, {DIRECTIONS[direction]}"]
+        + [found.get((library, variant, direction, target), "-") for target in targets]
+        for library, variant, direction in dict.fromkeys(key[:3] for key in found)
+    ]
+    return table(["passes of a small layer", *targets], rows)
 
 
 def variants_compiled() -> str:
@@ -249,6 +274,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "verdicts": verdicts,
     "tally": tally,
     "variant-verdicts": lambda: verdicts(VARIANTS, "../results/report.html"),
+    "which-variant": which_variant,
     "cost-verdict": lambda: verdicts(["cost"], "../results/report.html"),
     "averaging": averaging,
     "errors-output": lambda: errors("y"),
@@ -256,6 +282,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "passes": passes,
     "passes-float32": lambda: passes("float32"),
     "synchronized": synchronized,
+    "small": small,
     "variants-compiled": variants_compiled,
     "networks": networks,
     "libraries": libraries,

@@ -24,12 +24,12 @@ from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
 from experiments.benchmark import compiled_programs, compilers, contenders
-from experiments.benchmark.compiled_programs import LIBRARIES, NONE, WIDE
+from experiments.benchmark.compiled_programs import LIBRARIES, NONE, SMALL, WIDE
 from experiments.benchmark.contenders import Block, Case, Direction, Dtype
 from experiments.benchmark.traffic import Program
 from experiments.harness import data, plot, records
 
-Part = Literal["layer", "variants", "synchronized", "resnet50", "nnx"]
+Part = Literal["layer", "variants", "synchronized", "small", "resnet50", "nnx"]
 
 IMAGES = {"v5e": 128, "h100": 128, "h100-8": 32}
 """images per device, by the targets for which networks are compiled"""
@@ -37,6 +37,7 @@ TARGETS: dict[str, tuple[str, ...]] = {
     "layer": (_ALL := tuple(name for name in compilers.TARGETS if name != "v5e-64")),
     "variants": _ALL,
     "synchronized": ("v5e", "v5e-64", "v5e-256", "h100-8"),
+    "small": ("h100", "h100-8"),  # on a TPU it fits on the chip
     "resnet50": tuple(IMAGES),
     "nnx": tuple(IMAGES),
 }
@@ -51,7 +52,7 @@ class Compiled:
     """what to compile for; a target whose compiler is not installed is left out"""
     parts: tuple[Part, ...] = get_args(Part)
     """what to compile: the layer in each library; its variants, masks and layouts; a wide layer by `jit` over sharded
-    arrays and by `shard_map`; steps of a ResNet-50 in Linen, and of a small network in NNX"""
+    arrays and by `shard_map`; a small layer; steps of a ResNet-50 in Linen, and of a small network in NNX"""
     out: Path = Path("results")
     """folder for config.json, programs.jsonl and the figure, in a folder of their own"""
 
@@ -105,8 +106,10 @@ def programs(mesh: Any, name: str, part: str) -> Iterator[dict[str, Any]]:
         for facts, f, variables, x in compiled_programs.networks(part, images):
             yield {**facts, "images": IMAGES[name], **count(mesh, f, variables, [x, compiled_programs.labels(images)])}
         return
-    synchronized = part == "synchronized"
-    layers = compiled_programs.synchronized(mesh) if synchronized else compiled_programs.layers(part, mesh.size)
+    if part == "synchronized":
+        layers = compiled_programs.synchronized(mesh)
+    else:
+        layers = compiled_programs.small(mesh.size) if part == "small" else compiled_programs.layers(part, mesh.size)
     for facts, f, variables, case in layers:
         yield {**facts, **count_layer(mesh, f, variables, case)}
 
@@ -186,6 +189,10 @@ def report(entries: list[dict[str, Any]]) -> None:
     for e in entries:
         if e["part"] == "synchronized":
             print(f"{e['target']:8}{e['mapping']:10}{e['direction']:9}{e['library']:12}{_cell(e):>23}")
+    print(f"\nThe same of one small layer whose x is {' x '.join(map(str, SMALL))} on a device, bfloat16\n")
+    for e in entries:
+        if e["part"] == "small":
+            print(f"{e['target']:8}{e['direction']:9}{e['library']:23}{e['variant'] or '':8}{_cell(e):>23}")
     print(
         "\nA training step: GB moved on a device, collectives and their MB, conditionals, GB of temporary memory,\n"
         "and the bytes that normalization adds, in parts of what Flax's adds\n"

@@ -28,6 +28,8 @@ SHAPE = (128, 56, 56, 256)
 """shapes of x on one device, larger than the on-chip memory of a TPU"""
 WIDE = (256, 14, 14, 2048)
 """shapes of x on one device for the part `synchronized`: as large, with the features of a ResNet-50's last layers"""
+SMALL = (32, 7, 7, 2048)
+"""shapes of x on one device for the part `small`: of a ResNet-50's last layers, whose reductions XLA does not split"""
 
 
 def layers(part: str, devices: int) -> Iterator[tuple[dict[str, Any], Callable[..., Any], Any, Case]]:
@@ -67,6 +69,17 @@ def synchronized(mesh: Any) -> Iterator[tuple[dict[str, Any], Callable[..., Any]
         yield {**facts, "part": "synchronized", "mapping": mapping, "shape": WIDE}, f, variables, case
 
 
+def small(devices: int) -> Iterator[tuple[dict[str, Any], Callable[..., Any], Any, Case]]:
+    """A small layer, plain in each library, and masked in bnjax."""
+    for library, direction in itertools.product(_known(), get_args(Direction)):
+        case = Case((SMALL[0] * devices, *SMALL[1:]), "bn", direction, "bfloat16")
+        layer = contenders.LAYERS[library][1](case)
+        variants = {None: layer} | ({"masked": (_masked_layer, *layer[1:])} if library == "bnjax" else {})
+        for variant, each in variants.items():
+            facts, *program = _layer(case, library, each, variant)
+            yield {**facts, "part": "small", "shape": SMALL}, *program
+
+
 def mapped(mesh: Any, f: Callable[..., Any], direction: Direction) -> Callable[..., Any]:
     """A function of `contenders.step` on each device's part of the arrays, by `shard_map`."""
     divided, both = P("data"), direction == "backward"
@@ -94,6 +107,10 @@ def variants(shape: tuple[int, ...]) -> dict[str, tuple[Callable[..., Any], Any]
         for name, (apply, variables) in calls.items()
         if name not in ("bn_apply", "frozen")
     }
+
+
+def _masked_layer(params, state, x):
+    return _masked(params, state, x, True)
 
 
 def _masked(params, state, x, train):

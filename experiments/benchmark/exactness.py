@@ -46,7 +46,9 @@ class Exactness:
     libraries: tuple[str, ...] = LIBRARIES
     """those to compare, of which only what is installed is"""
     out: Path = Path("results")
-    """folder for config.json, errors.jsonl and the figure, in a folder of their own"""
+    """folder for config.json, errors.jsonl and the figures, in a folder of their own"""
+    redraw: bool = False
+    """print and draw the errors that are in that folder again, without a measurement"""
 
     def __post_init__(self) -> None:
         records.check_positive(self, "ratios", "rows", "features", "seeds")
@@ -57,6 +59,14 @@ class Exactness:
 def run(config: Exactness) -> None:
     """Errors of batch normalization against |mean| / std of the data, in this and in other libraries."""
     folder = config.out / "exactness"
+    if not config.redraw:
+        _measure(folder, config)
+    entries = read(folder)
+    report(entries)
+    figures(folder, entries)
+
+
+def _measure(folder: Path, config: Exactness) -> None:
     records.write_config(folder, config, libraries=contenders.versions())
     names = [name for name in config.libraries if name.partition(",")[0] in contenders.installed()]
     calls = {name: _call(name, config) for name in names}
@@ -64,9 +74,6 @@ def run(config: Exactness) -> None:
         for ratio in tqdm(config.ratios, unit="ratio"):
             for name, errors in errors_at(ratio, config, calls).items():
                 lines.write(json.dumps({"library": name, "ratio": ratio, **errors}) + "\n")
-    entries = read(folder)
-    report(entries)
-    figure(folder, entries)
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
@@ -158,21 +165,41 @@ def report(entries: list[dict[str, Any]]) -> None:
             print(f"{name:24}" + "".join(f"{cell:>11}" for cell in cells))
 
 
-def figure(folder: Path, entries: list[dict[str, Any]]) -> None:
-    """`exactness.png`: the errors against |mean| / std, a line for each library."""
-    panels = {"error of the output (standard deviation 1)": "y", "relative error of the gradient in x": "dx"}
-    title = "Float32 batch normalization far from zero, against float64; a cross: the result is not finite"
-    with plot.figure(folder / "exactness.png", title, panels=2, height=4.4) as axes:
-        for each, (label, quantity) in zip(axes, panels.items(), strict=True):
-            for name, errors in by_library(entries, quantity).items():
-                plain, again = name == ROUNDING, "," in name  # the second form of a library
-                colour = "0.3" if plain else plot.LIBRARIES.get(name.partition(",")[0], plot.BLACK)
-                values = [np.nan if error is None else error for error in errors.values()]
-                width = WIDTHS.get(name, 1.4)
-                style = {"color": colour, "linewidth": width, "zorder": 4 - 0.1 * width, "alpha": 0.45 if again else 1}
-                line = "--" if plain else "-"
-                each.plot(list(errors), values, line, marker="" if plain else "o", markersize=4, label=name, **style)
-                broken = [ratio for ratio, error in errors.items() if error is None]
-                each.plot(broken, [0.97] * len(broken), "x", color=colour, transform=each.get_xaxis_transform())
-            each.set(xscale="log", yscale="log", xlabel="|mean| / standard deviation of the data", ylabel=label)
-        axes[0].legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(0, 0.95))
+FIGURES = {
+    "exactness": ("y", "Largest error of the float32 output, whose standard deviation is 1"),
+    "exactness-gradient": ("dx", "Largest error of the float32 gradient, relative to its largest value"),
+}
+"""By the name of the file: the quantity, and the title."""
+
+
+def figures(folder: Path, entries: list[dict[str, Any]]) -> None:
+    """Draw errors against |mean| / std, a line for each library, in a figure for the output and one for the gradient.
+
+    Each figure is narrow, so that two of them stand side by side on a desktop, and one fills a phone.
+    """
+    for file, (quantity, title) in FIGURES.items():
+        with plot.figure(folder / f"{file}.png", title, width=5.2, height=4.4) as axes:
+            _lines(axes, by_library(entries, quantity))
+
+
+def _lines(axes: Any, errors: dict[str, dict[float, float | None]]) -> None:
+    highest = max(value for values in errors.values() for value in values.values() if value is not None)
+    ends, styles = {}, {}
+    for name, by_ratio in errors.items():
+        plain, again = name == ROUNDING, "," in name  # the second form of a library
+        width = WIDTHS.get(name, 1.4)
+        style = {
+            "color": "0.3" if plain else plot.LIBRARIES.get(name.partition(",")[0], plot.BLACK),
+            "linewidth": width,
+            "linestyle": "--" if plain else "-",
+            "alpha": 0.45 if again else 1,
+        }
+        values = [np.nan if value is None else value for value in by_ratio.values()]
+        axes.plot(list(by_ratio), values, marker="" if plain else "o", markersize=4, zorder=4 - 0.1 * width, **style)
+        broken = [ratio for ratio, value in by_ratio.items() if value is None]
+        axes.plot(broken, [8 * highest] * len(broken), "x", color=style["color"])
+        label = f"{name} (x: not finite)" if broken else name
+        ends[label], styles[label] = values[-1] if np.isfinite(values[-1]) else 8 * highest, style
+    axes.figure.get_layout_engine().set(w_pad=0.12, h_pad=0.08)
+    axes.set(xscale="log", yscale="log", xlabel="|mean| / standard deviation of the data")
+    plot.line_labels(axes, ends, styles)

@@ -139,7 +139,8 @@ class Program:
                 places[name] = int(arguments)
             for operand in set(re.findall(r"%([\w.\-]+)", arguments)) & places.keys():
                 place = places[operand]
-                if operation == "slice":
+                # The operands of a dynamic slice are the array and scalars, which say where it begins.
+                if operation in ("slice", "dynamic-slice"):
                     slices[place] = slices.get(place, 0) + sum(size for size, _ in _arrays(kind))
                 else:
                     other.add(place)

@@ -72,7 +72,7 @@ def run(config: Training) -> None:
 
         def tell(progress: float, remark: str) -> None:
             bar.update(progress)
-            bar.set_postfix_str(remark)
+            bar.set_postfix_str(remark, refresh=False)
 
         records.write_run(folder, config, dataset, fits, tell)
     if runtime.is_primary():

@@ -26,9 +26,14 @@ MARKERS = "os^Dv<>"
 
 
 @contextmanager
-def figure(path: Path, title: str, panels: int = 1, height: float = 4.2, **options: Any) -> Generator[Any, None, None]:
-    """Axes to draw on, or an array of adjacent axes. After the block, the figure gets its title and is saved."""
-    width = (7, 8.4, 10.5)[panels - 1]
+def figure(
+    path: Path, title: str, panels: int = 1, height: float = 4.2, width: float | None = None, **options: Any
+) -> Generator[Any, None, None]:
+    """Axes to draw on, or an array of adjacent axes. After the block, the figure gets its title and is saved.
+
+    Sizes are in inches. A width of at most 5.2 keeps letters of 10 points legible on a phone, which shows 360 pixels.
+    """
+    width = (7, 8.4, 10.5)[panels - 1] if width is None else width
     drawn, axes = plt.subplots(1, panels, figsize=(width, height), layout="constrained", **options)
     yield axes
     for each in np.ravel(axes):
@@ -143,6 +148,28 @@ def growth(path: Path, megabytes: list[float], series: dict[str, list[float]], *
         axes.set(xscale="log", xlabel="size of x, MB", ylabel="forward and backward, ns for each value", ylim=(0, None))
         ticks(axes, megabytes)
         axes.legend(frameon=False)
+
+
+def line_labels(axes: Any, ends: Mapping[str, float], styles: Mapping[str, Mapping[str, Any]]) -> None:
+    """Write the name of each line to the right of logarithmic axes, near the line's last value, with a piece of it.
+
+    Names move apart where their lines end close to each other, in the order of the last values.
+    """
+    bottom, top = np.log(axes.get_ylim())
+    height, gap = (axes.figure.get_figheight() - 1.3) * 72, 14.0  # points, of the axes and between two names
+    names, places = sorted(ends, key=lambda name: ends[name], reverse=True), list[float]()
+    for name in names:
+        wanted = (np.log(ends[name]) - bottom) / (top - bottom) * height
+        places.append(min([wanted, *(place - gap for place in places[-1:])]))
+    # Names that would lie below the axes push the ones above them up again.
+    for i in reversed(range(len(places))):
+        places[i] = max(places[i], places[i + 1] + gap if i + 1 < len(places) else gap / 2)
+    for name, place in zip(names, places, strict=True):
+        end = (np.log(ends[name]) - bottom) / (top - bottom)
+        inside = {"transform": axes.transAxes, "clip_on": False}
+        axes.plot([1.0, 1.05], [end, place / height], color="0.75", linewidth=0.8, **inside)
+        axes.plot([1.05, 1.12], [place / height] * 2, **styles[name], **inside)
+        axes.text(1.15, place / height, name, transform=axes.transAxes, va="center", fontsize=10)
 
 
 def ticks(axes: Any, places: Sequence[float]) -> None:

@@ -179,7 +179,7 @@ def run(study: Study, dataset: data.Dataset, progress: "tqdm[Any]") -> None:
         records.write_config(folder, study, **facts, seconds=seconds, complete=complete)
 
     def tell(remark):
-        progress.set_postfix_str(remark)
+        progress.set_postfix_str(remark, refresh=False)
         if time.perf_counter() - told[0] > 5:
             told[0] = time.perf_counter()
             write(complete=False)

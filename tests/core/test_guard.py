@@ -161,11 +161,31 @@ def test_groups_are_exact_without_a_guard(size, everywhere, rng):
     assert error.max() <= 2 * FACTOR * EPS * 1e3
 
 
+def some(kind, shape, rng):
+    """A mask of one kind for an array of this shape; the first eighth of its examples has no valid element."""
+    if kind is None:
+        return None
+    each = {
+        "examples": (1,) * (len(shape) - 1),
+        "elements": (*shape[1:-1], 1),
+        "features": (*(1,) * len(shape[2:]), shape[-1]),
+    }
+    mask = rng.random((shape[0], *each.get(kind, each["elements"]))) < 0.7
+    mask[: shape[0] // 8] = False
+    mask[-1] = True
+    return mask if kind != "weights" else (mask * rng.random(mask.shape) * 1e-30).astype(np.float32)
+
+
+MASKS = [None, "examples", "elements", "weights", "features"]
+
+
 @pytest.mark.lowerings
-def test_gpus_have_no_conditional_and_tpus_have_the_guard(everywhere):
+@pytest.mark.parametrize("mask", MASKS)
+def test_gpus_have_no_conditional_and_tpus_have_the_guard(mask, everywhere, rng):
     # The host of a GPU waits for the predicate of a conditional. Lowering for a GPU needs none.
     for where in None, everywhere:
-        traced = step.trace(jax.device_put(np.zeros((ROWS, FEATURES), "f"), where), FRESH)
+        x = jax.device_put(np.zeros((ROWS, FEATURES), "f"), where)
+        traced = step.trace(x, FRESH, some(mask, x.shape, rng))
         gpu, tpu = (traced.lower(lowering_platforms=(platform,)).as_text() for platform in ("cuda", "tpu"))
         assert "stablehlo.case" not in gpu
         assert tpu.count("stablehlo.case") == 1
@@ -187,6 +207,38 @@ def test_moments_around_a_part_are_exact_where_the_part_is_as_far_off_as_can_be(
     x = (x + 1e-3 * rng.standard_normal(x.shape)).astype(np.float32)
     _, found, var = jax.jit(reading.part_look, static_argnames="axes")(x, np.zeros((1, FEATURES), "f"), axes=(0,))
     assert_exact(x, found, var)
+
+
+LOOKS = {
+    "part": reading.part_look,
+    "part, jointly": functools.partial(reading.part_look, jointly=True),
+    "groups": functools.partial(reading.group_look, devices=8),
+}
+
+
+@pytest.mark.parametrize("look", LOOKS)
+@pytest.mark.parametrize("mean", [0.0, 1e4])
+@pytest.mark.parametrize("left", ["first", "last", "between", "every sixteenth", "one", "none"])
+def test_moments_around_a_part_are_exact_whatever_a_mask_leaves(look, mean, left, rng):
+    # 4,097 rows in groups of one, and 4,096 in groups of 512, whose sixteenths have 257 and 32 rows. What is masked is
+    # far away, or no number at all.
+    rows = ROWS + (look != "groups")
+    here = np.arange(rows)
+    mask = {
+        "first": here < 3,
+        "last": here >= rows - 3,
+        "between": (here > 1000) & (here < 1030),
+        "every sixteenth": here % 16 == 5,
+        "one": here == 777,
+        "none": here < 0,
+    }[left][:, None]
+    x = mean + rng.standard_normal((rows, FEATURES))
+    x = np.where(mask, x, np.where(here[:, None] % 2, 1e8, np.nan)).astype(np.float32)
+    look = jax.jit(LOOKS[look], static_argnames="axes")
+    for weights in mask, np.where(mask, 1e-20 * (1 + here[:, None] % 7), 0).astype(np.float32):
+        total, found, var = look(x, np.zeros((1, FEATURES), "f"), weights, axes=(0,))
+        np.testing.assert_allclose(total, np.broadcast_to(weights.sum(dtype=float), total.shape), rtol=1e-5)
+        assert_exact(np.where(mask, x, 0), found, var, weights)
 
 
 @pytest.mark.lowerings
@@ -235,8 +287,8 @@ GROUPED = [(96, 6), (48, 8, 3, 6), (40, 2, 2, 6), (8, 6), (12, 6)]
 
 @pytest.mark.lowerings
 @pytest.mark.parametrize("shape", GROUPED)
-@pytest.mark.parametrize("far", [0.0, 1e4])
-def test_devices_have_exact_moments_however_x_is_divided(shape, far, rng):
+@pytest.mark.parametrize(("far", "kind"), [(0.0, None), (1e4, None), *((1e4, kind) for kind in MASKS[1:])])
+def test_devices_have_exact_moments_however_x_is_divided(shape, far, kind, rng):
     # Each example has a mean of its own, and the first device's jump; the running mean is far from all of them.
     x = far + rng.standard_normal(shape) + 10 * rng.standard_normal((shape[0], *(1,) * (len(shape) - 1)))
     x[: shape[0] // 8] += 1e3
@@ -246,7 +298,9 @@ def test_devices_have_exact_moments_however_x_is_divided(shape, far, rng):
     specs = [P(), P("a"), P("a", *inner, "b"), P(None, *inner, "b")]
     specs += [P(("a", "b"))] * (shape[0] % 8 == 0) + [P(None, "a"), P("b", "a")] * (shape[1] == 8)
     params, state = bnjax.bn_init(6)
-    statistics = jax.jit(lambda x: bnjax.bn_apply(params, state, x, True, momentum=0.0)[1])
+    mask = some(kind, shape, rng)
+    statistics = jax.jit(lambda x: bnjax.bn_apply(params, state, x, True, momentum=0.0, mask=mask)[1])
+    whole = None if mask is None else np.broadcast_to(mask, shape).reshape(-1, 6)
     for spec in specs:
         mean, var, _ = statistics(jax.device_put(x, NamedSharding(mesh, spec)))
-        assert_exact(x.reshape(-1, 6), mean, var)
+        assert_exact(x.reshape(-1, 6), mean, var, whole)

@@ -137,11 +137,13 @@ def layer(params, x, mask, g, state):
 def test_sharded_jit_has_one_collective_each_way(spec, kind, mask):
     mesh, *arrays = sharded(spec, kind, mask)
     with jax.set_mesh(mesh):
-        # The pair of the forward pass and that of the backward pass; features over "b" need none, but for the guard,
-        # which is true where it is for all features.
-        always = [c.bytes for c in Program(layer.lower(*arrays).compile().as_text()).collectives]
-    assert always.count(1) == (spec[1:] == ("b",))
-    assert len([size for size in always if size > 1]) == (0 if spec[0] is None else 2)
+        program = Program(layer.lower(*arrays).compile().as_text())
+    # The sums of the forward pass and those of the backward pass. Real-valued weights have the number of valid elements
+    # beside them, of 4 bytes, which XLA does not combine with sums in float64. Features over "b" need no collective.
+    sizes = [c.bytes for c in program.collectives]
+    assert len([size for size in sizes if size != 4]) == (0 if spec[0] is None else 2)
+    assert sizes.count(4) == (spec[0] is not None and mask == "weights")
+    assert program.conditionals == 0
 
 
 def collectives(lowered):
@@ -276,6 +278,18 @@ def test_axis_index_groups_match_each_group_as_a_batch_of_its_own(mapping, group
             np.testing.assert_allclose(new.var[device], var, rtol=2e-6)
         dscale = dscale + group_dscale
     np.testing.assert_allclose(dparams.scale, dscale, atol=3e-5)
+
+
+@pytest.mark.optimized
+@pytest.mark.parametrize(("groups", "gathered"), [([[0, 2], [1, 3]], 2), ([[0], [1, 2, 3]], 4)])
+def test_groups_gather_from_their_own_devices(groups, gathered):
+    # Only groups of several sizes gather from all devices, for want of a collective in JAX.
+    mesh = jax.make_mesh((4,), ("a",), axis_types=(AxisType.Auto,))
+    apply = partial(bnjax.bn_apply, PARAMS, STATE, train=True, axis_name="a", axis_index_groups=groups)
+    specs = {"in_specs": P("a"), "out_specs": (P("a"), jax.tree.map(lambda _: P("a"), STATE))}
+    mapped = jax.jit(jax.shard_map(apply, mesh=mesh, **specs))
+    rows, features = 3, X.shape[-1]
+    assert collectives(mapped.lower(X)) == [("all-gather", gathered * rows * features * 4)]
 
 
 def test_sync_over_one_of_two_mesh_axes_matches_each_column_of_the_mesh():

@@ -181,11 +181,25 @@ def test_programs_for_gpu_move_no_more_than_with_flax(name):
             assert entry["passes"] <= (3.1 if entry["direction"] == "forward" else 8.1), entry
             ghost = entry["variant"] == "ghost_bn_apply"
             assert len(entry["collectives"]) <= (0 if name == "h100" else 2 + ghost), entry
+            assert entry["conditionals"] == 0, entry
     network = compiled.of(entries, part="nnx")
     # On eight devices XLA's cost model fuses less of the small network's backward for ours than for Flax's formula.
     assert network["bnjax"]["bytes"] <= (1 if name == "h100" else 1.05) * network["Flax NNX"]["bytes"]
     assert len(network["bnjax"]["collectives"]) <= len(network["Flax NNX"]["collectives"])
     assert network["bnjax"]["temporary"] <= 1.02 * network["Flax NNX"]["temporary"]
+
+
+@pytest.mark.slow
+@needs_cuda_compiler
+@pytest.mark.parametrize("name", ["h100", "h100-8"])
+def test_small_layers_for_gpu_are_read_once_for_both_sums(name):
+    found = {(e["library"], e["variant"], e["direction"]): e for e in compiled.compiled_for(name, "small")}
+    for direction, passes in ("forward", 3.25), ("backward", 7.3):
+        assert found["bnjax", None, direction]["passes"] <= passes
+        for variant in None, "masked":
+            entry = found["bnjax", variant, direction]
+            assert entry["conditionals"] == 0, entry
+            assert entry["passes"] < found["Flax Linen, two reads", None, direction]["passes"], entry
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 """The documentation: every public name is in the API reference, and the reference shows what the docstrings say."""
 
 import re
+from xml.etree import ElementTree
 
 import pytest
 
@@ -8,7 +9,7 @@ pytest.importorskip("griffe", reason="the documentation is built by the extra `d
 
 import bnjax.diagnosis
 import bnjax.linen
-from docs.tools import docstrings, public, signatures, tables
+from docs.tools import docstrings, drawings, public, signatures, tables
 from experiments.harness import readme
 from tests.support.markdown import PAGES, ROOT
 
@@ -152,6 +153,26 @@ def test_every_table_is_on_a_page_and_can_be_made():
     assert set(named) == set(tables.TABLES)
     for make in tables.TABLES.values():
         assert make().count("\n") != 1
+
+
+@pytest.mark.results
+def test_the_drawings_are_those_that_the_code_draws_and_are_on_pages():
+    text = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
+    for name, drawn in drawings.drawings().items():
+        assert (drawings.IMAGES / name).read_text(encoding="utf-8") == drawn, "run `python -m docs.tools.drawings`"
+        assert ElementTree.fromstring(drawn).find("{http://www.w3.org/2000/svg}title") is not None
+        assert re.search(rf"!\[[^\]]+\]\(\S*images/{name}\)", text), f"{name} is on no page, or has no description"
+
+
+@pytest.mark.results
+def test_the_flow_chart_says_of_each_branch_what_was_measured():
+    found = {branch.use + " " + branch.what[0]: drawings.measured(branch) for branch in drawings.BRANCHES}
+    assert found["BatchNorm synchronized"] == found["BNLSTM statistics of"] == "measured: it helps"
+    assert found["ConditionalBatchNorm scale and bias"] == "not measured here"
+    for branch in drawings.BRANCHES:
+        assert hasattr(bnjax.linen, branch.use)
+        row = next(line for line in tables.which_variant().splitlines() if " ".join(branch.question) in line)
+        assert drawings.measured(branch) in row
 
 
 @pytest.mark.slow

@@ -41,7 +41,7 @@ def test_the_experiments_without_a_package_say_what_to_install(package, monkeypa
     for name in [name for name in sys.modules if name.partition(".")[0] in ("experiments", package)]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(SystemExit, match=rf"the experiments need {package}, .*pip install '\.\[experiments,flax\]'"):
+    with pytest.raises(SystemExit, match=rf"the experiments need {package}, .*pip install '\.\[experiments\]'"):
         runpy.run_module("experiments", run_name="__main__")
 
 
