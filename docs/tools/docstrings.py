@@ -130,17 +130,23 @@ def _indented(text):
 def linked(text: str) -> str:
     """The text, in which a public name such as `bnjax.bn_apply` links to the reference where it stands as code."""
     lines, fenced, code = [], False, False
-    previous = ""
+    previous, inside = "", 0
     for line in text.split("\n"):
         fenced ^= line.lstrip().startswith("```")
+        indent = len(line) - len(line.lstrip())
+        if line.strip():
+            inside = min(inside, indent)
         # Four spaces make code after an empty line or code, and go on with a list's entry elsewhere.
-        code = line.startswith("    ") and (code or not previous.strip())
+        code = line.startswith(" " * (inside + 4)) and (code or not previous.strip())
+        if _BLOCK.match(line):  # a fold, an admonition or a tab, whose content is indented
+            inside = indent + 4
         plain = not (fenced or code or line.startswith(("#", ":::")))
         lines.append(_NAME.sub(_link, line) if plain else line)
         previous = line
     return "\n".join(lines)
 
 
+_BLOCK = re.compile(r" *(?:\?\?\?\+?|!!!|===) ")
 _NAME = re.compile(r"(?<!\[)`(bnjax(?:\.\w+)+)((?:\([^`]*\))?)`(?!\])")
 
 

@@ -115,6 +115,19 @@ def test_names_link_to_the_reference_outside_of_blocks():
     assert docstrings.linked(text) == text.replace("`bnjax.fold(params)` and `bnjax.nothing`", linked)
 
 
+def test_names_link_to_the_reference_in_folds_and_tabs_but_not_in_their_code():
+    lines = ['??? note "fold"', "    NAME", "    - NAME", "        NAME", "    NAME", "x", "    NAME"]
+    text = "\n\n".join(lines).replace("NAME", "`bnjax.fold`")
+    assert [line.strip() for line in docstrings.linked(text).split("\n")[2::2]] == [
+        "[`bnjax.fold`][bnjax.fold]",
+        "- [`bnjax.fold`][bnjax.fold]",
+        "`bnjax.fold`",
+        "[`bnjax.fold`][bnjax.fold]",
+        "x",
+        "`bnjax.fold`",
+    ]
+
+
 def test_readme_has_at_most_180_lines_and_an_example_by_line_15():
     lines = README.splitlines()
     assert len(lines) <= 180

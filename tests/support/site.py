@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 # Each page is opened in a frame of that width, so that one start of the browser serves all pages. What is folded or on
 # another tab is opened first. The list of resources tells what was asked of other machines. A table is cut if its box
 # neither shows all of it nor scrolls with a shadow at the edge. In each color scheme text is faint if its contrast with
-# what is painted behind it is below 3, and a picture is bare if what is painted behind it is not light.
+# what is painted behind it is below 3, and a picture is bare if it has no ground and what is painted behind it is not light.
 _CHECK = r"""<!DOCTYPE html><title>check</title><body><script>
 const [pages, width] = JSON.parse(decodeURIComponent(location.hash.slice(1)));
 const shown = element => element !== null && element.getClientRects().length > 0;
@@ -55,6 +55,14 @@ const faint = element => {
   const [low, high] = [light(back), light(front)].sort((a, b) => a - b);
   return (high + 0.05) / (low + 0.05) < 3;
 };
+const canvas = document.createElement("canvas");
+canvas.width = canvas.height = 20;
+const transparent = image => {
+  const pen = canvas.getContext("2d", {willReadFrequently: true});
+  pen.clearRect(0, 0, 20, 20);
+  pen.drawImage(image, 0, 0, 20, 20);
+  return pen.getImageData(0, 10, 1, 1).data[3] < 250;
+};
 const open = page => {
   for (const folded of page.querySelectorAll("details")) folded.open = true;
   const style = page.createElement("style");
@@ -73,7 +81,7 @@ const visit = page => new Promise(resolve => {
     const preferred = page.body.dataset.mdColorScheme ?? "", schemes = {};
     for (const scheme of ["default", "slate"]) {
       page.body.dataset.mdColorScheme = scheme;
-      const bare = all("article img").filter(image => light(painted(image)) < 0.9);
+      const bare = all("article img").filter(image => transparent(image) && light(painted(image)) < 0.9);
       schemes[scheme] = {faint: texts.filter(faint).map(named), bare: bare.map(image => image.src)};
     }
     const names = view.performance.getEntriesByType("resource").map(entry => entry.name);
