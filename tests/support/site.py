@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 # Each page is opened in a frame of that width, so that one start of the browser serves all pages. What is folded or on
 # another tab is opened first. The list of resources tells what was asked of other machines. A table is cut if its box
 # neither shows all of it nor scrolls with a shadow at the edge. In each color scheme text is faint if its contrast with
-# what is painted behind it is below 3, and a picture is bare if it has no ground and what is painted behind it is not light.
+# what is painted behind it is below 3. A picture is bare if it is transparent and what is painted behind it is dark.
 _CHECK = r"""<!DOCTYPE html><title>check</title><body><script>
 const [pages, width] = JSON.parse(decodeURIComponent(location.hash.slice(1)));
 const shown = element => element !== null && element.getClientRects().length > 0;
