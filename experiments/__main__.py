@@ -75,7 +75,7 @@ class Report:
     out: Path = Path("results")
     """folder of the measurements"""
     readme: Path | None = None
-    """file in which the table of the claims is replaced"""
+    """file in which the lines on the claims are replaced"""
 
 
 def run_all(config: All) -> None:

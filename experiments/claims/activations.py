@@ -20,7 +20,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.claims.common import ACTIVATIONS, GRIDS, NETWORKS, Observed, build
-from experiments.harness import curves, distributions, lab, plot, protocol, records, report, runs, study, train
+from experiments.harness import (
+    curves,
+    distributions,
+    headline,
+    lab,
+    plot,
+    protocol,
+    records,
+    report,
+    runs,
+    study,
+    train,
+)
 
 ARMS = ("plain", "batch normalization")
 RATES = ("same rate", "own best rate")
@@ -97,6 +109,13 @@ class Activations(Observed):
 
     NAME = "activations"
     CLAIM = "batch normalization reduces internal covariate shift: it steadies the distributions of a layer's inputs"
+    # The paper's network and its measure, figures 1b and 1c.
+    HEADLINE = headline.Headline(
+        "sigmoid, same rate, drift",
+        "{} drift of a layer's inputs with batch normalization",
+        "batch normalization",
+        "amount",
+    )
     QUESTION = (
         "Do the distributions of a layer's inputs move less, and does a layer's gradient change less when the layers "
         "before it are updated?"

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments.harness import curves, data, lab, plot, protocol, records, report, runs, study, train
+from experiments.harness import curves, data, headline, lab, plot, protocol, records, report, runs, study, train
 from experiments.models import networks
 
 NORMALIZED = "batch normalization"
@@ -57,6 +57,11 @@ class Gradients(study.Study):
 
     NAME = "gradients"
     CLAIM = "with batch normalization gradients neither vanish nor explode with depth"
+    # The greatest depth, where the claim says most.
+    HEADLINE = headline.Headline(
+        "50 layers, at initialization",
+        "{} decades between the largest and the smallest gradient norm over 50 layers at initialization",
+    )
     QUESTION = "By how much does the gradient change from the last layer to the first, at initialization and trained?"
     SOURCE = "Ioffe & Szegedy (2015), sections 1 and 3.3; against it Yang et al. (2019), section 4"
     PROTOCOL = (

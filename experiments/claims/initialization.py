@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.harness import curves, lab, plot, protocol, records, report, runs, study
+from experiments.harness import curves, headline, lab, plot, protocol, records, report, runs, study
 from experiments.models import networks
 
 ARMS = ("plain", "batch normalization")
@@ -63,6 +63,12 @@ class Initialization(study.Study):
 
     NAME = "initialization"
     CLAIM = "with batch normalization the initialization matters less"
+    # The usual initialization for ReLU.
+    HEADLINE = headline.Headline(
+        "He, range of scales",
+        "{} decades of scales of the initial weights train with batch normalization",
+        "batch normalization",
+    )
     QUESTION = (
         "Over how many decades may the scale of the initial weights be wrong, and how much does their kind matter?"
     )

@@ -19,7 +19,7 @@ import numpy as np
 
 from experiments.claims import common
 from experiments.claims.common import build
-from experiments.harness import curves, lab, plot, protocol, records, report, runs, study
+from experiments.harness import curves, headline, lab, plot, protocol, records, report, runs, study
 from experiments.models import networks
 
 ARMS = ("plain", "batch normalization")
@@ -109,6 +109,13 @@ class LearningRate(study.Study):
 
     NAME = "learning-rate"
     CLAIM = "batch normalization allows higher learning rates, and gains by them"
+    # The paper's network, by the threshold that needs no publication.
+    HEADLINE = headline.Headline(
+        "sigmoid, highest rate",
+        "{} learning rates still train with batch normalization",
+        "batch normalization",
+        "height",
+    )
     QUESTION = (
         "How much higher is the highest learning rate that trains, and does a network with batch normalization train "
         "faster at its own best rate than at that of the plain network?"

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jax import Array
 
 import bnjax
-from experiments.harness import curves, data, lab, plot, protocol, records, report, runs, study, train
+from experiments.harness import curves, data, headline, lab, plot, protocol, records, report, runs, study, train
 from experiments.models import networks
 
 ARMS = ("batch", "population", "population + noise")
@@ -49,6 +49,10 @@ class Noise(study.Study):
 
     NAME = "noise"
     CLAIM = "the noise of batch statistics is what regularizes"
+    # The purpose of a regularizer is a lower test loss.
+    HEADLINE = headline.Headline(
+        "test loss without the noise", "{} test loss without the noise", "population statistics", "height"
+    )
     QUESTION = (
         "Does a network generalize worse if the statistics of its batches lose their noise, and better again if the "
         "noise is put back by hand?"

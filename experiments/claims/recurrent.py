@@ -23,7 +23,7 @@ from jax import Array
 
 import bnjax
 from bnjax.variants import lstm
-from experiments.harness import curves, lab, plot, protocol, records, report, runs, study, train
+from experiments.harness import curves, headline, lab, plot, protocol, records, report, runs, study, train
 from experiments.models import networks
 
 # By arm, whether the input and recurrent terms are normalized, and whether the cell is.
@@ -49,6 +49,10 @@ class Recurrent(study.Study):
 
     NAME = "recurrent"
     CLAIM = "recurrent networks need their own form of batch normalization"
+    # Statistics for each timestep are what the recurrent form adds.
+    HEADLINE = headline.Headline(
+        "own statistics", "{} test loss with statistics shared over timesteps", "shared over timesteps", "height"
+    )
     QUESTION = (
         "Does an LSTM train faster and generalize better with the BN-LSTM's normalizations, does it need statistics "
         "for each timestep, and does the cell have to be normalized?"

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments.harness import curves, data, lab, plot, protocol, records, report, runs, study, train
+from experiments.harness import curves, data, headline, lab, plot, protocol, records, report, runs, study, train
 from experiments.models import networks
 
 NETWORKS = ("plain", "batch normalization")
@@ -68,6 +68,13 @@ class Regularization(study.Study):
 
     NAME = "regularization"
     CLAIM = "batch normalization regularizes, so that less dropout is needed"
+    # The conclusion that the claim draws.
+    HEADLINE = headline.Headline(
+        "instead of dropout",
+        "{} test loss with batch normalization in place of dropout",
+        "batch normalization alone",
+        "height",
+    )
     QUESTION = (
         "Is the loss on other images closer to the training loss with batch normalization, and does dropout then add "
         "less?"

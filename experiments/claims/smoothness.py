@@ -28,7 +28,19 @@ import optax
 
 import bnjax
 from experiments.claims.common import ACTIVATIONS, GRIDS, NETWORKS, Observed, build
-from experiments.harness import curves, distributions, lab, plot, protocol, records, report, runs, study, train
+from experiments.harness import (
+    curves,
+    distributions,
+    headline,
+    lab,
+    plot,
+    protocol,
+    records,
+    report,
+    runs,
+    study,
+    train,
+)
 from experiments.models import networks
 
 ARMS = ("plain", "batch normalization", "noise after it")
@@ -124,6 +136,13 @@ class Smoothness(Observed):
 
     NAME = "smoothness"
     CLAIM = "batch normalization makes the loss smoother, and helps without steady distributions"
+    # The paper's second measure. The first one needs an explanation.
+    HEADLINE = headline.Headline(
+        "sigmoid, changed",
+        "{} change of the gradient along a step with batch normalization",
+        "batch normalization",
+        "size",
+    )
     QUESTION = (
         "At equal loss, do loss and gradient change less along a step? And does the normalized network still train "
         "faster when noise makes its distributions less steady than the plain network's?"

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from experiments.harness import curves, data, lab, protocol, records, report, runs, runtime
+from experiments.harness import curves, data, headline, lab, protocol, records, report, runs, runtime
 
 Preset = Literal["smoke", "default", "full"]
 
@@ -55,6 +55,8 @@ class Study(abc.ABC):
 
     NAME: ClassVar[str]
     CLAIM: ClassVar[str]
+    HEADLINE: ClassVar[headline.Headline]
+    """the part that answers the claim best, and its effect in words"""
     QUESTION: ClassVar[str]
     SOURCE: ClassVar[str]
     PROTOCOL: ClassVar[str]
@@ -241,7 +243,7 @@ def conclude(kind: type[Study], out: Path) -> report.Section | None:
             shown.append(section)
     if not results:
         return None
-    words = (kind.NAME, kind.CLAIM, kind.QUESTION, kind.SOURCE, kind.PROTOCOL, kind.WOULD_CHANGE)
+    words = (kind.NAME, kind.CLAIM, kind.HEADLINE, kind.QUESTION, kind.SOURCE, kind.PROTOCOL, kind.WOULD_CHANGE)
     return report.Section(report.Claim(*words, kind.CHANGES, (*results,)), (*shown,))
 
 
