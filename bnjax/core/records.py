@@ -19,7 +19,7 @@ class BNParams(NamedTuple):
     """Learned scale (gamma) and bias (beta), of the shape of the features; None where the layer has none."""
 
     scale: Array | None  # (*features,), or conditional: x's rank with each size 1 or x's
-    bias: Array | None
+    bias: Array | None  # likewise
 
 
 @serializable

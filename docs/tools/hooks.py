@@ -1,9 +1,9 @@
 """What MkDocs calls while it builds the site (`hooks` in mkdocs.yml).
 
-Files from outside of docs/ become part of the site: the figures and the report of the committed results, the changelog
-and the guide for contributors. Scripts under docs/end-to-end become pages and notebooks. Comments such as
-`<!-- table: verdicts -->` become tables of the committed results, so that no page can state a number that the results
-do not have. Public names in text become links to the reference, and a public name that the reference lacks is a
+The addresses of repository and site are those of pyproject.toml. Files from outside of docs/ become part of the site:
+the figures and the report of the committed results, the changelog and the guide for contributors. Scripts under
+docs/end-to-end become pages and notebooks. Comments such as `<!-- table: verdicts -->` become tables of the committed
+results, so that no page can state a number that the results do not have. Public names in text become links to the reference, and a public name that the reference lacks is a
 warning, which `mkdocs build --strict` makes an error.
 """
 
@@ -11,8 +11,10 @@ import logging
 import re
 import sys
 import textwrap
+import tomllib
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from mkdocs.structure.files import File
 
@@ -27,6 +29,21 @@ SCRIPTS = ROOT / "docs" / "end-to-end"
 PAGES = {"changelog.md": "CHANGELOG.md", "contributing.md": "CONTRIBUTING.md"}
 
 _log = logging.getLogger("mkdocs.hooks.bnjax")
+
+
+def on_config(config: Any, pyproject: Path = ROOT / "pyproject.toml") -> Any:
+    """Set the addresses of repository and site, which only a project that has them links to."""
+    urls = addresses(pyproject)
+    if repository := urls.get("Repository"):
+        config.repo_url, config.repo_name = repository, urlsplit(repository).path.strip("/")
+    if site := urls.get("Documentation"):
+        config.site_url = site.rstrip("/") + "/"
+    return config
+
+
+def addresses(pyproject: Path = ROOT / "pyproject.toml") -> dict[str, str]:
+    """The addresses of the project, by their names in the metadata of the package; empty where it has none."""
+    return tomllib.loads(pyproject.read_text(encoding="utf-8"))["project"].get("urls", {})
 
 
 def on_pre_build(config: Any) -> None:

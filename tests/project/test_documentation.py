@@ -10,7 +10,7 @@ pytest.importorskip("griffe", reason="the documentation is built by the extra `d
 
 import bnjax.diagnosis
 import bnjax.linen
-from docs.tools import docstrings, drawings, public, tables
+from docs.tools import docstrings, drawings, public, signatures, tables
 from experiments.harness import readme, report
 from tests.support.markdown import PAGES, ROOT
 
@@ -56,6 +56,27 @@ def test_diagnose_is_in_its_package_too():
     assert bnjax.diagnosis.diagnose is bnjax.diagnose
 
 
+def test_every_parameter_of_a_class_is_explained():
+    """`Model` is made by the steps of training, and `RESULTS` have no constructor of their own."""
+    missing = {}
+    for cls, path in signatures.classes().items():
+        if path not in signatures.RESULTS and path != "bnjax.training.Model":
+            explained = signatures.explanations(cls)
+            missing[path] = [p.name for p in signatures.constructor(cls) if not explained.get(p.name)]
+    assert {path: names for path, names in missing.items() if names} == {}
+    assert "bnjax.nnx.GhostBatchNorm" in missing
+
+
+def test_an_explanation_is_the_one_of_the_class_that_has_the_parameter():
+    found = signatures.explanations(bnjax.linen.GhostBatchNorm)
+    assert found["ghost_size"] == "number of examples in a group, > 0."
+    assert found["epsilon"] == "a small float added to variance to avoid dividing by zero."  # Flax's words
+    assert found["use_fast_variance"].startswith("has no effect")  # ours, where Flax's do not hold
+    shown = docstrings.arguments(bnjax.linen.GhostBatchNorm)
+    assert '\n??? note "As in `bnjax.linen.BatchNorm`"\n' in shown
+    assert "    - `epsilon`: a small float" in shown
+
+
 def test_sections_of_a_docstring_become_lists():
     text = """One line.
 
@@ -93,6 +114,19 @@ def test_names_link_to_the_reference_outside_of_blocks():
     text = "`bnjax.fold(params)` and `bnjax.nothing`\n\n```python\n`bnjax.fold`\n```\n\n# `bnjax.fold`"
     linked = "[`bnjax.fold(params)`][bnjax.fold] and `bnjax.nothing`"
     assert docstrings.linked(text) == text.replace("`bnjax.fold(params)` and `bnjax.nothing`", linked)
+
+
+def test_names_link_to_the_reference_in_folds_and_tabs_but_not_in_their_code():
+    lines = ['??? note "fold"', "    NAME", "    - NAME", "        NAME", "    NAME", "x", "    NAME"]
+    text = "\n\n".join(lines).replace("NAME", "`bnjax.fold`")
+    assert [line.strip() for line in docstrings.linked(text).split("\n")[2::2]] == [
+        "[`bnjax.fold`][bnjax.fold]",
+        "- [`bnjax.fold`][bnjax.fold]",
+        "`bnjax.fold`",
+        "[`bnjax.fold`][bnjax.fold]",
+        "x",
+        "`bnjax.fold`",
+    ]
 
 
 def test_readme_has_at_most_90_lines_and_an_example_by_line_15():
