@@ -3,8 +3,8 @@
 The addresses of repository and site are those of pyproject.toml. Files from outside of docs/ become part of the site:
 the figures and the report of the committed results, the changelog and the guide for contributors. Scripts under
 docs/end-to-end become pages and notebooks. Comments such as `<!-- table: verdicts -->` become tables of the committed
-results, so that no page can state a number that the results do not have. Public names in text become links to the reference, and a public name that the reference lacks is a
-warning, which `mkdocs build --strict` makes an error.
+results, so that no page can state a number that the results do not have. Public names in text become links to the
+reference, and a public name that the reference lacks is a warning, which `mkdocs build --strict` makes an error.
 """
 
 import logging
