@@ -74,6 +74,7 @@ class Recurrent(study.Study):
                 1.0,
                 "faster means fewer steps",
                 paper="figure 2: the BN-LSTM is faster, without a number",
+                margin=protocol.TENTH,
             )
             for rate, words in RATES.items()
         ),
@@ -84,6 +85,7 @@ class Recurrent(study.Study):
             "better means more accurate",
             kind="difference",
             paper="95.4% - 90.2% = 0.052 (table 1, permuted MNIST)",
+            margin=protocol.POINT,
         ),
         protocol.Part(
             "own statistics",
@@ -91,6 +93,7 @@ class Recurrent(study.Study):
             1.0,
             "statistics of its own are needed if shared ones have a higher loss",
             paper="section 3: averaging statistics over time severely degrades performance, without a number",
+            margin=protocol.TENTH,
         ),
         protocol.Part(
             "cell",
@@ -98,6 +101,7 @@ class Recurrent(study.Study):
             0.0,
             "the cell has to be normalized if that is more accurate",
             kind="difference",
+            margin=protocol.POINT,
         ),
     )
     CHANGES = (

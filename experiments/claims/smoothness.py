@@ -52,6 +52,7 @@ def _parts():
             1.0,
             "smoother means less",
             paper="less at every step of training (figure 4, VGG)",
+            margin=protocol.TENTH,
         )
     for network, (measure, words) in product(NETWORKS, STEADY.items()):
         yield protocol.Part(
@@ -60,6 +61,7 @@ def _parts():
             1.0,
             "less steady means more drift or shift",
             paper="'less stable distributions than even the standard' network (figure 2)",
+            margin=protocol.TENTH,
         )
     for network, (measure, words) in product(NETWORKS, curves.TARGETS.items()):
         yield protocol.Part(
@@ -68,6 +70,7 @@ def _parts():
             1.0,
             "faster means fewer steps",
             paper="'still performs better' (figure 2)",
+            margin=protocol.TENTH,
         )
 
 

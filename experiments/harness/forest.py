@@ -113,8 +113,9 @@ _MARKS = {
     protocol.HOLDS: "M-5 0A5 5 0 0 0 5 0A5 5 0 0 0 -5 0Z",
     protocol.REFUTED: "M-6 0L0 -6L6 0L0 6Z",
     protocol.UNDECIDED: "M-4.5 -4.5H4.5V4.5H-4.5Z",
+    protocol.NO_EFFECT: "M-5 5L0 -5L5 5Z",
 }
-"""A disk, a diamond and a square, so that verdicts differ without colour too."""
+"""A disk, a diamond, a square and a triangle, so that verdicts differ without colour too."""
 
 
 def axis() -> Markup:

@@ -156,7 +156,8 @@ def datasets(claims: Iterable[Claim]) -> list[str]:
 def tally(claims: Sequence[Claim]) -> str:
     """How many claims have which verdict on each data set, in sentences."""
     single = {each: each if each.startswith(protocol.HOLDS) else f"is {each}" for each in VERDICTS}
-    several = {each: words.replace("holds", "hold").replace("is ", "are ") for each, words in single.items()}
+    single[protocol.NO_EFFECT] = "has no effect"
+    several = {v: w.replace("holds", "hold").replace("is ", "are ").replace("has", "have") for v, w in single.items()}
     sentences: list[str] = []
     for dataset in datasets(claims):
         found = [result.verdict for claim in claims for result in claim.results if result.dataset == dataset]

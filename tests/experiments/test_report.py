@@ -135,7 +135,7 @@ def test_the_report_lists_changes_and_states_the_protocol(sections, page):
     (change,) = sections[0].claim.changes
     assert all(words in judged for words in (*change, "depth"))
     statement = report.statement()
-    assert len(statement) == 10
+    assert len(statement) == 12
     for name, text in statement.items():
         assert page.text["dd"][page.text["dt"].index(name)] == text
     assert f"at most {protocol.ERROR:.0%}" in statement["Intervals"]
@@ -217,7 +217,7 @@ def test_the_table_for_the_readme_has_a_line_for_each_claim(tmp_path, page):
     lines = readme.table(tmp_path / "out" / "verdicts.json").splitlines()
     assert [line.count(" | ") for line in lines] == [3] * 4
     assert lines[0].endswith("| verdict on digits | verdict on fashion & more |")
-    effect = "steps <same>: 3.00 [2.83, 3.18], claimed > 2"  # at 97.5%, the second of three steps
+    effect = "steps <same>: 3.00 [2.79, 3.22], claimed > 2"  # at 99.2%, with three parts
     mixed = "holds in part (1 hold, 1 refuted of 3)"
     assert lines[2] == f'| Deeper is <b> & "x" better | {effect} | {mixed} | undecided (2 of 2) |'
     assert lines[3].endswith("| holds (1 of 1) | not run |")
