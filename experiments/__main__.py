@@ -29,7 +29,7 @@ try:
         smoothness,
     )
     from experiments.demos import averaging, training
-    from experiments.harness import data, readme, runtime, seeds, study
+    from experiments.harness import data, mnist8000, readme, runtime, seeds, study
 except ModuleNotFoundError as error:
     raise SystemExit(extra.message(error)) from None
 
@@ -138,6 +138,7 @@ def _commands(args: list[str]) -> dict[str, Any]:
         "compiled": compiled.run,
         "device": device.run,
         "exactness": exactness.run,
+        "mnist8000": mnist8000.run,
         "train": training.run,
     }
 
