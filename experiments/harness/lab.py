@@ -119,7 +119,7 @@ class Lab:
         names: Sequence[str],
         network: Network,
         *,
-        settings: Sequence[dict[str, float]],
+        settings: Sequence[train.Setting],
         seeds: Sequence[int] | None = None,
         optimizer: Callable[..., optax.GradientTransformation] | None = None,
         splits: Mapping[str, Any] = {},
@@ -131,7 +131,7 @@ class Lab:
         Args:
           names: names of the runs, one for each setting.
           network: the network. Its `init` gets the setting without `rate`.
-          settings: by name, the numbers that init and optimizer are called with.
+          settings: by name, the numbers, or functions of the seed, that init and optimizer are called with.
           seeds: the seeds; by default those that the verdict is based on.
           optimizer: function from a setting as keywords; by default gradient descent with the learning rate `rate`.
           splits: options of `data.splits`.
