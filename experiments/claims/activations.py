@@ -63,6 +63,7 @@ def _parts():
             "less shift means a smaller drift or change" if ratio else "less shift means a larger cosine",
             "ratio" if ratio else "difference",
             paper=paper[measure],
+            margin=protocol.TENTH if ratio else None,
         )
 
 

@@ -57,6 +57,7 @@ def _parts():
             1.0,
             "small batches hurt if their error is higher",
             paper=WU if rule == "scaled" else "",
+            margin=protocol.TENTH,
         )
         yield protocol.Part(
             f"more than group normalization, {rule}",
@@ -64,6 +65,7 @@ def _parts():
             1.0,
             "what hurts group normalization as well is not the batch's statistics",
             paper="1.47 / (24.1% / 24.1%) = 1.47 (Wu & He, table 2)" if rule == "scaled" else "",
+            margin=protocol.TENTH,
         )
     for arm, paper in REMEDIES.items():
         yield protocol.Part(
@@ -72,12 +74,14 @@ def _parts():
             1.0,
             "a remedy has a lower error",
             paper=paper,
+            margin=protocol.TENTH,
         )
     yield protocol.Part(
         "remedy for large batches, ghost",
         f"test error in batches of {LARGE}, batch normalization / ghost batches of {GHOST}, each at its own best rate",
         1.0,
         "a remedy has a lower error",
+        margin=protocol.TENTH,
     )
 
 

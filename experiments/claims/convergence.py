@@ -29,6 +29,7 @@ def _parts():
             1.0,
             "faster means fewer steps",
             paper=paper if network == "convolutional" and measure == "accuracy" else "",
+            margin=protocol.TENTH,
         )
 
 

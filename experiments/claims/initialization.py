@@ -40,6 +40,7 @@ def _parts():
         "plain / batch normalization",
         1.0,
         "mattering less means a smaller ratio",
+        margin=protocol.TENTH,
     )
 
 

@@ -40,7 +40,9 @@ GRID = lab.half_decades(0.001, 3)
 
 
 def _part(name: str, measure: str, arm: str, source: str) -> protocol.Part:
-    return protocol.Part(name, f"{MEASURES[measure]}: population statistics / {arm}", 1.0, source)
+    return protocol.Part(
+        name, f"{MEASURES[measure]}: population statistics / {arm}", 1.0, source, margin=protocol.TENTH
+    )
 
 
 @dataclass(frozen=True)

@@ -97,13 +97,16 @@ class Regularization(study.Study):
             f"{ALONE}: plain / batch normalization",
             1.0,
             "regularizing means a smaller gap",
+            margin=protocol.TENTH,
         ),
         protocol.Part(
             "test loss",
             f"{AT_THE_END}, without a regularizer: plain / batch normalization",
             1.0,
             "regularizing means a lower test loss",
+            margin=protocol.TENTH,
         ),
+        # No margin: no publication says how many nats matter.
         protocol.Part(
             "dropout adds less",
             f"what dropout takes off the {AT_THE_END}: of the plain network - of the batch-normalized one",
@@ -111,6 +114,7 @@ class Regularization(study.Study):
             "section 3.4: dropout can be removed or reduced in strength",
             "difference",
         ),
+        # No margin: the claim is "no worse", which no effect would not contradict.
         protocol.Part(
             "instead of dropout",
             f"{AT_THE_END}: plain with dropout / batch normalization alone",

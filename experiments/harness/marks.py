@@ -26,6 +26,7 @@ VERDICTS: dict[str, Mark] = {
     protocol.REFUTED: Mark("is refuted", "are refuted", _RED, "diamond", "full"),
     protocol.REFUTED_IN_PART: Mark("is refuted in part", "are refuted in part", _RED, "diamond", "half"),
     protocol.UNDECIDED: Mark("is undecided", "are undecided", _GREY, "square", "none"),
+    protocol.NO_EFFECT: Mark("has no effect", "have no effect", _GREY, "triangle", "full"),
 }
 """In the order in which verdicts are counted."""
 

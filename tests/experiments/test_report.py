@@ -142,7 +142,7 @@ def test_the_report_lists_changes_and_states_the_protocol(sections, page):
     (change,) = sections[0].claim.changes
     assert all(words in judged for words in (*change, "depth"))
     statement = report.statement()
-    assert len(statement) == 10
+    assert len(statement) == 12
     for name, text in statement.items():
         assert page.text["dd"][page.text["dt"].index(name)] == text
     assert f"at most {protocol.ERROR:.0%}" in statement["Intervals"]
