@@ -127,7 +127,7 @@ class BatchSize(study.Study):
         "Larger images in the last layers give each channel more values in a small batch, though correlated ones. "
         "Group normalization errs more in batches of 32 than of 2, perhaps because batches of 32 make fewer steps of "
         "the same number of images. Longer training would then bring the ratio to group normalization nearer to the "
-        "ratio of batch normalization alone. On images that do not move, the noise of small batches prevents "
+        "ratio of batch normalization by itself. On images that do not move, the noise of small batches prevents "
         "overfitting, and hurts less. Recalibrated "
         "running statistics take away that part of the error that the average over noisy batches causes."
     )
@@ -256,7 +256,7 @@ class BatchSize(study.Study):
             splits={"train": self.training(laboratory.dataset)},
             steps=total,
             batch_size=step,
-            eval_every=total,  # a rate that falls to 0 makes the end alone of interest
+            eval_every=total,  # a rate that falls to 0 makes only the end of interest
             probe=None if tuning else probe,
             moving=True,
         )

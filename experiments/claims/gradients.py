@@ -80,7 +80,7 @@ class Gradients(study.Study):
     CHANGES = (
         report.Change(
             "2026-11-27",
-            "Networks of 50 layers alone were measured, which did not train in the steps that they had. Now four "
+            "Only networks of 50 layers were measured, which did not train in the steps that they had. Now four "
             "depths are, at the rates that are best for each, on few images in full batches, so that all can be "
             "trained, and at a training accuracy in place of a number of steps.",
             "1000 to 1009",
@@ -126,7 +126,7 @@ class Gradients(study.Study):
 
     def measure(self, lab: lab.Lab) -> None:
         for depth in self.depths:
-            for arms in ((NORMALIZED,), ("plain, LeCun", "plain, He")):  # the plain ones differ in their setting alone
+            for arms in ((NORMALIZED,), ("plain, LeCun", "plain, He")):  # the plain ones differ only in their setting
                 self._train(lab, arms, depth)
 
     def _train(self, laboratory, arms, depth):

@@ -4,7 +4,7 @@ BN((a W) u) = BN(W u), and the gradient with respect to a W is 1 / a times that 
 weights should matter little. ReLU networks are trained from the initializations of LeCun, of He, and with orthogonal
 kernels, each times scales over six decades, which also multiply the last layer, which is not normalized. A scale trains
 if the mean training loss of the last evaluations is at the fixed target or below it. The width of the range that trains
-is that of the longest series of consecutive scales; one scale alone, or none, has the width 0. If the range with batch
+is that of the longest series of consecutive scales; a single scale, or none, has the width 0. If the range with batch
 normalization ends outside the scales, its width is a lower bound, which does not favour the claim.
 """
 

@@ -162,7 +162,7 @@ class LearningRate(study.Study):
             "The highest rate was looked for among four multiples of one rate, by the noisy maximum of the test "
             "accuracy, and in the ReLU network. It is now measured for each seed on a fine grid, by the training loss, "
             "in the paper's sigmoid network and a convolutional one, and best rates are tuned. The speed at the best "
-            "rates is a part of `convergence` alone. After pilots two things changed. With 2 seeds the ratios were "
+            "rates is a part only of `convergence`. After pilots two things changed. With 2 seeds the ratios were "
             "about 5, near the threshold of five times, which stays; the claim's own word, higher, became a part with "
             "the threshold 1. And a rate trained if the loss was a tenth of guessing at the end, which the plain "
             "convolutional network did not reach in time on 8,000 digits of MNIST at any rate; it is a half now. The "

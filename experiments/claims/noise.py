@@ -91,7 +91,7 @@ class Noise(study.Study):
         report.Change(
             "2026-11-27",
             "The arms differed in the memory of their statistics too, one learning rate served all, and the gap was "
-            "1 - test accuracy. Now they differ in the statistics of training alone, the noise is put back by hand in "
+            "1 - test accuracy. Now they differ only in the statistics of training, the noise is put back by hand in "
             "a third, some labels are wrong, and losses are compared. After a pilot of 4 seeds the rates for the gap "
             "became those of the smallest gap, as in `regularization`.",
             "1000 to 1009",

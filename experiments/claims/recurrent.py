@@ -3,7 +3,7 @@
 Images are read pixel by pixel, in one random order of the pixels, by three networks: an LSTM; the BN-LSTM, whose
 normalizations have running statistics for each timestep; and a BN-LSTM that does not normalize the cell.
 
-Statistics that all timesteps share differ in evaluation alone, so that the trained BN-LSTM is evaluated with both. By
+Statistics that all timesteps share differ only in evaluation, so that the trained BN-LSTM is evaluated with both. By
 the law of total variance the shared ones are those of all images and timesteps together:
 
     mean = avg_t mean_t        var = avg_t var_t + avg_t (mean_t - mean)^2
@@ -66,7 +66,7 @@ class Recurrent(study.Study):
         "uncertainty of the choice. "
         "Forget gates start open in all of them. The trained BN-LSTM is evaluated with statistics for each timestep "
         "and with statistics of all timesteps together, which include the spread of the timesteps' means. Speed is "
-        "measured to a training loss alone, since no arm reaches a validation accuracy of 0.9 reliably."
+        "measured only to a training loss, since no arm reaches a validation accuracy of 0.9 reliably."
     )
     WOULD_CHANGE = (
         "If the activations had the same distribution at every timestep, shared statistics would serve as well. Longer "

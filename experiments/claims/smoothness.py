@@ -245,7 +245,7 @@ class Smoothness(Observed):
             common: dict[str, Any] = {"steps": steps, "batch_size": self.batch_size}
             each = {arm: self._network(lab.dataset, network, arm) for arm in ARMS}
             rate = {}
-            for arm in (ARMS[0], ARMS[2]):  # batch normalization is measured at the plain network's rate alone
+            for arm in (ARMS[0], ARMS[2]):  # batch normalization is measured only at the plain network's rate
                 every = max(1, steps // 25)
                 rate[arm] = lab.tune(f"{network}, {arm}", each[arm], GRIDS[network], eval_every=every, **common).rate
             for arm in ARMS:

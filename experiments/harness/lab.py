@@ -89,7 +89,7 @@ def _score(series: runs.Series, classes: int, by: str) -> tuple[float, float]:
         return least(series["loss_step"]), least(series["last_loss"])
     if by in ("loss", "training"):
         return least(curves.smoothed(series["validation_loss" if by == "loss" else "loss"])[:, -1]), 0.0
-    first = 0 if by == "curve" else 1  # the end is of trained networks alone, however few evaluations
+    first = 0 if by == "curve" else 1  # the end is only of trained networks, however few evaluations
     accuracy = np.nan_to_num(curves.smoothed(series["validation_accuracy"][:, first:]), nan=0.0)
     return float((accuracy[:, 1:] if by == "curve" else accuracy[:, -1:]).mean()), 0.0
 
