@@ -197,7 +197,7 @@ def run(
         records.write_config(folder, described, **facts, seconds=seconds, complete=judged)
 
     def tell(remark):
-        progress.set_postfix_str(remark, refresh=False)
+        progress.set_postfix_str(remark)
         if time.perf_counter() - told[0] > 5:
             told[0] = time.perf_counter()
             write(complete=False)
