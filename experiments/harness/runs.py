@@ -49,11 +49,13 @@ class Record:
         self.path = path
         self.runs: dict[str, dict[int, dict[str, Any]]] = {}
         if path.is_file():
-            lines = path.read_bytes().split(b"\n")[:-1]  # the last line has no end if its writing was interrupted
+            *lines, rest = path.read_bytes().split(b"\n")
             for line in lines:
                 run = json.loads(line)
                 self.runs.setdefault(run["network"], {})[run["seed"]] = run
-            path.write_bytes(b"".join(line + b"\n" for line in lines))
+            if rest:  # the writing of the last line was interrupted
+                with path.open("rb+") as file:
+                    file.truncate(path.stat().st_size - len(rest))
 
     def missing(self, networks: Iterable[str], seeds: Iterable[int]) -> list[int]:
         """The seeds for which a run of one of the networks is missing."""

@@ -280,7 +280,7 @@ def complete(kind: type[Study], out: Path) -> Iterator[tuple[Path, Study, dict[s
     for path in sorted((out / kind.NAME).glob("*/config.json"), key=lambda path: (path.parent.name != "digits", path)):
         config = records.read_config(path.parent)
         if config.get("complete"):
-            study = _restored(kind, config["config"])
+            study = replace(_restored(kind, config["config"]), out=out)  # the folder may have been moved
             _refuse_difference(path.parent, config.get("design", {}), study.design())
             yield path.parent, study, config
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import experiments.__main__ as commands
-from experiments.harness import data, files, lab, protocol, report, runs, seeds, study
+from experiments.harness import data, files, headline, lab, protocol, report, runs, seeds, study
 from experiments.harness.protocol import HOLDS, LOOKS, UNDECIDED
 
 CLEAR, SMALL, NONE, EDGE = "clear", "small", "none", "at the edge"
@@ -22,6 +22,7 @@ class Tossing(study.Study):
     CLAIM = "coins fall"
     QUESTION = "Do they?"
     SOURCE = "nobody"
+    HEADLINE = headline.Headline(CLEAR, "{} of the coins")
     PROTOCOL = "They are thrown."
     WOULD_CHANGE = "Nothing."
     PARTS = tuple(protocol.Part(name, name, 0.0, "more", "difference") for name in (CLEAR, SMALL, NONE, EDGE))
@@ -255,3 +256,10 @@ def test_the_command_has_its_flags(monkeypatch, capsys):
 
 def test_no_run_has_more_seeds_than_the_last_look():
     assert protocol.next_look(LOOKS[-1]) is None
+
+
+def test_a_folder_that_was_moved_gets_its_seeds_where_it_is(out, added, capsys):
+    moved = out.rename(out.parent / "moved")
+    seeds.more(seeds.More(out=moved), KINDS)
+    assert config(moved)["config"]["seeds"] == 40
+    assert not out.exists()
