@@ -57,7 +57,7 @@ def collected(batch_moments: Any) -> dict[str, Collected]:
 def others(variables: Mapping[str, Any], handled: Iterable[str]) -> list[str]:
     """The layers that own a running mean and variance, under whatever names and in any collection, but are not handled.
 
-    Such is a project's own batch normalization, with a `running_mean` and a `running_var` say.
+    An example is a project's own batch normalization with a `running_mean` and a `running_var`.
     """
     known = set(handled)
     found: dict[str, None] = {}

@@ -196,7 +196,7 @@ def test_linear_ramp_starts_where_it_says_at_large_counts():
 @pytest.mark.parametrize(
     ("momentum", "message"),
     [
-        (optax.linear_schedule, r"momentum=...\): .*got linear_schedule, which cannot be called with the count alone"),
+        (optax.linear_schedule, r"momentum=...\): .*got linear_schedule, which cannot be called with only the count"),
         (optax.exponential_decay, r"momentum=...\): .*pass the one that it makes: momentum=exponential_decay\("),
     ],
 )

@@ -74,7 +74,7 @@ def test_fold_rejects():
         ("previous", np.ones((2, 3)), [0.0] * 3, {}, r"\(bias=...\): expected a floating or complex array, got list"),
         ("previous", [[1.0] * 3], None, {}, r"\(kernel=...\): expected a floating or complex array, got list"),
         ("previous", np.ones((2, 3)), None, {"axis": 7}, r"\(axis=7\): kernel has shape \(2, 3\).*axis of kernel that"),
-        ("previous", np.ones((2, 3)), None, {"axis": (1, -1)}, r".*repeated, since kernel has shape \(2, 3\)"),
+        ("previous", np.ones((2, 3)), None, {"axis": (1, -1)}, r".*an axis of kernel, which has shape \(2, 3\), is repeated"),
         ("next", np.ones((3, 2)), np.ones(3), {}, r"\(bias=...\): expected shape \(2,\), .* got \(3,\)"),
         ("next", np.ones((3, 2)), None, {"groups": 0}, r"\(groups=0\): expected a positive integer"),
         ("next", np.ones(3), None, {}, r"\(kernel=...\): expected shape \(..., inputs / groups, outputs\), got \(3,\)"),
