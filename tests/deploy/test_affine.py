@@ -84,7 +84,13 @@ def test_fold_rejects():
         ("next", np.ones((3, 2)), np.ones(3), {}, r"\(bias=...\): expected shape \(2,\), .* got \(3,\)"),
         ("next", np.ones((3, 2)), None, {"groups": 0}, r"\(groups=0\): expected a positive integer"),
         ("next", np.ones(3), None, {}, r"\(kernel=...\): expected shape \(..., inputs / groups, outputs\), got \(3,\)"),
-        ("next", np.ones((1, 4)), None, {"groups": 3}, r"\(groups=3\): .* 4 outputs, which are no multiple of groups"),
+        (
+            "next",
+            np.ones((1, 4)),
+            None,
+            {"groups": 3},
+            r"\(groups=3\): .* 4 outputs, which is not a multiple of groups",
+        ),
     ],
 )
 def test_fold_into_a_neighbour_rejects(function, kernel, bias, options, message):
