@@ -1,4 +1,4 @@
-"""What `diagnose` refuses, and what the message says to pass."""
+"""What `diagnose` rejects, and what the message says to pass."""
 
 import flax.linen as nn
 import jax

@@ -113,7 +113,7 @@ def network(name):
 
 
 def beside(apply, variables, x, **options):
-    """The diagnosis of variables beside the batch x."""
+    """The diagnosis of variables compared with the batch x."""
     moments = apply(variables, x, mutable=COLLECTED)[1]["batch_moments"]
     return diagnose(variables["params"], variables["batch_stats"], moments, **options)
 

@@ -168,7 +168,7 @@ def test_lab_trains_what_is_missing_and_tunes_with_seeds_of_its_own(tmp_path, mo
 
 
 def plain_loop(splits, i, seed, rate, steps, moving):
-    """Losses of a run's steps, one after the other, on the images of its seed alone."""
+    """Losses of a run's steps, one after the other, on only the images of its seed."""
     params, state = SMALL.init(jax.random.key(seed))
 
     @jax.jit

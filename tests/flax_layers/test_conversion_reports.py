@@ -1,4 +1,4 @@
-"""What `convert` says: an error where `where` matches nothing, a warning where nothing or not all was converted."""
+"""What `convert` reports: an error if `where` matches nothing, a warning if nothing or not everything was converted."""
 
 import warnings
 from functools import partial

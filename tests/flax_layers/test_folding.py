@@ -1,4 +1,4 @@
-"""Folding: the folded layer or model gives what the one with batch normalization gave, and has it no more."""
+"""Folding: the folded layer or model gives the same output as before, without batch normalization."""
 
 import re
 from collections import Counter

@@ -1,4 +1,4 @@
-"""Pairs that `fold` finds by tracing: what is folded gives what the model gave, and what is left has its reason."""
+"""Pairs that folding finds by tracing: the folded model gives the same output, and unfolded norms have a reason."""
 
 from functools import partial
 from typing import Any

@@ -1,4 +1,4 @@
-"""Options of other libraries' layers beside those of Flax's, and outputs that verify a conversion. No PyTorch."""
+"""Options of other libraries' layers compared with Flax's, and outputs that verify a conversion. No PyTorch."""
 
 import flax.linen as nn
 import jax

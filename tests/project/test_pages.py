@@ -18,7 +18,7 @@ from tests.support.markdown import ROOT
 
 
 def run(name, program, folder):
-    # As a user has it: with JAX's own promotion of dtypes and ranks.
+    # As for users: with JAX's own promotion of dtypes and ranks.
     with (
         jax.numpy_dtype_promotion("standard"),
         jax.numpy_rank_promotion("allow"),
