@@ -81,7 +81,7 @@ def owns_statistics(collection: str, ranks: Mapping[str, int], owner: str = "") 
 
     Plain names such as `mean` and `var` count in a collection of statistics only: elsewhere they may be parameters of a
     distribution, or constants of a data set. Scalars, such as the statistics of a reward, have no features. If the
-    class of the module, `owner`, is called batch normalization, plain names count wherever they are no parameters, and
+    class of the module, `owner`, is called batch normalization, plain names count wherever they are not parameters, and
     two variables of statistics count whatever their names are.
     """
     names = {re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower() for name, rank in ranks.items() if rank > 0}

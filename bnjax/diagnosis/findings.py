@@ -65,7 +65,7 @@ class Check(NamedTuple):
     value: Any = None
     times_limit: Any = math.inf
     damage: Any = None
-    case: str = ""  # selects an advice of its own
+    case: str = ""  # selects the advice for this case
 
     def finding(self, layer: str) -> Finding:
         """The finding on this layer, with the value of the worst feature. At least one feature is affected."""

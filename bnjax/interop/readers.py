@@ -182,7 +182,7 @@ def _computes(layer, method, *libraries):
 
 
 def _pads_elsewhere(layers: Iterable[Any]) -> bool:
-    """Whether a model pads outside of convolutions: in a layer for it, or in code of its own that calls a `pad`."""
+    """Whether a model pads outside convolutions: in a padding layer, or in code of its own that calls a `pad`."""
     for layer in layers:
         if any("Pad" in cls.__name__ for cls in type(layer).__mro__):
             return True

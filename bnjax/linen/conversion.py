@@ -171,7 +171,7 @@ class _Converting(NamedTuple):
     """The context in which layers are converted; if several change an option, the innermost one takes precedence.
 
     `prefix` is the path of the module in the converted model, of which it may be a `part`. A part that is `bridged` is
-    called by an NNX module, as a model of its own.
+    called by an NNX module, as a separate model.
     """
 
     conversion: Conversion
