@@ -20,7 +20,7 @@ export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS = 0
 export JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES = -1
 endif
 
-.PHONY: help demo claims compiled bench test test-plain test-all oracles docs test-oldest test-newest test-pure test-flax lint format wheel clean
+.PHONY: help demo claims more compiled bench test test-plain test-all oracles docs test-oldest test-newest test-pure test-flax lint format wheel clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -43,6 +43,9 @@ demo: $(VENV)/.demo ## train with and without batch normalization; table and fig
 
 claims: $(VENV)/.installed ## measure every claim made for batch normalization; report.html and verdicts.json under results/
 	$(BIN)/python -m experiments all
+
+more: $(VENV)/.installed ## measure more seeds for the undecided parts under results/, for two hours at most; run it again to continue
+	$(BIN)/python -m experiments more
 
 compiled: $(OTHERS)/.installed ## count memory traffic and collectives compiled for TPU and GPU, without either; tables, and a figure under results/
 	$(OTHERS)/bin/python -m experiments compiled

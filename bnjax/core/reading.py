@@ -230,7 +230,7 @@ def group_look(x: Array, shift: Array, *weight: Array, axes: tuple[int, ...], de
             # differently.
             wide = jnp.complex128 if jnp.iscomplexobj(x) else jnp.float64
             means = pivot.astype(wide) + offset.astype(wide)
-            weights = None if mask is None else weights.astype(jnp.float64)
+            weights = None if weights is None else weights.astype(jnp.float64)
             total, mean_of = expectation(means, weights, (axis,), scaled=False)
             mean, square = mean_of(means), mean_of(var.astype(jnp.float64) + abs_square(means))
             wide_var = jnp.maximum(square - abs_square(mean), 0)

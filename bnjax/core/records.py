@@ -19,7 +19,7 @@ class BNParams(NamedTuple):
     """Learned scale (gamma) and bias (beta), of the shape of the features; None where the layer has none."""
 
     scale: Array | None  # (*features,), or conditional: x's rank with each size 1 or x's
-    bias: Array | None
+    bias: Array | None  # likewise
 
 
 @serializable
@@ -52,8 +52,8 @@ class Support(NamedTuple):
     floating range for weights far from 1.
     """
 
-    valid: Array  # (*features,), real; so is mean_weight
-    mean_weight: Array
+    valid: Array  # (*features,), real, the number of weights > 0
+    mean_weight: Array  # (*features,), real, sum(w^2) / sum(w)
 
 
 @serializable

@@ -22,8 +22,8 @@ from bnjax.core.records import BNParams, BNState, serializable
 class Affine(NamedTuple):
     """A scale and a bias for each feature: y = scale * x + bias."""
 
-    scale: Array
-    bias: Array
+    scale: Array  # (*features,)
+    bias: Array  # (*features,)
 
 
 def fold(params: BNParams, state: BNState, *, epsilon: float = 1e-5) -> Affine:

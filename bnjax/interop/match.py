@@ -42,9 +42,9 @@ class Moved(NamedTuple):
     """A tensor that was converted, or that has no counterpart in the other model, where name and shape are empty."""
 
     theirs: str  # its name in the other library's model
-    their_shape: tuple[int, ...]
+    their_shape: tuple[int, ...]  # its shape there
     ours: str  # its path in the Flax variables
-    our_shape: tuple[int, ...]
+    our_shape: tuple[int, ...]  # its shape there
     done: str  # its conversion, from the other library to Flax
     by: str  # what matched its layer: given "names", the "same name", only its "shape", or the "order"
 
@@ -53,7 +53,7 @@ class Moved(NamedTuple):
 class Report:
     """Every tensor that was converted, and what has no counterpart. It prints as a table."""
 
-    tensors: tuple[Moved, ...]
+    tensors: tuple[Moved, ...]  # every tensor of both models
     unread: tuple[str, ...] = ()  # options that were not compared, and why
 
     def __str__(self) -> str:

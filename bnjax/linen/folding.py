@@ -207,7 +207,7 @@ def _traced(model, variables, args, kwargs):
         if call.method != "__call__" or x is None:
             return call()
         options = converted(call.context)
-        running = not issubclass(kind, nn.BatchNorm) or evaluates(call.args, call.kwargs, options)
+        running = kind not in _NORM or evaluates(call.args, call.kwargs, options)
         if not running and not layer.is_mutable_collection("batch_stats"):
             raise in_training("fold_model(...)", path)
         folded_already = kind in _NORM and not layer.has_variable("batch_stats", "mean")

@@ -53,6 +53,9 @@ class BatchNorm(nn.BatchNorm):
       frozen: whether to normalize by the running statistics in training too, and to leave them unchanged.
       frozen_params: whether scale and bias have no gradient. `bnjax.training.train_step` leaves them unchanged; in
         another training loop weight decay changes them, unless it is masked (`bnjax.training.decay_mask`).
+      use_fast_variance: has no effect, because the variance is always exact.
+      force_float32_reductions: whether the running statistics are stored in float32, or else in `param_dtype`.
+        Reductions are in float32 or wider in both cases.
       **others: as in `flax.linen.BatchNorm`.
 
     In training, if `mutable` names the collection `batch_moments`, the layer writes the batch's moments there:

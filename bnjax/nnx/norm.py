@@ -64,6 +64,7 @@ class BatchNorm(nnx.BatchNorm):
       frozen: whether to normalize by the running statistics in training mode too, and to leave them unchanged.
       frozen_params: whether scale and bias have no gradient. `bnjax.training.train_step` leaves them unchanged; in
         another training loop weight decay changes them, unless it is masked (`bnjax.training.decay_mask`).
+      use_fast_variance: has no effect, because the variance is always exact.
       **others: as in `flax.nnx.BatchNorm`.
 
     Example:

@@ -34,24 +34,23 @@ def orthogonal(key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> 
 
 @serializable
 class BNLSTMParams(NamedTuple):
-    """Kernels of shapes (inputs, 4 features) and (features, 4 features), with columns in the order f, i, o, g; the bias
-    of shape (4 features,); and the parameters of the three normalizations."""
+    """Kernels and bias, whose columns are in the order f, i, o, g, and the parameters of the three normalizations."""
 
-    input_kernel: Array
-    recurrent_kernel: Array
-    bias: Array
-    input_bn: BNParams
-    recurrent_bn: BNParams
-    cell_bn: BNParams
+    input_kernel: Array  # (inputs, 4 features)
+    recurrent_kernel: Array  # (features, 4 features)
+    bias: Array  # (4 features,)
+    input_bn: BNParams  # of x @ input_kernel, without a bias
+    recurrent_bn: BNParams  # of output @ recurrent_kernel, without a bias
+    cell_bn: BNParams  # of the cell
 
 
 @serializable
 class BNLSTMState(NamedTuple):
-    """Running statistics of the three normalizations, each of shape (num_steps, features of the normalization)."""
+    """Running statistics of the three normalizations, which have a leading axis of timesteps."""
 
-    input_bn: BNState
-    recurrent_bn: BNState
-    cell_bn: BNState
+    input_bn: BNState  # (num_steps, 4 features)
+    recurrent_bn: BNState  # (num_steps, 4 features)
+    cell_bn: BNState  # (num_steps, features)
 
 
 def norm_layers(features: int) -> list[tuple[str, int, float | None]]:
@@ -61,13 +60,12 @@ def norm_layers(features: int) -> list[tuple[str, int, float | None]]:
 
 @serializable
 class BNLSTMCarry(NamedTuple):
-    """Cell and output of shape (batch, features), the timestep as a scalar, and the length of each sequence, of shape
-    (batch,). The length is None if every sequence has all timesteps."""
+    """The values that one timestep passes to the next."""
 
-    cell: Array
-    output: Array
-    step: Array
-    length: Array | None
+    cell: Array  # (batch, features)
+    output: Array  # (batch, features)
+    step: Array  # (), the timestep
+    length: Array | None  # (batch,), the number of timesteps of each sequence; None if every sequence has all of them
 
 
 def bn_lstm_init(

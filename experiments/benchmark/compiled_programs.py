@@ -76,8 +76,8 @@ def small(devices: int) -> Iterator[tuple[dict[str, Any], Callable[..., Any], An
         layer = contenders.LAYERS[library][1](case)
         variants = {None: layer} | ({"masked": (_masked_layer, *layer[1:])} if library == "bnjax" else {})
         for variant, each in variants.items():
-            facts, *program = _layer(case, library, each, variant)
-            yield {**facts, "part": "small", "shape": SMALL}, *program
+            facts, f, variables, case = _layer(case, library, each, variant)
+            yield {**facts, "part": "small", "shape": SMALL}, f, variables, case
 
 
 def mapped(mesh: Any, f: Callable[..., Any], direction: Direction) -> Callable[..., Any]:

@@ -20,7 +20,7 @@ import jax
 import numpy as np
 
 from experiments.benchmark import footprint
-from experiments.harness import lab, plot, protocol, records, report, runs, study
+from experiments.harness import headline, lab, plot, protocol, records, report, runs, study
 
 PLAIN, NORMALIZED, SAVING = "plain", "batch normalization", "save_statistics"
 ARMS = {PLAIN: ("never had it", False), NORMALIZED: ("bnjax", False), SAVING: ("bnjax", True)}
@@ -59,6 +59,10 @@ class Cost(study.Study):
 
     NAME = "cost"
     CLAIM = "batch normalization costs time, memory and parameters"
+    # What a user notices first.
+    HEADLINE = headline.Headline(
+        "time", "{} time for loss and gradient with batch normalization", "batch normalization", "amount"
+    )
     QUESTION = "How many times as much of each does a network take with batch normalization?"
     SOURCE = "common knowledge; Gitman & Ginsburg (2017) on time, Rota Bulò et al. (2018) on memory"
     PROTOCOL = (

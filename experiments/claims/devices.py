@@ -19,7 +19,7 @@ import jax
 import numpy as np
 import optax
 
-from experiments.harness import data, lab, plot, protocol, records, report, runs, runtime, study, train
+from experiments.harness import data, headline, lab, plot, protocol, records, report, runs, runtime, study, train
 from experiments.models import networks
 
 ONE, SYNCHRONIZED, OWN = "1 device", "4 devices, synchronized", "4 devices, each its own"
@@ -39,6 +39,8 @@ class Devices(study.Study):
 
     NAME = "devices"
     CLAIM = "statistics synchronized over devices equal those of one big batch"
+    # The other part says only that the test could fail.
+    HEADLINE = headline.Headline("synchronized", "the training loss on 4 devices differs from one device's by {} of it")
     QUESTION = (
         "Does training on 4 devices give the losses of training on one, with synchronized statistics and without?"
     )

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jax import Array
 
 import bnjax
-from experiments.harness import curves, data, lab, plot, protocol, records, report, runs, study, train
+from experiments.harness import curves, data, headline, lab, plot, protocol, records, report, runs, study, train
 from experiments.models import networks
 
 ARMS = ("batch", "population", "population + noise")
@@ -40,7 +40,9 @@ GRID = lab.half_decades(0.001, 3)
 
 
 def _part(name: str, measure: str, arm: str, source: str) -> protocol.Part:
-    return protocol.Part(name, f"{MEASURES[measure]}: population statistics / {arm}", 1.0, source)
+    return protocol.Part(
+        name, f"{MEASURES[measure]}: population statistics / {arm}", 1.0, source, margin=protocol.TENTH
+    )
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,10 @@ class Noise(study.Study):
 
     NAME = "noise"
     CLAIM = "the noise of batch statistics is what regularizes"
+    # The purpose of a regularizer is a lower test loss.
+    HEADLINE = headline.Headline(
+        "test loss without the noise", "{} test loss without the noise", "population statistics", "height"
+    )
     QUESTION = (
         "Does a network generalize worse if the statistics of its batches lose their noise, and better again if the "
         "noise is put back by hand?"
@@ -85,7 +91,7 @@ class Noise(study.Study):
         report.Change(
             "2026-11-27",
             "The arms differed in the memory of their statistics too, one learning rate served all, and the gap was "
-            "1 - test accuracy. Now they differ in the statistics of training alone, the noise is put back by hand in "
+            "1 - test accuracy. Now they differ only in the statistics of training, the noise is put back by hand in "
             "a third, some labels are wrong, and losses are compared. After a pilot of 4 seeds the rates for the gap "
             "became those of the smallest gap, as in `regularization`.",
             "1000 to 1009",

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.harness import curves, lab, plot, protocol, records, report, runs, study
+from experiments.harness import curves, headline, lab, plot, protocol, records, report, runs, study
 from experiments.models import networks
 
 ARMS = ("plain", "before", "after", "both")
@@ -56,6 +56,12 @@ class Placement(study.Study):
 
     NAME = "placement"
     CLAIM = "batch normalization belongs before the activation, not after it"
+    # The usual kind of network, at a rate that both arms share, so that they differ only in the place.
+    HEADLINE = headline.Headline(
+        "convolutional, same rate, loss",
+        "{} steps with the normalization after the activation, in a convolutional network",
+        "after",
+    )
     QUESTION = "Does a network learn faster, or better, with batch normalization before the activation or after it?"
     SOURCE = "Ioffe & Szegedy (2015), section 3.2, and PyTorch's usual networks; against them Keras's usual example"
     PROTOCOL = (

@@ -82,7 +82,7 @@ class Record:
             values: dict[str, Any] = {"loss": [evaluation.loss[i] for evaluation in evaluations]}
             for name in evaluations[-1].values:
                 curve = [evaluation.values[name][i] for evaluation in evaluations if name in evaluation.values]
-                # The test images have no part in any choice, so their metrics are kept for the end alone.
+                # No choice depends on the test images, so their metrics are kept only for the end.
                 values[name] = curve[-1] if name.startswith("test_") else curve
             self.add(network, seed, *summary([evaluation.step for evaluation in evaluations], values))
 
