@@ -29,7 +29,7 @@ def part(name="speed", threshold=1.0, **options):
 
 
 def decided(values, remark="", **options):
-    """The decision on one part alone."""
+    """The decision on only one part."""
     (found,) = protocol.decide([part(**options)], {"speed": np.asarray(values, float)}, {"speed": remark})
     return found
 

@@ -1,4 +1,4 @@
-"""The claims: how a measurement goes on, what a folder refuses, and whether the committed verdicts follow from it."""
+"""The claims: how a measurement resumes, what a folder rejects, and whether the committed verdicts follow from it."""
 
 import base64
 import datetime

@@ -1,4 +1,4 @@
-"""The table of departures in docs/migration.md: each row, by what Flax's layer does and what ours does in its place."""
+"""The table of differences in docs/migration.md: for each row, what Flax's layer does and what ours does."""
 
 import inspect
 import re
@@ -30,7 +30,7 @@ EPSILON = 1e-5
 
 
 class Result(NamedTuple):
-    """What a layer gives for one training step, and then for the same data in evaluation."""
+    """A layer's results for one training step, and then for the same data in evaluation."""
 
     y: np.ndarray
     mean: np.ndarray

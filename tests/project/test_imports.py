@@ -18,7 +18,7 @@ def listed(package):
 
 
 def imports(program):
-    """The full paths of what a program imports, inside of functions too."""
+    """The full paths of what a program imports, inside functions too."""
     for node in ast.walk(ast.parse(program)):
         if isinstance(node, ast.ImportFrom):
             yield from (f"{'.' * node.level}{node.module or ''}.{alias.name}" for alias in node.names)
