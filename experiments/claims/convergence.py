@@ -41,7 +41,7 @@ class Convergence(study.Study):
     CLAIM = "batch-normalized networks converge faster"
     # The paper's network, at a rate that both arms share, so that they differ only in the normalization.
     HEADLINE = headline.Headline("sigmoid, same rate, loss", "{} steps with batch normalization", "batch normalization")
-    QUESTION = "Does it need fewer steps, at the same learning rate and at each network's own best?"
+    QUESTION = "Does a network with it need fewer steps, at the same learning rate and at each network's own best?"
     SOURCE = "Ioffe & Szegedy (2015), section 4.1, figures 1a and 3"
     PROTOCOL = (
         "The paper's network of three hidden layers of 100 sigmoid units, with initial weights of standard deviation "
@@ -51,8 +51,8 @@ class Convergence(study.Study):
         "and at each one's own best rate, the steps to two fixed targets are compared."
     )
     WOULD_CHANGE = (
-        "An optimizer with a step size for each weight, such as Adam, takes over a part of what normalization does. "
-        "A budget that is counted in time and not in steps favours the plain network, whose steps are cheaper."
+        "An optimizer with a step size for each weight, such as Adam, does a part of what normalization does. "
+        "A budget in time instead of steps favours the plain network, whose steps are cheaper."
     )
     PARTS = (*_parts(),)
     CHANGES = (

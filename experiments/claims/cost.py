@@ -63,17 +63,17 @@ class Cost(study.Study):
     HEADLINE = headline.Headline(
         "time", "{} time for loss and gradient with batch normalization", "batch normalization", "amount"
     )
-    QUESTION = "How many times as much of each does a network take with batch normalization?"
+    QUESTION = "How many times as much of each does a network need with batch normalization?"
     SOURCE = "common knowledge; Gitman & Ginsburg (2017) on time, Rota Bulò et al. (2018) on memory"
     PROTOCOL = (
         "A network of twelve blocks of convolution, batch normalization or a bias, and ReLU is timed on a batch of "
-        "normal numbers, which are those of no data set. A seed is a round of timing with its own variables, batch and "
-        "order of the arms. In each round the calls of the arms are interleaved, and the least time of each counts."
+        "random normal numbers, not on a data set. A seed is a round of timing with its own variables, batch and order "
+        "of the arms. In each round the calls of the arms are interleaved, and the minimum time of each counts."
     )
     WOULD_CHANGE = (
-        "Times are those of one machine. A device whose memory is slow in comparison with its arithmetic, or a network "
+        "Times are from one machine. A device whose memory is slow in comparison with its arithmetic, or a network "
         "with cheaper layers between the normalizations, makes the share of the normalization larger. A compiler that "
-        "merges the normalization with its neighbours makes it smaller."
+        "fuses the normalization with its neighbours makes it smaller."
     )
     PARTS = PARTS
     CHANGES = (
