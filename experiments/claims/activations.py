@@ -141,9 +141,10 @@ class Activations(Observed):
     CHANGES = (
         report.Change(
             "2026-11-27",
-            "Only the drift, which normalization makes smaller nearly by definition, at one learning rate that was "
-            "chosen for the plain network and with a threshold of 2 that no publication states. Added were the change "
-            "of gradients by the update of earlier layers (Santurkar et al.), tuned rates and a convolutional network.",
+            "Only the drift was measured, which normalization makes smaller nearly by definition, at one learning rate "
+            "chosen for the plain network and with a threshold of 2 that no publication states. The change of "
+            "gradients by the update of earlier layers (Santurkar et al.), tuned rates and a convolutional network "
+            "were added.",
             "1000 to 1009",
         ),
         study.again(),

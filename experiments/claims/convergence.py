@@ -58,8 +58,8 @@ class Convergence(study.Study):
     CHANGES = (
         report.Change(
             "2026-11-27",
-            "One rate, tuned for the plain network, decided for both, and the target was the maximum of a noisy test "
-            "accuracy, where small data let every network overfit: the verdict turned on other digits. Every arm now "
+            "Both networks had one rate, tuned for the plain network, and the target was the maximum of a noisy test "
+            "accuracy. Every network overfits small data, so the verdict changed with other digits. Every arm now "
             "has a rate of its own, targets are fixed, on the training loss and on the validation accuracy, and a "
             "plain convolutional network is measured too. A part on the accuracy at the end is dropped: it is not "
             "speed.",

@@ -79,9 +79,9 @@ class Cost(study.Study):
     CHANGES = (
         report.Change(
             "2026-11-27",
-            "The time of an evaluation, even when folded, is a part no more, because nobody claims it. The spread was "
-            "over repetitions of one timing; now each has its own variables, batch and order. The thresholds are the "
-            "same.",
+            "The time of an evaluation, even when folded, is no longer a part, because nobody claims it. The spread "
+            "was over repetitions of one timing; now each has its own variables, batch and order. The thresholds are "
+            "the same.",
             "1000 to 1009",
         ),
         study.again(),
@@ -125,7 +125,7 @@ class Cost(study.Study):
             f"In multiples of the plain network: loss and gradient take {normalized['time']} of the time and save "
             f"{normalized['memory']} of the bytes ({saving['memory']} with save_statistics, which takes "
             f"{saving['time']} of the time); parameters and statistics are {normalized['parameters']}. "
-            f"Times are the least of {self.rounds} calls, in {len(metrics[PLAIN].seeds)} rounds.",
+            f"Times are the minimum of {self.rounds} calls, in {len(metrics[PLAIN].seeds)} rounds.",
             f"Loss and gradient take {ratios['time'][NORMALIZED].mean():.2f} times as long as without, and save "
             f"{ratios['memory'][NORMALIZED].mean():.2f} times as much",
             [

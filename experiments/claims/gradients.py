@@ -80,9 +80,9 @@ class Gradients(study.Study):
     CHANGES = (
         report.Change(
             "2026-11-27",
-            "Only networks of 50 layers were measured, which did not train in the steps that they had. Now four "
-            "depths are, at the rates that are best for each, on few images in full batches, so that all can be "
-            "trained, and at a training accuracy in place of a number of steps.",
+            "Only networks of 50 layers were measured, which did not train in the given steps. Now four depths are "
+            "measured, at the best rate of each, on few images in full batches, so that all can be trained, and at a "
+            "training accuracy instead of a number of steps.",
             "1000 to 1009",
         ),
         study.again(
