@@ -1,10 +1,10 @@
 # %% [markdown]
 # # End to end: NNX
 #
-# One small program takes a convolutional network from data to serving. It trains on eight devices with accumulated
-# gradients, averages the weights, can be stopped and resumed at any time, and leaves a file that another process
-# serves. Each section checks what it says. The program runs in less than a minute on two cores, and needs more than
-# bnjax itself:
+# This page is for people with a model to train. One small program takes a convolutional network from data to serving.
+# It trains on eight devices with accumulated gradients, averages the weights, can be stopped and resumed at any time,
+# and writes a file that another process serves. The sections check their results. The program runs in less than a
+# minute on two cores, and needs these packages:
 #
 # ```sh
 # pip install '.[flax,export]' orbax-checkpoint scikit-learn  # in a checkout of bnjax
@@ -12,9 +12,9 @@
 #
 # ## Devices
 #
-# JAX can divide the CPU into several devices, which compute what eight accelerators would. It reads
+# JAX can divide the CPU into several devices, which compute the same as eight accelerators. It reads
 # `JAX_NUM_CPU_DEVICES` when the first array is made. On a machine with GPUs or TPUs the variable has no effect on the
-# training, which uses all of them. The rest of the program does not name a number: `JAX_NUM_CPU_DEVICES=1 python
+# training, which uses all of them. The rest of the program works for any number: `JAX_NUM_CPU_DEVICES=1 python
 # nnx.py` runs on one device.
 
 # %%
@@ -44,8 +44,8 @@ replicated, divided = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, 
 # %% [markdown]
 # ## Data
 #
-# 1,797 images of digits come with scikit-learn. The batch of a step is a function of the number of the step, so that
-# a resumed run sees the batches that the uninterrupted run would have seen. `device_put` divides a batch among the
+# scikit-learn has 1,797 images of digits. The batch of a step is a function of the step's number, so a resumed run
+# sees the same batches as an uninterrupted one. `device_put` divides a batch among the
 # devices, whose number must divide the size of a micro-batch, 64.
 
 # %%
@@ -69,7 +69,7 @@ def training_batch(step):
 # %% [markdown]
 # ## Model and loss
 #
-# A convolution before batch normalization needs no bias, since the layer would subtract it. 120 steps are few for the
+# A convolution before batch normalization needs no bias, because the layer would subtract it. 120 steps are few for the
 # default momentum of 0.99, so the running statistics use 0.9. `x.shape[0]`, unlike `len(x)`, may be a symbol, which
 # the export needs.
 
@@ -98,12 +98,12 @@ def loss(model, batch, train):  # the step sets the mode, so the call needs no a
 # %% [markdown]
 # ## Training
 #
-# `bnjax.nnx.functional` makes a function of the model and its variables. It is called once, because a step is
-# compiled for each function. `bnjax.training.train_step` runs the batch as two micro-batches, averages their
-# gradients, and updates the running statistics once. The state is replicated and the batch is divided, so that the
-# statistics are those of all devices; the model needs no `axis_name`. `optax.incremental_update` averages the
-# weights, with a weight of 0.05 for the newest. The average begins with the initial variables, not with
-# `state.params`, which the first step deletes, because it reuses their memory.
+# `bnjax.nnx.functional` returns a function and the variables of the model. It is called once, because each new function
+# would compile the step again. `bnjax.training.train_step` runs the batch as two micro-batches, averages their
+# gradients, and updates the running statistics once. The state is replicated and the batch is divided, so the
+# statistics cover all devices; the model needs no `axis_name`. `optax.incremental_update` averages the weights, with a
+# weight of 0.05 for the newest. The average begins with the initial variables, not with `state.params`, which the first
+# step deletes, because it reuses their memory.
 
 # %%
 model = Network(nnx.Rngs(0))
@@ -130,10 +130,10 @@ def train(run, steps, manager):
 # %% [markdown]
 # ## Checkpoint and resume
 #
-# A checkpoint holds the training state, in which are the parameters, running statistics, optimizer state and step,
-# and the average. A new run gives Orbax the structure and the devices to restore to, which may be others than those
-# of the run that saved. A program that was killed is started again by the same command. To train from the beginning,
-# as after a change of the program, delete the folder.
+# A checkpoint holds the training state (parameters, running statistics, optimizer state and step) and the average. A
+# new run tells Orbax the structure and the devices to restore to, which may differ from the devices of the run that
+# saved. The same command resumes a program that was killed. To train from the beginning, for example after a change
+# of the program, delete the folder.
 
 # %%
 options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
@@ -149,8 +149,8 @@ def resumed():
 run = train(resumed(), STEPS, manager)
 
 # %% [markdown]
-# The newest checkpoint is of step 100. A run that is resumed from it ends with the same bits as the run that was not
-# interrupted.
+# The newest checkpoint is from step 100. A run that is resumed from it ends with the same bits as the uninterrupted
+# run.
 
 # %%
 again = resumed()
@@ -160,9 +160,9 @@ jax.tree.map(np.testing.assert_array_equal, train(again, STEPS, manager), run)
 # %% [markdown]
 # ## Averaged weights and evaluation
 #
-# The averaged weights were never run in training mode, so the running statistics are not theirs. `bnjax.recalibrate`
-# recomputes them. Its batches have the size of the micro-batches, by whose statistics the network was trained to
-# normalize. Two layers on digits are so easy that the three rows of the output hardly differ;
+# The averaged weights were never run in training mode, so the running statistics do not fit them. `bnjax.recalibrate`
+# recomputes the statistics. Its batches have the size of the micro-batches, which normalized the network in training.
+# The task is so easy that the three rows of the output hardly differ;
 # [Recalibration](../guides/recalibration.md#evidence) has a network in which they do.
 
 # %%
@@ -209,8 +209,8 @@ Path("digits-nnx.bin").write_bytes(exported.serialize())
 # ## Load and serve
 #
 # The process that serves needs the file, JAX and flatbuffers. It needs neither Flax nor bnjax nor the model's code.
-# `jax.jit` compiles the program once for each size of a batch, so that `serve` repeats images up to the next power of
-# two. In evaluation an image does not affect the answers of others.
+# `jax.jit` compiles the program once for each size of a batch, so `serve` pads the batch to the next power of two by
+# repeating images. In evaluation an image does not affect the outputs of others.
 
 # %%
 program = jax.jit(jax.export.deserialize(Path("digits-nnx.bin").read_bytes()).call)

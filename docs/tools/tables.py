@@ -1,7 +1,7 @@
-"""Tables of the files under experiments/results, as Markdown, so that no page states a number that no run has.
+"""Tables of the files under experiments/results, as Markdown, so that every number on a page comes from a run.
 
-Each function reads the results as they are when the site is built. What a number means is said by the experiment's own
-functions (`bench.least`, `compiled.added`), which are used here too.
+Each function reads the results as they are when the site is built. The experiment's own functions (`bench.least`,
+`compiled.added`) define what a number means.
 """
 
 import itertools
@@ -19,7 +19,7 @@ from experiments.harness import records, report
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "experiments" / "results"
 VARIANTS = ("batch-size", "recurrent", "noise", "cost")
-"""Experiments that the choice of a variant rests on."""
+"""Experiments for the choice of a variant."""
 BLOCKS = {"bn": "BN", "bn_relu": "BN + ReLU", "bn_add_relu": "BN + add + ReLU"}
 DIRECTIONS = {"forward": "forward", "backward": "forward and backward"}
 FLAX = ("bnjax", "Flax Linen", "Flax Linen, two reads")
@@ -198,7 +198,7 @@ def performance() -> str:
         "with Flax Linen.\n"
         f"One layer on that GPU, forward and backward in bfloat16, is {both['Flax Linen / bnjax']} times as fast as "
         f"Flax's and {both['PyTorch / bnjax']} times as fast as PyTorch's, but its forward pass has only "
-        f"{forward['Flax Linen / bnjax']} of the speed of Flax's.\n"
+        f"{forward['Flax Linen / bnjax']} times the speed of Flax's.\n"
         f"On a CPU one layer, forward and backward in float32, is {bench.geometric_mean(cpu):.2f} times as fast as "
         "Flax's.\n"
         "Nothing was timed on TPUs or on several devices: in compiled programs a synchronized layer has one collective "
@@ -207,7 +207,7 @@ def performance() -> str:
 
 
 def libraries() -> str:
-    """How many times as fast as each library, by the least times, geometric mean over the shapes."""
+    """How many times as fast as each library, by minimum times, geometric mean over the shapes."""
     entries = _times()["libraries"]
     names = [name for name in entries[0]["seconds"] if not name.startswith("copy") and name != "bnjax"]
     keys = [tuple(e[k] for k in ("layout", "dtype", "block", "direction")) for e in entries]
@@ -232,8 +232,8 @@ def bench_facts() -> str:
     shapes = ", ".join(shape.replace("x", " x ") for shape in config["config"]["shapes"])
     rounds = config["config"]["rounds"]
     return (
-        f"The committed run compares the least of {rounds} times of each call, on {config['cores']} shared CPU cores, "
-        f"with jax {config['jax']}, {found}. Means are geometric, over the shapes {shapes}."
+        f"The committed run compares the minimum of {rounds} times of each call, on {config['cores']} shared CPU "
+        f"cores, with jax {config['jax']}, {found}. Means are geometric, over the shapes {shapes}."
     )
 
 

@@ -118,7 +118,7 @@ class Activations(Observed):
         "amount",
     )
     QUESTION = (
-        "Do the distributions of a layer's inputs move less, and does a layer's gradient change less when the layers "
+        "Do the distributions of a layer's inputs change less, and does a layer's gradient change less when the layers "
         "before it are updated?"
     )
     SOURCE = "Ioffe & Szegedy (2015), sections 2 and 4.1, figures 1b and 1c; Santurkar et al. (2018), section 2.2"
@@ -127,9 +127,10 @@ class Activations(Observed):
         "over the curve. The drift is the standard deviation, over all steps of training, of the median of a unit's "
         "input in the last hidden layer on fixed training images, divided by the input's own standard deviation. It is "
         "nearly true by definition that normalization makes it smaller. Therefore the measure of Santurkar et al. is "
-        "added: how much a layer's gradient on a batch changes, and the cosine, when the layers before it are updated "
-        "by a step on this batch, averaged over layers. Both arms are compared at equal loss of this batch: on average "
-        "over losses from 0.75 to 0.25 of log(classes), which lie between guessing and the target of the training loss."
+        "added: how much a layer's gradient on a batch changes, and the cosine between the gradients, when a step on "
+        "this batch updates the layers before it, averaged over layers. Both arms are compared at equal loss of this "
+        "batch: on average over losses from 0.75 to 0.25 of log(classes), which lie between guessing and the target of "
+        "the training loss."
     )
     WOULD_CHANGE = (
         "The paper of Santurkar et al. compares differences of gradients that are not divided by the gradient's norm, "
@@ -140,9 +141,10 @@ class Activations(Observed):
     CHANGES = (
         report.Change(
             "2026-11-27",
-            "Only the drift, which normalization makes smaller nearly by definition, at one learning rate that was "
-            "chosen for the plain network and with a threshold of 2 that no publication states. Added were the change "
-            "of gradients by the update of earlier layers (Santurkar et al.), tuned rates and a convolutional network.",
+            "Only the drift was measured, which normalization makes smaller nearly by definition, at one learning rate "
+            "chosen for the plain network and with a threshold of 2 that no publication states. The change of "
+            "gradients by the update of earlier layers (Santurkar et al.), tuned rates and a convolutional network "
+            "were added.",
             "1000 to 1009",
         ),
         study.again(),

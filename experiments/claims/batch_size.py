@@ -119,17 +119,17 @@ class BatchSize(study.Study):
         "rate falls linearly to 0. Each "
         "normalization's learning rate is chosen for each size by the validation accuracy; the linearly scaled rate is "
         "the best one for batches of 32, in proportion to the images of a step. The running statistics remember the "
-        "same number of images for every size. Synchronized statistics extend over 4 devices, each with a batch of "
+        "same number of images for every size. Synchronized statistics cover 4 devices, each with a batch of "
         "the given size; ghost batches are groups of 16 in a larger batch. The ratio of test errors is taken within "
         "each seed."
     )
     WOULD_CHANGE = (
         "Larger images in the last layers give each channel more values in a small batch, though correlated ones. "
-        "Group normalization errs more in batches of 32 than of 2, perhaps because batches of 32 make fewer steps of "
-        "the same number of images. Longer training would then bring the ratio to group normalization nearer to the "
-        "ratio of batch normalization by itself. On images that do not move, the noise of small batches prevents "
-        "overfitting, and hurts less. Recalibrated "
-        "running statistics take away that part of the error that the average over noisy batches causes."
+        "Group normalization has a higher error in batches of 32 than of 2, perhaps because batches of 32 make fewer "
+        "steps of the same number of images. Longer training would then bring the ratio to group normalization nearer "
+        "to the ratio of batch normalization by itself. On images that do not move, the noise of small batches "
+        "prevents overfitting, and hurts less. Recalibrated running statistics remove the part of the error that the "
+        "average over noisy batches causes."
     )
     PARTS = (*_parts(),)
     CHANGES = (

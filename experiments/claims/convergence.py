@@ -41,7 +41,7 @@ class Convergence(study.Study):
     CLAIM = "batch-normalized networks converge faster"
     # The paper's network, at a rate that both arms share, so that they differ only in the normalization.
     HEADLINE = headline.Headline("sigmoid, same rate, loss", "{} steps with batch normalization", "batch normalization")
-    QUESTION = "Does it need fewer steps, at the same learning rate and at each network's own best?"
+    QUESTION = "Does a network with it need fewer steps, at the same learning rate and at each network's own best?"
     SOURCE = "Ioffe & Szegedy (2015), section 4.1, figures 1a and 3"
     PROTOCOL = (
         "The paper's network of three hidden layers of 100 sigmoid units, with initial weights of standard deviation "
@@ -51,15 +51,15 @@ class Convergence(study.Study):
         "and at each one's own best rate, the steps to two fixed targets are compared."
     )
     WOULD_CHANGE = (
-        "An optimizer with a step size for each weight, such as Adam, takes over a part of what normalization does. "
-        "A budget that is counted in time and not in steps favours the plain network, whose steps are cheaper."
+        "An optimizer with a step size for each weight, such as Adam, does a part of what normalization does. "
+        "A budget in time instead of steps favours the plain network, whose steps are cheaper."
     )
     PARTS = (*_parts(),)
     CHANGES = (
         report.Change(
             "2026-11-27",
-            "One rate, tuned for the plain network, decided for both, and the target was the maximum of a noisy test "
-            "accuracy, where small data let every network overfit: the verdict turned on other digits. Every arm now "
+            "Both networks had one rate, tuned for the plain network, and the target was the maximum of a noisy test "
+            "accuracy. Every network overfits small data, so the verdict changed with other digits. Every arm now "
             "has a rate of its own, targets are fixed, on the training loss and on the validation accuracy, and a "
             "plain convolutional network is measured too. A part on the accuracy at the end is dropped: it is not "
             "speed.",

@@ -67,22 +67,22 @@ class Gradients(study.Study):
     SOURCE = "Ioffe & Szegedy (2015), sections 1 and 3.3; against it Yang et al. (2019), section 4"
     PROTOCOL = (
         "Fully connected ReLU networks of 5, 10, 20 and 50 layers of 64 units are trained by gradient descent with "
-        "momentum, with batch normalization and without it, by the initial weights of LeCun and of He. Each network "
-        "of each depth has its own best learning rate, that of the lowest training loss at the end. The norm of the "
+        "momentum, with batch normalization and without it, from the initial weights of LeCun and of He. Each network "
+        "of each depth has its own best learning rate, which gives the lowest final training loss. The norm of the "
         "gradient in the output of each layer is measured at initialization, and at the first evaluation with a "
         "training accuracy of 0.9. A run that never gets there is measured at its highest training accuracy."
     )
     WOULD_CHANGE = (
         "Shortcuts around the layers keep the gradient from exploding in normalized networks. Yang et al. (2019) find "
-        "activations that are closer to linear to explode more slowly."
+        "that the gradient explodes more slowly with activations that are closer to linear."
     )
     PARTS = (*(_part(depth, when) for when in WHEN for depth in DEPTHS),)
     CHANGES = (
         report.Change(
             "2026-11-27",
-            "Only networks of 50 layers were measured, which did not train in the steps that they had. Now four "
-            "depths are, at the rates that are best for each, on few images in full batches, so that all can be "
-            "trained, and at a training accuracy in place of a number of steps.",
+            "Only networks of 50 layers were measured, which did not train in the given steps. Now four depths are "
+            "measured, at the best rate of each, on few images in full batches, so that all can be trained, and at a "
+            "training accuracy instead of a number of steps.",
             "1000 to 1009",
         ),
         study.again(

@@ -75,11 +75,11 @@ class Initialization(study.Study):
     )
     SOURCE = "Ioffe & Szegedy (2015), section 3.3"
     PROTOCOL = (
-        "ReLU networks of five hidden layers are trained from kernels of LeCun, of He, and from orthogonal ones, times "
+        "ReLU networks of five hidden layers are trained from LeCun's, He's and orthogonal kernels, multiplied by "
         "scales from 10^-3 to 10^3 in half decades, with a bias or with batch normalization before each nonlinearity. "
-        "Each arm has one learning rate, which is chosen from He's kernels at scale 1. A scale trains if the training "
-        "loss is at the target or below it at the end. The range of these scales is known to half a decade, so that an "
-        "interval without width only says that all seeds agree on that."
+        "Each arm has one learning rate, which is chosen with He's kernels at scale 1. A scale trains if the training "
+        "loss is at the target or below it at the end. The range of these scales is known to half a decade, so an "
+        "interval of width 0 only means that all seeds agree to that precision."
     )
     WOULD_CHANGE = (
         "With a learning rate of its own for each scale, or with an optimizer with a step size for each weight, the "

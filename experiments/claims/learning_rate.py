@@ -1,4 +1,4 @@
-"""Batch normalization allows higher learning rates, and gains by them (Ioffe & Szegedy, 2015, section 4.2, figure 3).
+"""Batch normalization allows higher learning rates and benefits from them (Ioffe & Szegedy, 2015, section 4.2, figure 3).
 
 Three networks are trained with and without batch normalization: three and five hidden layers of 100 sigmoid units, and
 eight convolutions with ReLU. A rate trains a network if the mean training loss of the last evaluations is at most half
@@ -126,7 +126,7 @@ class LearningRate(study.Study):
     """The configuration of the experiment. Its fields are the flags of the command line."""
 
     NAME = "learning-rate"
-    CLAIM = "batch normalization allows higher learning rates, and gains by them"
+    CLAIM = "batch normalization allows higher learning rates, and benefits from them"
     # The paper's network, by the threshold that needs no publication.
     HEADLINE = headline.Headline(
         "sigmoid, highest rate",
@@ -144,11 +144,10 @@ class LearningRate(study.Study):
         "0.1, and a plain network of eight convolutions with ReLU are trained by gradient descent, with a bias or "
         "with batch normalization before each nonlinearity. A rate trains a network if its training loss at the end "
         "is at most half the loss of guessing. The highest such rate is found for each seed on a fine grid, half a "
-        "decade to each side of the median of the tuning seeds, and longer while the seed's rate is not inside. Each "
-        "seed moves its grid by a random part of a step, so that the resolution is in the interval. For "
-        "the gain, the best rate takes the fewest steps to the training loss, or, if a network arrives there at no "
-        "rate, has the lowest training loss at the end; for the accuracy, it has the highest mean validation accuracy "
-        "over the curve."
+        "decade to each side of the median of the tuning seeds, which is extended while the seed's rate is not inside. "
+        "Each seed moves its grid by a random part of a step, so that the interval includes the resolution. For the "
+        "gain, the best rate takes the fewest steps to the training loss, or, if a network reaches it at no rate, has "
+        "the lowest final training loss; for the accuracy, it has the highest mean validation accuracy over the curve."
     )
     WOULD_CHANGE = (
         "The ratio is bounded by the last layer, which is not normalized. With a longer budget lower rates train as "

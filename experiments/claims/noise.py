@@ -56,20 +56,20 @@ class Noise(study.Study):
         "test loss without the noise", "{} test loss without the noise", "population statistics", "height"
     )
     QUESTION = (
-        "Does a network generalize worse if the statistics of its batches lose their noise, and better again if the "
+        "Does a network generalize worse if the noise of its batch statistics is removed, and better again if the "
         "noise is put back by hand?"
     )
     SOURCE = "Ioffe & Szegedy (2015), section 3.4; Luo et al. (2019)"
     PROTOCOL = (
         "A network of two hidden layers of 100 ReLU units is trained by gradient descent in small batches on 200 "
         "images, of which a fifth have a wrong label. It is normalized by the statistics of each batch, by those of "
-        "all training images, or by the latter with the noise of another batch's statistics, which is drawn apart from "
-        "the images that are normalized. Nothing else differs, and in evaluation all use the statistics of all "
+        "all training images, or by the latter with the noise of another batch's statistics, which is drawn "
+        "independently of the normalized images. Nothing else differs, and in evaluation all use the statistics of all "
         "training images. Each arm has its own best learning rate for each measure."
     )
     WOULD_CHANGE = (
-        "Larger batches have less noise, and in a batch of all images the three are the same. Without label noise the "
-        "losses in training and in test differ less."
+        "Larger batches have less noise, and in a batch of all images the three arms are the same. Without label noise "
+        "the losses in training and in test differ less."
     )
     PARTS = (
         _part("test loss without the noise", "test loss", "batch statistics", "regularizing means a lower test loss"),

@@ -60,16 +60,16 @@ class Recurrent(study.Study):
     SOURCE = "Cooijmans et al. (2017), sections 3 and 5.1, table 1, figure 2"
     PROTOCOL = (
         "Images of at most 8 x 8 pixels are read pixel by pixel in one random order, the same for all runs. The LSTM, "
-        "the BN-LSTM and the BN-LSTM without normalization of the cell are trained by Adam with a learning "
-        "rate that falls to 0. The validation accuracy at the end chooses each one's rate from a grid, by the seeds "
-        "for tuning, and then each seed's from this rate and its two neighbours, so that the intervals contain the "
-        "uncertainty of the choice. "
-        "Forget gates start open in all of them. The trained BN-LSTM is evaluated with statistics for each timestep "
-        "and with statistics of all timesteps together, which include the spread of the timesteps' means. Speed is "
-        "measured only to a training loss, since no arm reaches a validation accuracy of 0.9 reliably."
+        "the BN-LSTM and the BN-LSTM without normalization of the cell are trained by Adam with a learning rate that "
+        "falls to 0. The validation accuracy at the end chooses each network's rate from a grid, with the tuning "
+        "seeds. Then it chooses each seed's rate among this rate and its two neighbours, so that the intervals contain "
+        "the uncertainty of the choice. Forget gates start open in all networks. The trained BN-LSTM is evaluated with "
+        "statistics for each timestep and with statistics of all timesteps together, which include the spread of the "
+        "timesteps' means. Speed is measured only to a training loss, since no arm reaches a validation accuracy of "
+        "0.9 reliably."
     )
     WOULD_CHANGE = (
-        "If the activations had the same distribution at every timestep, shared statistics would serve as well. Longer "
+        "If the activations had the same distribution at every timestep, shared statistics would be as good. Longer "
         "sequences make the LSTM without normalization harder to train."
     )
     PARTS = (

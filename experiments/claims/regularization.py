@@ -88,7 +88,7 @@ class Regularization(study.Study):
     )
     WOULD_CHANGE = (
         "The less noise the labels have and the more images there are, the less there is to regularize. Larger batches "
-        "have less noise in their statistics. Dropout only behind the last normalization disturbs its statistics less."
+        "have less noise in their statistics. Dropout only after the last normalization disturbs the statistics less."
     )
     PARTS = (
         protocol.Part(

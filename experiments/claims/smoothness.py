@@ -153,22 +153,23 @@ class Smoothness(Observed):
     )
     SOURCE = "Santurkar et al. (2018), sections 2.2 and 3.1, figures 2 and 4"
     PROTOCOL = (
-        "The networks of the claim convergence, and a third arm with noise after each normalization, whose mean and "
-        "deviation change at every step (the paper's algorithm 1). Each arm's learning rate is chosen by the mean "
-        "validation accuracy over the curve. Smoothness is measured along the gradient of fixed batches, over steps "
-        "that promise a decrease of 5 to 40% of the loss to first order, while both arms are trained with the plain "
-        "network's best rate: how far the loss after the step is from the promised one, and how much the gradient has "
-        "changed. Both are compared at equal loss of these batches: on average over losses from 0.75 to 0.25 of "
-        "log(classes), which lie between guessing and the target of the training loss. Steadiness and speed of the "
-        "noisy arm are compared at each one's own best rate, in the same runs. The drift is the standard deviation of "
-        "a unit's median input over all steps of training, the shift is the distance by which one update moves it, "
+        "The networks of the claim convergence, and a third arm with noise after each normalization. The mean and "
+        "deviation of the noise change at every step (the paper's algorithm 1). Each arm's learning rate is chosen by "
+        "the mean validation accuracy over the curve. Smoothness is measured along the gradient of fixed batches, over "
+        "steps that promise a decrease of 5 to 40% of the loss to first order, while both arms are trained with the "
+        "plain network's best rate: how far the loss after the step is from the promised one, and how much the "
+        "gradient has changed. Both are compared at equal loss of these batches: on average over losses from 0.75 to "
+        "0.25 of log(classes), which lie between guessing and the target of the training loss. Steadiness and speed of "
+        "the noisy arm are compared at each one's own best rate, in the same runs. The drift is the standard deviation "
+        "of a unit's median input over all steps of training, the shift is the distance by which one update moves it, "
         "and both are divided by the input's own standard deviation. Speed is the steps to the target of the training "
-        "loss, and the validation error on average over all steps, which a network has that never gets to a target."
+        "loss, and the mean validation error over all steps, which is defined even if a network never reaches a "
+        "target."
     )
     WOULD_CHANGE = (
-        "Smoothness at equal steps of training and not at equal loss: the normalized network has learned more by then. "
-        "Steps of one length for both networks, in place of steps that promise the same decrease: the result then "
-        "depends on the learning rate. Noise that is larger or smaller."
+        "Comparing smoothness at equal steps instead of equal loss: the normalized network has learned more by then. "
+        "Steps of one length for both networks instead of steps that promise the same decrease: the result then "
+        "depends on the learning rate. Larger or smaller noise."
     )
     PARTS = (*_parts(),)
     CHANGES = (

@@ -19,7 +19,7 @@ from experiments.harness import data, lab, protocol, runs, runtime, study
 class More:
     """Measure more seeds for the complete runs in a folder that have undecided parts, and write the report.
 
-    The same command goes on where the time was up.
+    The same command resumes where the time was up.
     """
 
     claims: tuple[str, ...] = ()
@@ -129,7 +129,7 @@ def more(config: More, kinds: Sequence[type[study.Study]]) -> None:
     for run, error in without:
         print(f"not measured: {run.name}: {error}")
     if left:
-        print(f"\nThe time was up. The same command goes on with:\n{table(left)}")
+        print(f"\nThe time was up. The same command resumes with:\n{table(left)}")
 
 
 def _datasets(

@@ -142,7 +142,7 @@ def test_where_the_time_was_up_the_same_command_goes_on(out, tmp_path, monkeypat
     assert results(out) == ten  # the report is on the complete look
     assert (config(out)["complete"], config(out)["config"]["seeds"]) == (True, 10)
     said = capsys.readouterr().out
-    assert "The time was up. The same command goes on with:" in said
+    assert "The time was up. The same command resumes with:" in said
     assert said.rstrip().splitlines()[-2].startswith("tossing, digits  10     20 ")
     stops_after(monkeypatch, 30)  # 23 of them for the rest of the look, and then 7
     seeds.more(seeds.More(out=out), KINDS)

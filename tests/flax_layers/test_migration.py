@@ -251,7 +251,7 @@ CASES = {
     "The variance is E[x²] - E[x]²": fast_variance,
     "rounds squares and means to half precision": half_precision_reductions,
     "A batch of one value": one_value,
-    "Statistics of a batch that are not finite": not_finite,
+    "Non-finite batch statistics": not_finite,
     "Finite values whose squares overflow": overflow,
     "A feature without a valid value": no_valid_value,
     "merged by the mean of means": unequal_shards,
