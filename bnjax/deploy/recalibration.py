@@ -34,7 +34,7 @@ def recalibrate(
     statistics lag behind the weights, and for averaged weights, which were never run in training mode. The result is
     the moments of all values that enter a layer in training mode, however they are divided into batches, not an average
     of the batches' variances. Meanwhile each batch is normalized by its own statistics, so batches should have the size
-    that training used.
+    that training used; with accumulated gradients, the size of a micro-batch.
 
     Args:
       apply: function called as `apply(variables, batch, mutable=[...])`. It must run the model in training mode and

@@ -31,7 +31,8 @@ def functional(model: nnx.Module) -> tuple[Callable[..., Any], dict[str, Any]]:
     uses. If that call names no `mutable`, the collections of `apply` are mutable.
 
     Args:
-      model: an NNX module; it stays unchanged.
+      model: an NNX module; it stays unchanged. Call `functional` once for a model: each call returns another `apply`,
+        for which a training step is compiled anew.
 
     Returns:
       apply: `apply(variables, *args, mutable=(), rngs=None, **kwargs)` returns the model's output; with `mutable` it
