@@ -1,4 +1,4 @@
-"""Batch normalization allows higher learning rates and benefits from them (Ioffe & Szegedy, 2015, section 4.2).
+"""Batch normalization allows higher learning rates and benefits from them (Ioffe & Szegedy, 2015, 4.2, figure 3).
 
 Three networks are trained with and without batch normalization: three and five hidden layers of 100 sigmoid units, and
 eight convolutions with ReLU. A rate trains a network if the mean training loss of the last evaluations is at most half
