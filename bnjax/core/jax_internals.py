@@ -76,7 +76,8 @@ class PlatformFunction:
       cpu: the computation where one CPU device holds the arrays.
       cuda: the computation on CUDA GPUs. It is elementwise, so that it serves sharded arrays too.
       one_gpu: the computation where one CUDA GPU holds the arrays.
-      several: the computation where several CPU devices or CUDA GPUs hold the arrays; `devices` says how many.
+      several: the computation where several CPU devices hold the arrays; `devices` says how many.
+      several_gpus: the computation where several CUDA GPUs hold the arrays, with `devices`.
       taylor: the same function in operations that `jax.experimental.jet` knows; by default `plain`.
       linear: the number of leading arguments in which the function is jointly linear.
       first_is_full: whether the arrays broadcast against the first one. Several models under `vmap` are then one
@@ -92,6 +93,7 @@ class PlatformFunction:
         cuda: Callable[..., Any] | None = None,
         one_gpu: Callable[..., Any] | None = None,
         several: Callable[..., Any] | None = None,
+        several_gpus: Callable[..., Any] | None = None,
         taylor: Callable[..., Any] | None = None,
         linear: int = 0,
         first_is_full: bool = False,
@@ -101,6 +103,7 @@ class PlatformFunction:
         self.cuda: Callable[..., Any] = cuda or plain
         self.one_gpu: Callable[..., Any] = one_gpu or self.cuda
         self.several: Callable[..., Any] | None = several
+        self.several_gpus: Callable[..., Any] | None = several_gpus
         self.taylor: Callable[..., Any] = taylor or plain
         self.linear = linear
         self.first_is_full = first_is_full
@@ -125,8 +128,9 @@ class PlatformFunction:
         batching.primitive_batchers[primitive] = self._batch
         plain, cpu, cuda, one_gpu = map(_shared, (self.plain, self.cpu, self.cuda, self.one_gpu))
         mlir.register_lowering(primitive, plain)
-        for platform, one, others in ("cpu", cpu, plain), ("cuda", one_gpu, cuda):
-            mlir.register_lowering(primitive, partial(self._lower, one, others), platform=platform)
+        lowerings = {"cpu": (cpu, self.several, plain), "cuda": (one_gpu, self.several_gpus, cuda)}
+        for platform, (one, several, others) in lowerings.items():
+            mlir.register_lowering(primitive, partial(_lower, one, several, others), platform=platform)
         if jet is not None:
             jet.jet_rules[primitive] = self._jet
         return primitive
@@ -163,14 +167,6 @@ class PlatformFunction:
         out = self(first, *rest, axes=tuple(a + 1 for a in axes))
         return out, (0,) * len(out)
 
-    def _lower(self, one, others, context, *arrays, axes):
-        where = context.module_context.axis_context
-        if _on_one_device(where):
-            return one(context, *arrays, axes=axes)
-        if self.several is None or not isinstance(where, mlir.ShardingContext):
-            return others(context, *arrays, axes=axes)
-        return _shared(self.several, ("axes", "devices"))(context, *arrays, axes=axes, devices=where.num_devices)
-
     def _jet(self, primals, terms, *, axes):
         # `checkpoint_name` is the identity, so that its result has the Taylor series of its argument. Whatever we name
         # was computed from a result of these functions, so that the rule is added in time without an import.
@@ -179,9 +175,31 @@ class PlatformFunction:
 
 
 @functools.cache
-def _shared(rule, static=("axes",)):
-    """The lowering of a function that all layers of one shape share in a program, which makes it half as long."""
-    return mlir.lower_fun(jax.jit(rule, static_argnames=static), multiple_results=True)
+def _shared(rule, static=("axes",), shardings=None):
+    """The lowering of a function that all layers of one shape share in a program, which makes it half as long.
+
+    If the shardings of the results are given, the function is traced without explicit sharding.
+    """
+    if shardings is not None:
+
+        def traced(*arrays, **options):
+            return jax.sharding.auto_axes(partial(rule, **options), out_sharding=shardings)(*arrays)
+    else:
+        traced = rule
+    return mlir.lower_fun(jax.jit(traced, static_argnames=static), multiple_results=True)
+
+
+def _lower(one, several, others, context, *arrays, axes):
+    where = context.module_context.axis_context
+    if _on_one_device(where):
+        return one(context, *arrays, axes=axes)
+    if several is None or not isinstance(where, mlir.ShardingContext):
+        return others(context, *arrays, axes=axes)
+    # Under explicit sharding a slice or a reshape of a divided axis is an error, which it is not for the compiler.
+    explicit = any(jax.sharding.AxisType.Explicit in v.sharding.mesh.axis_types for v in context.avals_in)
+    shardings = tuple(v.sharding for v in context.avals_out) if explicit else None
+    lowering = _shared(several, ("axes", "devices"), shardings)
+    return lowering(context, *arrays, axes=axes, devices=where.num_devices)
 
 
 def transpose_each_other(first: PlatformFunction, second: PlatformFunction) -> None:

@@ -31,6 +31,7 @@ from jax import Array, lax
 from bnjax.core.jax_internals import PlatformFunction
 from bnjax.core.records import Moments
 from bnjax.core.reductions import FORWARD_SLABS, cut, is_short, joint_sums, two_sums
+from bnjax.core.sharding import shards
 from bnjax.core.weights import (
     abs_square,
     divided,
@@ -67,12 +68,14 @@ def _one_look(
     x: Array, shift: Array, weight: Array | None, axes: tuple[int, ...], *, jointly: bool = False
 ) -> tuple[Moments, Array]:
     """The moments around the shift, `var` perhaps a little below 0, and mean - shift; jointly by `joint_sums`."""
-    centered = x.astype(shift.dtype) - shift
+    x = x.astype(shift.dtype)
+    if jointly and weight is not None:  # a masked element is put at the shift, where its product with 0 is 0
+        x = jnp.where(valid(weight, x), x, shift)
+    centered = x - shift
     total, mean_of = expectation(centered, weight, axes, scaled=False)
     if jointly:
-        present = weigh(None if weight is None else valid(weight, centered), centered)
-        weighed = weigh(weight, present)
-        both = joint_sums(weighed, weighed * present, axes)
+        weighed = weigh(weight, jnp.ones(weight.shape, x.dtype)) * centered if is_real(weight) else centered
+        both = joint_sums(weighed, weighed * centered, axes)
         offset, square = (divided(v, total + jnp.zeros_like(v)) for v in both)
     else:
         offset, square = mean_of(centered), mean_of(abs_square(centered))
@@ -121,13 +124,16 @@ def part_look(
     The mean of a part that has a fraction f of the weight is at most sqrt((1 - f) / f) standard deviations from the
     mean of all, whatever the data, so that no guard is needed. Of the sixteen parts of a masked array, the one with the
     most weight is taken, which has a sixteenth or more. The axis must not be divided among devices. The part is looked
-    at twice. If each feature has its own mask, there is no such part, and the whole array is looked at twice.
+    at twice. There is no such part if each feature has its own mask, if a masked array has only symbolic sizes, or if
+    all axes are explicitly divided: the whole array is then looked at twice.
     """
     mask = weight[0] if weight else None
-    if mask is not None and not _features_share(mask, axes):
-        return _exact(x, shift, mask, axes=axes)
+    whole = [a for a in axes if shards(x, a) == 1]
+    found = mask is None or (_features_share(mask, axes) and any(_known(x.shape[a]) for a in whole))
+    if not (whole and found):
+        return _exact(x, shift, *weight, axes=axes)
     mask, unit = relative(mask, axes)
-    part = _part(x, mask, axes)
+    part = _part(x, mask, whole)
     (total, offset, var), pivot = _look_around(part, x, mask, shift.dtype, axes, jointly=jointly)
     return total * unit, jnp.where(total > 0, pivot + offset, 0), var
 
@@ -184,7 +190,9 @@ def slab_look(x: Array, shift: Array, *weight: Array, axes: tuple[int, ...]) -> 
     return tuple(jnp.squeeze(v, axes) for v in (jnp.full_like(var, count), pivot + offset, var))
 
 
-def group_look(x: Array, shift: Array, *weight: Array, axes: tuple[int, ...], devices: int) -> tuple[Array, ...]:
+def group_look(
+    x: Array, shift: Array, *weight: Array, axes: tuple[int, ...], devices: int, on_gpus: bool = False
+) -> tuple[Array, ...]:
     """Moments of an array that several devices hold, each group of examples in one look around the mean of its part.
 
     The groups divide the first of the reduced axes, usually the batch axis. Their number is the greatest common divisor
@@ -216,10 +224,11 @@ def group_look(x: Array, shift: Array, *weight: Array, axes: tuple[int, ...], de
     else:
         masks = jnp.broadcast_to(masks, (*masks.shape[:axis], number, *masks.shape[axis + 1 :]))
         part = jax.vmap(partial(_part, axes=axes), axis, axis)(groups, masks)
-    jointly = _joint_sums_are_better(groups, inner)
+    jointly = on_gpus and _joint_sums_are_better(groups, inner)
     (_, offset, var), pivot = _look_around(part, groups, masks, shift.dtype, inner, jointly=jointly)
-    weights = None if mask is None else total_weight(groups.shape, masks, inner, var.dtype) * units
+    shares = None if mask is None else total_weight(groups.shape, masks, inner, var.dtype)
     if jnp.finfo(var.dtype).bits == 64:
+        weights = None if shares is None else shares * units
         total, mean_of = expectation(offset, weights, (axis,))
         mean, between = mean_and_variance(pivot + offset, mean_of, (axis,))
         merged = Moments(total, mean, between + mean_of(var))
@@ -230,7 +239,7 @@ def group_look(x: Array, shift: Array, *weight: Array, axes: tuple[int, ...], de
             # differently.
             wide = jnp.complex128 if jnp.iscomplexobj(x) else jnp.float64
             means = pivot.astype(wide) + offset.astype(wide)
-            weights = None if weights is None else weights.astype(jnp.float64)
+            weights = None if shares is None else shares.astype(jnp.float64) * jnp.asarray(units, jnp.float64)
             total, mean_of = expectation(means, weights, (axis,), scaled=False)
             mean, square = mean_of(means), mean_of(var.astype(jnp.float64) + abs_square(means))
             wide_var = jnp.maximum(square - abs_square(mean), 0)
@@ -262,6 +271,10 @@ def _look_on_one_gpu(x, shift, *weight, axes):
     return (_part_look_on_a_gpu if known else guarded_look)(x, shift, *weight, axes=axes)
 
 
+def _group_look_on_gpus(x, shift, *weight, axes, devices):
+    return group_look(x, shift, *weight, axes=axes, devices=devices, on_gpus=True)
+
+
 # The reduced axes may be divided among devices, so that no part of the array can be picked out without communication.
 read_anywhere: PlatformFunction = PlatformFunction(
     "bnjax_moments",
@@ -269,6 +282,7 @@ read_anywhere: PlatformFunction = PlatformFunction(
     cpu=slab_look,
     one_gpu=_look_on_one_gpu,
     several=group_look,
+    several_gpus=_group_look_on_gpus,
     taylor=_exact,
     first_is_full=True,
 )

@@ -15,7 +15,8 @@ communication, so this is for arrays that one device holds.
 
 XLA on GPUs computes two reductions in one kernel if it splits them, which it does with more than `LONGEST` elements a
 feature. For two shorter ones it writes both operands in float32 and reads them again, five times the traffic of `x` in
-bfloat16. As one sum of complex numbers, `joint_sums`, they read the arrays once.
+bfloat16. As one sum of complex numbers, `joint_sums`, they read the arrays once. It is for GPUs only: XLA on CPU splits
+a sum of real numbers, and takes one of complex numbers over several axes one by one, with that many roundings.
 """
 
 import math
@@ -154,7 +155,7 @@ def _cuda_spread(c, k, x, mean, *, axes):
     return ((c - k * mean) + k * x,)
 
 
-_sums = PlatformFunction("bnjax_sums", _plain_sums, cpu=_cpu_sums, one_gpu=_gpu_sums, several=_gpu_sums, linear=1)
+_sums = PlatformFunction("bnjax_sums", _plain_sums, cpu=_cpu_sums, one_gpu=_gpu_sums, several_gpus=_gpu_sums, linear=1)
 _spread = PlatformFunction("bnjax_spread", _plain_spread, cuda=_cuda_spread, linear=2)
 transpose_each_other(_sums, _spread)
 

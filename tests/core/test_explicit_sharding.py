@@ -113,6 +113,33 @@ def test_explicitly_sharded_matches_the_whole(name, mask, x_spec, variable_spec)
         assert jax.tree.map(jax.typeof, new) == jax.tree.map(jax.typeof, variables[1])
 
 
+ROWS = (RNG.standard_normal((16, 8, 4)) * 2 + 5).astype(np.float32)
+SOME = {"none": None} | {
+    str(shape): RNG.random(shape) < 0.8 for shape in [(1, 1, 1), (16, 1, 1), (1, 8, 1), (16, 8, 1)]
+}
+
+
+@pytest.mark.parametrize("mask", SOME)
+@pytest.mark.parametrize("spec", [P("a"), P(("a", "b")), P("a", None, "b"), P("b", "a"), P(None, "a", "b")])
+@pytest.mark.parametrize("name", ["bn_apply", "ghost_bn_apply"])
+def test_masks_that_lack_axes_may_be_sharded_with_any_axis_of_x(name, spec, mask):
+    # Of 8 rows 2 lie on each device where "a" divides them, and a part of them is one row.
+    if name == "ghost_bn_apply" and spec[0] == ("a", "b"):
+        pytest.skip("a group of 4 examples would lie on two devices")
+    function, params, state = CASES[name]
+    want, lengths = function(params, state, ROWS, SOME[mask]), (16, 8, 1)
+    with jax.set_mesh(mesh()):
+        spec = (*spec, None, None)[:3]
+        own = [
+            part if SOME[mask] is not None and n == SOME[mask].shape[a] else None
+            for a, (n, part) in enumerate(zip(lengths, spec, strict=True))
+        ]
+        m = None if SOME[mask] is None else jax.device_put(SOME[mask], P(*own[:2], None))
+        got = jax.jit(function)(params, state, jax.device_put(ROWS, P(*spec)), m)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("size", [3, 5, 8])
 def test_ghost_says_which_groups_fit_explicit_shards(size):
     with jax.set_mesh(mesh()):

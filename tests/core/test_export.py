@@ -99,6 +99,19 @@ CASES = {
 }
 
 
+def examples(x):
+    """Examples under `vmap` whose length alone is a symbol; every third element is masked."""
+    mask = jnp.arange(x.shape[1])[:, None] % 3 > 0
+
+    def one(x):
+        return bnjax.bn_apply(PARAMS, STATE, x, True, mask=mask, axis_name="examples")
+
+    return jax.vmap(one, axis_name="examples")(x)
+
+
+CASES["examples, masked"] = (examples, "4, b, 3", TWO)
+
+
 def shape_of(text, values):
     return [eval(size, {}, values) for size in text.split(",")]
 

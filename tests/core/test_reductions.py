@@ -162,9 +162,10 @@ def test_on_one_device_nothing_of_full_size_is_written_but_the_output_and_the_gr
 
 
 @pytest.mark.lowerings
-def test_slabs_are_for_arrays_that_one_device_holds():
+@pytest.mark.parametrize("rows", [64, 5 * reductions.LONGEST])
+def test_slabs_are_for_arrays_that_one_device_holds(rows):
     mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    params, x = bnjax.bn_init(3)[0], jnp.ones((5 * reductions.LONGEST, 3))
+    params, x = bnjax.bn_init(3)[0], jnp.ones((rows, 3))
 
     def complex_sums(f, *args):
         return "complex<f" in f.lower(*args).as_text()
