@@ -99,9 +99,6 @@ def test_effects_of_hand_made_metrics(tmp_path):
                 "test_shared_accuracy": 0.7,
             }
             record.add(lab.at(arm, rate), seed, [0, 10, 40], values)
-            for other in {*recurrent.neighbours(rate)} - {rate}:  # less accurate in validation, more in the test
-                worse = values | {"validation_accuracy": [0.1, 0.5, 0.8], "test_accuracy": 1.0}
-                record.add(lab.at(arm, other), seed, [0, 10, 40], worse)
             if arm == recurrent.BN_LSTM:  # at the LSTM's rate it arrives half way between the steps 10 and 40
                 values["loss"] = [np.nan, 0.25 * np.log(10) * 2, 0.25 * np.log(10) / 2]
                 record.add(lab.at(arm, best[recurrent.LSTM]), seed, [0, 10, 40], values)
@@ -114,20 +111,3 @@ def test_effects_of_hand_made_metrics(tmp_path):
     np.testing.assert_allclose(finding.effects["cell"], [-0.01, -0.01], atol=1e-6)
     assert not any(finding.remarks.values())
     assert finding.effects.keys() == {part.name for part in recurrent.Recurrent.PARTS}
-
-
-def test_each_seed_chooses_among_the_tuned_rate_and_its_neighbours(tmp_path):
-    record = runs.Record(tmp_path / "metrics.jsonl")
-    for arm in recurrent.ARMS:
-        for each in recurrent.GRID:
-            record.add(lab.tuning(arm, each), 900, [0, 10], {"validation_accuracy": [0.1, 0.5 + 0.4 * (each == 0.01)]})
-        by_rate = ((0.5, 0.9, 0.7), (0.6, 0.9, np.nan), (0.7, 0.1, 0.8))
-        for rate, ends in zip(recurrent.neighbours(0.01), by_rate, strict=True):
-            for seed, end in enumerate(ends):
-                record.add(lab.at(arm, rate), seed, [0, 10], {"validation_accuracy": [0.1, end], "test_loss": rate})
-    metrics = record.metrics([0, 1, 2, 900], 10)
-    chosen = [0.0316, 0.00316, 0.0316]  # the lowest of equals in the second; the network diverged at 0.01 in the third
-    assert recurrent._own_rates(metrics)[recurrent.LSTM] == chosen
-    assert [*recurrent._series(metrics)[recurrent.LSTM]["test_loss"]] == chosen
-    assert recurrent.neighbours(recurrent.GRID[0]) == [*recurrent.GRID[:2]]
-    assert recurrent.neighbours(recurrent.GRID[-1]) == [*recurrent.GRID[-2:]]
