@@ -1,4 +1,4 @@
-# Everything runs in .venv, which is made on first use from python3 alone. `make help` lists the targets.
+# Everything runs in .venv, which is made on first use and needs only python3. `make help` lists the targets.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -10,7 +10,7 @@ PURE := .venv-pure
 OTHERS := .venv-others
 INSTALL := -m pip install --quiet --disable-pip-version-check
 
-# The environments hold jax for the CPU. Compilers for TPUs and GPUs lie beside it, whose search for a device is noise.
+# The environments hold jax for the CPU. Without this line the compilers for TPUs and GPUs would search for a device.
 export JAX_PLATFORMS ?= cpu
 
 # `make test CACHE=1` keeps compiled programs under .cache, where the next run finds those that have not changed.
@@ -20,7 +20,7 @@ export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS = 0
 export JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES = -1
 endif
 
-.PHONY: help demo claims compiled bench test test-plain test-all oracles docs test-oldest test-newest test-pure test-flax lint format wheel clean
+.PHONY: help demo claims more compiled bench test test-plain test-all oracles docs test-oldest test-newest test-pure test-flax lint format wheel clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -44,6 +44,9 @@ demo: $(VENV)/.demo ## train with and without batch normalization; table and fig
 claims: $(VENV)/.installed ## measure every claim made for batch normalization; report.html and verdicts.json under results/
 	$(BIN)/python -m experiments all
 
+more: $(VENV)/.installed ## measure more seeds for the undecided parts under results/, for two hours at most; run it again to continue
+	$(BIN)/python -m experiments more
+
 compiled: $(OTHERS)/.installed ## count memory traffic and collectives compiled for TPU and GPU, without either; tables, and a figure under results/
 	$(OTHERS)/bin/python -m experiments compiled
 
@@ -55,8 +58,8 @@ $(OTHERS)/.installed: pyproject.toml constraints.txt
 bench: $(OTHERS)/.installed ## time it against Flax, Haiku, Equinox, Keras and PyTorch; tables, and figures under results/
 	$(OTHERS)/bin/python -m experiments bench
 
-# The files are given out in their order, which ends with short ones, so that both processes finish at about one time.
-test: $(VENV)/.installed ## the test suite, except what takes long by its nature
+# The files are run in their order, which ends with short ones, so that both processes finish at about the same time.
+test: $(VENV)/.installed ## the test suite, except what is inherently slow
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test-plain: $(VENV)/.installed ## the tests of the pure functions with BNJAX_PLAIN=1: plain formulas, no lowerings of our own
@@ -86,7 +89,7 @@ test-newest: ## the library's tests on the newest supported jax, with the newest
 	$(NEWEST)/bin/python $(INSTALL) --upgrade --editable '.[test]'
 	$(NEWEST)/bin/python -m pytest --numprocesses 2
 
-# For platforms such as macOS, for which there are no compilers for TPUs and GPUs.
+# For platforms such as macOS, which have no compilers for TPUs and GPUs.
 test-pure: ## the tests of the pure functions, which need no Flax layers; with the newest supported jax
 	test -d $(PURE) || $(PYTHON) -m venv $(PURE)
 	$(PURE)/bin/python $(INSTALL) --editable '.[test]'

@@ -6,7 +6,7 @@ The package consists of these parts, each of which imports only from the parts a
     variants      adaptive, ghost, renormalized, indexed, conditional and recurrent batch normalization
     traced        the program of a model, and the calls of its layers (these need flax)
     deploy        layers folded into adjacent linear layers; recalibrated running statistics
-    diagnosis     faults of running statistics, as a table and a figure
+    diagnosis     faults in running statistics, as a table and a figure
     interop       conversion of weights from and to PyTorch and Keras
     training      a training state and a training step (it needs flax and optax)
     flax_shared   code shared by the Linen and the NNX layers

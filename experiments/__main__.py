@@ -29,7 +29,7 @@ try:
         smoothness,
     )
     from experiments.demos import averaging, training
-    from experiments.harness import data, readme, runtime, study
+    from experiments.harness import data, mnist8000, readme, runtime, seeds, study
 except ModuleNotFoundError as error:
     raise SystemExit(extra.message(error)) from None
 
@@ -75,17 +75,27 @@ class Report:
     out: Path = Path("results")
     """folder of the measurements"""
     readme: Path | None = None
-    """file in which the table of the claims is replaced"""
+    """file in which the lines on the claims are replaced"""
 
 
 def run_all(config: All) -> None:
     """Run the experiments on claims, go on with those that are not complete, and write the report."""
-    unknown = {*config.claims} - {each.NAME for each in STUDIES}
-    if unknown:
-        raise data.InputError(f"claims={', '.join(unknown)}: expected some of {', '.join(e.NAME for e in STUDIES)}.")
+    _check_names(config.claims)
     given = {name: getattr(config, name) for name in ("dataset", "data_dir", "stream", "out")}
     chosen = [each for each in STUDIES if each.NAME in config.claims or not config.claims]
     study.run_all([each.of(config.preset, **given) for each in chosen], STUDIES)
+
+
+def more(config: seeds.More) -> None:
+    """Measure more seeds for undecided parts, and write the report."""
+    _check_names(config.claims)
+    seeds.more(config, STUDIES)
+
+
+def _check_names(claims: tuple[str, ...]) -> None:
+    unknown = {*claims} - {each.NAME for each in STUDIES}
+    if unknown:
+        raise data.InputError(f"claims={', '.join(unknown)}: expected some of {', '.join(e.NAME for e in STUDIES)}.")
 
 
 def write_report(config: Report) -> None:
@@ -119,7 +129,7 @@ def _commands(args: list[str]) -> dict[str, Any]:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--preset", nargs="?", default="default")
     preset = parser.parse_known_args(args)[0].preset
-    commands: dict[str, Any] = {"all": run_all, "report": write_report}
+    commands: dict[str, Any] = {"all": run_all, "more": more, "report": write_report}
     for each in STUDIES:
         commands[each.NAME] = _command(each, each.of(preset if preset in get_args(study.Preset) else "default"))
     return commands | {
@@ -128,6 +138,7 @@ def _commands(args: list[str]) -> dict[str, Any]:
         "compiled": compiled.run,
         "device": device.run,
         "exactness": exactness.run,
+        "mnist8000": mnist8000.run,
         "train": training.run,
     }
 

@@ -25,7 +25,7 @@ hypothesis.settings.load_profile("bnjax")
 
 
 def pytest_collection_modifyitems(items):
-    """Leave out what is not there: lowerings where the plain formulas were chosen, results in a source distribution."""
+    """Leave out tests of what is missing: lowerings if plain formulas were chosen, results in a source distribution."""
     absent = ["lowerings"] * PLAIN + ["results"] * (not (Path(__file__).parents[1] / "experiments/results").is_dir())
     for name in absent:
         items[:] = [item for item in items if item.get_closest_marker(name) is None]
@@ -40,9 +40,9 @@ def pytest_collection_finish(session):
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item):
-    """Compile without optimization, in half the time, except in tests marked `optimized`.
+    """Compile without optimization, in half the time, except in tests with the marker `optimized`.
 
-    Nearly all of the suite's time is compiling. What asserts accuracy, or what was compiled, has to be marked.
+    Nearly all of the suite's time is compiling. Tests that assert accuracy or compiled text need the marker.
     """
     with unoptimized() if item.get_closest_marker("optimized") is None else contextlib.nullcontext():
         return (yield)

@@ -1,4 +1,4 @@
-"""Batch normalization as pure functions (Ioffe & Szegedy, 2015, algorithms 1 and 2): `bnjax.BatchNorm` in two calls."""
+"""Batch normalization as two pure functions around `bnjax.BatchNorm` (Ioffe & Szegedy, 2015, algorithms 1 and 2)."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -19,7 +19,7 @@ def bn_init(
     bias: Any | None = 0.0,
     dtype: Any = jnp.float32,
 ) -> tuple[BNParams, BNState]:
-    """Parameters and running statistics of a new layer, which in evaluation is the identity up to epsilon.
+    """Parameters and running statistics of a new layer, which by default is the identity in evaluation, up to epsilon.
 
     Args:
       features: number of features, or one number per feature axis in increasing axis order.
@@ -65,8 +65,8 @@ def bn_apply(
         running = momentum * running + (1 - momentum) * batch          for mean and var, in training
 
     The call is compiled once per shape and set of options. It is differentiable to any order, forward and reverse, in
-    `params`, `state` and `x`. Statistics are exact under every transform and wherever the running mean is; under `jit`
-    over sharded arrays they are the statistics of the global batch, and no axis has to be named.
+    `params`, `state` and `x`. Statistics are exact under every transform and for every running mean. Under `jit` over
+    sharded arrays they are the statistics of the global batch, without an axis name.
 
     Args:
       params: `scale` and `bias`. Each is None, has the shape of the features, or is conditional: x's rank, with each
@@ -76,31 +76,30 @@ def bn_apply(
       train: a Python bool. True normalizes by the batch and updates the state, False by the running statistics.
       axis: the feature axis of `x`, or several; features are in the order of increasing axes.
       momentum: weight of the OLD value, in [0, 1], as in Flax and Keras (PyTorch's momentum is 1 minus it), or a
-        function of `state.count` such as `cumulative_average` or `debiased(0.99)`. The function is called in Python:
-        your own `jit` keeps what it read from elsewhere while tracing.
-      epsilon: number that is added to the variance, > 0.
-      mask: array of x's rank that broadcasts to it, boolean or weights >= 0. A negative weight is an error, or 0 where
-        only run time knows it. Only the ratios of weights count, and their sum must be finite in float32. Masked
-        elements (weight 0), even NaN, do not affect any other element, nor the statistics. They are normalized like the
-        others; a masked element whose output is not finite is treated as a constant when differentiating. The mask is
-        not differentiated.
-      axis_name: mapped axis, or several, whose devices or examples share statistics, merged by weight. There is one
-        collective in the forward pass and one in the backward pass.
+        function of `state.count` such as `cumulative_average` or `debiased(0.99)`. The function is called in Python, so
+        under your own `jit` any other value that it reads is fixed while tracing.
+      epsilon: number added to the variance, > 0.
+      mask: array of x's rank that broadcasts to it, boolean or weights >= 0. A negative weight is an error, or counts
+        as 0 if it is known only at run time. Only the ratios of weights count, and their sum must be finite in float32.
+        Masked elements (weight 0), even NaN, do not affect any other element, nor the statistics. They are normalized
+        like the others; a masked element whose output is not finite is treated as a constant when differentiating. The
+        mask is not differentiated.
+      axis_name: mapped axis, or several, whose devices or examples share statistics, merged by weight. There is usually
+        one collective in the forward pass and one in the backward pass.
       axis_index_groups: groups of indices as in `jax.lax.psum`; each group has its own statistics and state.
-      unbiased_var: whether the running variance is divided by n - sum(w^2) / n in place of n, which is n - 1 without
-        real-valued weights. `y` is normalized by the biased variance, as in PyTorch.
+      unbiased_var: whether the running variance is divided by n - sum(w^2) / n in place of n = sum(w); without
+        real-valued weights this is n - 1. `y` is normalized by the biased variance, as in PyTorch.
 
     Returns:
       y: of x's shape and dtype. Reductions are float32 or wider.
-      state: in the dtypes it came in; in evaluation unchanged.
+      state: in the dtypes of the given one; unchanged in evaluation.
 
     A feature with fewer than two valid values, or with statistics that are not finite, keeps its state and count. With
-    one valid value var is 0, so that this value becomes `bias`. With none, the feature is normalized by the running
-    statistics (by mean 0 and var 1 if state is None). A valid NaN or infinity gives NaN in the output and gradient of
-    its feature. So does, under every transform, a variance that exceeds a quarter of the largest number divided by the
-    number of values n (in float32 a standard deviation above 9e18 / sqrt(n)). In evaluation by running statistics,
-    axis_name has no effect, and the mask affects only derivatives: masked elements whose output is not finite do not
-    enter them.
+    one valid value var is 0 and the output is `bias`. With none, the feature is normalized by the running statistics
+    (by mean 0 and var 1 if state is None). A valid NaN or infinity gives NaN in the output and gradient of its feature.
+    So does a variance above the largest finite number / (4 n), with n the number of values (in float32 a standard
+    deviation above 9e18 / sqrt(n)), under every transform. In evaluation by running statistics, axis_name has no
+    effect, and the mask affects only derivatives: they leave out masked elements whose output is not finite.
 
     Raises:
       TypeError, ValueError: while tracing, for shapes, dtypes and Python values that do not fit; the message names

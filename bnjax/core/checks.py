@@ -1,7 +1,7 @@
 """Checks of arguments while tracing: shapes, dtypes and Python values, never array contents.
 
-Every message names the call and the argument, then what came, what was expected, and what to do. Options that have
-several spellings come back in one, the only one that the mathematics handles.
+Every message names the call and the argument, then what came, what was expected, and what to do. An option with several
+spellings is returned in a canonical one, the only one that the mathematics handles.
 """
 
 import math
@@ -24,7 +24,7 @@ class UnboundAxisNameError(NameError, ValueError):
 
 
 def feature_shape(call: str, features: Any) -> tuple[int, ...]:
-    """The shape that `features`, one integer or several, stand for."""
+    """The shape given by `features`, one integer or several."""
     shape = tuple(features) if isinstance(features, Sequence) else (features,)
     if not shape or any(isinstance(n, bool) or not isinstance(n, int | np.integer) or n < 0 for n in shape):
         raise ValueError(
@@ -80,7 +80,7 @@ def feature_axes(call: str, x: Array, axis: Axis, name: str = "x") -> tuple[int,
     canonical = tuple(sorted(int(a) % x.ndim for a in axes))
     if len(set(canonical)) != len(canonical):
         raise ValueError(
-            f"{call}(axis={axis!r}): an axis is repeated, since {name} has shape {x.shape}. Name each feature "
+            f"{call}(axis={axis!r}): an axis of {name}, which has shape {x.shape}, is repeated. Name each feature "
             "axis once."
         )
     return canonical
@@ -131,7 +131,7 @@ def bound_axes(call: str, names: tuple[Hashable, ...], groups: Sequence[Sequence
             raise UnboundAxisNameError(
                 f"{call}(axis_name={name!r}): no mapped axis of that name is in scope. Call it inside jax.vmap, "
                 f"jax.pmap or jax.shard_map over an axis named {name!r}; under jit over sharded arrays leave axis_name "
-                "out, since statistics are global there by themselves."
+                "out, since statistics are global there already."
             ) from error
     if groups is None:
         return

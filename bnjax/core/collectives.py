@@ -1,7 +1,7 @@
 """Arrays of all indices of named axes: gathered, or summed, in one collective.
 
 Axes of a mesh are mapped by `shard_map` or `pmap` and have collectives. Axes of `vmap` have none: a gather over them
-uses the axis that `vmap` keeps already.
+uses the batch axis of `vmap`.
 """
 
 from collections.abc import Hashable, Sequence
@@ -30,9 +30,9 @@ def kinds_of_axes(names: tuple[Hashable, ...], groups: Groups) -> tuple[tuple[Ha
 
 
 def gather(tree: Any, names: tuple[Hashable, ...], groups: Groups) -> Any:
-    """The arrays of every index of the mapped axes, stacked; with groups, the own group's arrays, padded with zeros.
+    """The arrays of every index of mapped axes, stacked; with groups, only this index's group, padded with zeros.
 
-    Over axes of a mesh all arrays travel in one collective, as rows of real numbers.
+    Over axes of a mesh one collective sends all arrays, as rows of real numbers.
     """
     if names[0] not in mesh_axes():
         return jax.tree.map(lambda leaf: _own_group(_gather_one_by_one(leaf, names), names, groups), tree)
@@ -61,7 +61,7 @@ def _gather_one_by_one(leaf, names):
     for name in reversed(names):
         try:
             gathered = lax.all_gather(gathered, name)
-        except AssertionError as error:  # without a text of its own
+        except AssertionError as error:  # which has no message
             raise ValueError(
                 f"axis_name={name!r}: JAX has no collectives over an axis of vmap inside shard_map with "
                 "check_vma=True. Pass check_vma=False to shard_map, or shard that axis too."
@@ -81,7 +81,7 @@ def _own_group(gathered, names, groups):
 
 
 def sum_over(rows: Any, names: tuple[Hashable, ...], groups: Groups) -> Any:
-    """The sums of a list of arrays over mapped axes of a mesh, or over the own group, in one collective."""
+    """The sums of a list of arrays over mapped axes of a mesh, or over this index's group, in one collective."""
     if not names:
         return rows
     rows = jnp.stack(rows)
@@ -89,5 +89,5 @@ def sum_over(rows: Any, names: tuple[Hashable, ...], groups: Groups) -> Any:
 
 
 def _varying(rows, names):
-    """`rows`, typed as varying over mesh axes, as collectives want them; they are not where x is replicated."""
+    """`rows`, typed as varying over mesh axes, as collectives require; rows of a replicated x are not."""
     return rows + (0 * lax.axis_index(names)).astype(rows.dtype)

@@ -1,9 +1,9 @@
 """A batch whose examples belong to several domains: sums over each domain's examples, and each example's row.
 
 A table has a row for each domain, (number, *features). Arrays of examples have a value for each example and feature,
-with the examples along one axis. Where a sum is taken over, `Over`, is a tuple of axes or `Domains`; `summed`,
-`largest` and `returned` treat both alike, so that a formula for the moments of a whole array is also the formula for
-the moments of each domain.
+with the examples along one axis. A sum is taken over a tuple of axes or over `Domains`, which is the type `Over`;
+`summed`, `largest` and `returned` treat both alike, so that a formula for the moments of a whole array is also the
+formula for the moments of each domain.
 """
 
 from collections.abc import Sequence
@@ -24,12 +24,13 @@ from bnjax.core.sharding import is_explicit
 class Domains:
     """The domain of each example.
 
-    `index` has shape (batch,), in [0, number). `guess` is a table of guesses of the domains' means. `axis` is that of
-    the examples in arrays of examples, and `sharding` the one of such an array whose examples lie along the first axis;
-    None unless sharding is explicit.
+    `index` has shape (batch,), in [0, number). `guess` is a table of guesses of the domains' means. `axis` is the axis
+    of the examples. `sharding` is the sharding of an array whose examples lie along the first axis; None unless
+    sharding is explicit.
 
     Sums are scatters, which read each example once, whatever the number of domains, and keep a NaN in its own domain. A
-    product with a one-hot matrix would spread it to all. Explicit sharding has no scatter over a sharded axis.
+    product with a one-hot matrix would spread it to all. Explicit sharding has no scatter over a sharded axis, so there
+    each domain sums a masked copy of the values.
     """
 
     index: Array
@@ -60,7 +61,7 @@ class Domains:
         return jnp.zeros((self.number, *values.shape[1:]), values.dtype)
 
     def _own(self, values):
-        """The values once for each domain, 0 where another domain's; (number, batch, *features)."""
+        """A copy of the values for each domain, 0 at examples of other domains; (number, batch, *features)."""
         assert self.sharding is not None
         index = reshard(self.index, NamedSharding(self.sharding.mesh, P(self.sharding.spec[0])))
         own = jnp.arange(self.number)[:, None] == index[None]
@@ -85,12 +86,12 @@ def largest(values: Array, over: Over) -> Array:
 
 
 def returned(result: Array, over: Over) -> Array:
-    """What was summed over, in a shape that broadcasts to the summands."""
+    """The result of a sum, in a shape that broadcasts to the summands."""
     return over.rows(result) if isinstance(over, Domains) else jnp.expand_dims(result, over)
 
 
 def rows(table: Array, index: Array, sharding: NamedSharding | None) -> Array:
-    """The row of the table for each index, which is clamped; sharded like that where sharding is explicit."""
+    """The row of the table for each index, which is clamped; sharded as given, where sharding is explicit."""
     if sharding is None:
         return jnp.take(table, index, axis=0, mode="clip")
     mesh, (batch, *features) = sharding.mesh, sharding.spec

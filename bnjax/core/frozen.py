@@ -1,7 +1,7 @@
-"""Which layers have frozen parameters, as they say while a model is traced.
+"""Which layers have frozen parameters, as the layers report while a model is traced.
 
-A frozen parameter has no gradient, which an optimizer takes for a gradient of 0: weight decay would still shrink it. A
-training step therefore listens to the layers, and leaves these parameters as they are.
+The gradient of a frozen parameter is 0, but weight decay in the optimizer would still shrink it. A training step
+therefore listens to the layers, and leaves these parameters unchanged.
 """
 
 from collections.abc import Generator
@@ -30,7 +30,7 @@ class Layers:
         return trees.replaced(new, {layer: {n: a[n] for n in names if n in a} for layer, a in kept.items()})
 
 
-# A user context is part of the keys of JAX's caches, so that a block which was traced before is traced again.
+# A user context is part of the keys of JAX's caches. Without it, a block that was traced before would report nothing.
 _listening = jax.make_user_context(None)
 
 
@@ -44,7 +44,7 @@ def listening() -> Generator[Layers, None, None]:
 
 @contextmanager
 def model_called() -> Generator[None, None, None]:
-    """The call of the model that is trained. A loss may call others, a teacher say, with the same names of layers."""
+    """The call of the model in training. A loss may call other models, a teacher say, with the same layer names."""
     layers = _listening.value or Layers()
     layers.open = True
     try:

@@ -1,26 +1,25 @@
-"""Everything that bnjax uses of JAX and that JAX does not promise to keep.
+"""The JAX APIs without a stability guarantee that bnjax uses.
 
-JAX promises the documented functions of `jax`, `jax.numpy` and `jax.lax`. The names below lie outside that promise, so
-that they are used only in this module:
+JAX guarantees the documented functions of `jax`, `jax.numpy` and `jax.lax`. The names below are outside that guarantee,
+so that they are used only in this module:
 
 `jax.extend.core.Primitive`, `jax.interpreters.ad`, `.batching`, `.mlir`
     A function with a lowering of its own on CPU and on CUDA GPUs, with a transpose that reads `x` and not `x - mean`,
     and with one conditional for several models under `vmap`.
 
 `mlir.ShardingContext`, `mlir.SPMDAxisContext`
-    They tell a lowering whether one device holds the whole array, since slabs of a sharded array would be
-    communication. `jax.lax.platform_dependent` may replace them when it can tell how many devices hold an array.
+    They tell a lowering whether one device holds the whole array, because slabs of a sharded array would need
+    communication. `jax.lax.platform_dependent` may replace them once it can tell how many devices hold an array.
 
 `jax.experimental.jet`, `jax.extend.core.primitives.name_p`
-    The table of rules of `jet` takes one for each of our primitives, and one for the names that
-    `jax.ad_checkpoint.checkpoint_name` gives, which it does not know. Importing bnjax adds only the former. Without
-    `jet` there are no Taylor series.
+    Importing bnjax adds a rule for each of its primitives to the table of rules of `jet`. The first Taylor series adds
+    one for `jax.ad_checkpoint.checkpoint_name`, which `jet` lacks. Without `jet` there are no Taylor series.
 
 `jax.core.Tracer`, `jax.custom_derivatives.SymbolicZero`
     Whether a value is known, and whether a tangent is zero, while a function is traced.
 
-With the environment variable BNJAX_PLAIN=1, or where JAX has lost the primitives, the plain formula runs everywhere.
-Its results are as exact. It takes more time on CPU, and moves more memory on a GPU.
+With the environment variable BNJAX_PLAIN=1, or if JAX lacks these APIs, the plain formula runs everywhere. Its results
+are as exact. It takes more time on CPU, and moves more memory on a GPU.
 """
 
 import functools
@@ -40,7 +39,7 @@ PLAIN: bool = os.environ.get("BNJAX_PLAIN", "0") not in ("", "0")
 
 
 def _module(name: str) -> Any:
-    """A module of JAX, or None where JAX has lost it."""
+    """A module of JAX, or None if JAX lacks it."""
     try:
         return importlib.import_module(name)
     except ImportError:
@@ -58,7 +57,7 @@ name_p: Any = getattr(_module("jax.extend.core.primitives"), "name_p", None)
 @functools.cache
 def _say_that_plain_formulas_run(reason: str) -> None:
     warnings.warn(
-        f"bnjax: jax {jax.__version__} does not take the lowerings of bnjax ({reason}), so that plain formulas run. "
+        f"bnjax: jax {jax.__version__} does not accept the lowerings of bnjax ({reason}), so plain formulas run. "
         "Results are as exact, but take more time on CPU and more memory traffic on a GPU. Set BNJAX_PLAIN=1 to choose "
         "them without this warning.",
         RuntimeWarning,
@@ -69,20 +68,20 @@ def _say_that_plain_formulas_run(reason: str) -> None:
 class PlatformFunction:
     """A function of arrays with a lowering of its own on some platforms, which every transformation of JAX knows.
 
-    `function(*arrays, axes=axes)` gives what `plain(*arrays, axes=axes)` gives, a tuple of arrays.
+    `function(*arrays, axes=axes)` returns the same as `plain(*arrays, axes=axes)`, a tuple of arrays.
 
     Args:
       name: the primitive's name in compiled programs.
-      plain: the computation on every other platform, and the one that derivatives are taken of.
+      plain: the computation on every other platform, and the one that is differentiated.
       cpu: the computation where one CPU device holds the arrays.
       cuda: the computation on CUDA GPUs. It is elementwise, so that it serves sharded arrays too.
       one_gpu: the computation where one CUDA GPU holds the arrays.
       several: the computation where several CPU devices hold the arrays; `devices` says how many.
       several_gpus: the computation where several CUDA GPUs hold the arrays, with `devices`.
       taylor: the same function in operations that `jax.experimental.jet` knows; by default `plain`.
-      linear: how many of the first arguments the function is linear in, all together.
+      linear: the number of leading arguments in which the function is jointly linear.
       first_is_full: whether the arrays broadcast against the first one. Several models under `vmap` are then one
-        computation on arrays with one more axis, also where all models share some of the arrays.
+        computation on arrays with one more axis, even if the models share some of the arrays.
     """
 
     def __init__(
@@ -112,7 +111,7 @@ class PlatformFunction:
         if not PLAIN:
             try:
                 self.primitive = self._registered(Primitive(name))
-            except (AttributeError, TypeError) as error:  # also what is None above
+            except (AttributeError, TypeError) as error:  # also for a name that is None above
                 _say_that_plain_formulas_run(str(error))
 
     def __call__(self, *arrays: Any, axes: tuple[int, ...]) -> tuple[Any, ...]:
@@ -169,17 +168,17 @@ class PlatformFunction:
         return out, (0,) * len(out)
 
     def _jet(self, primals, terms, *, axes):
-        # A name for `jax.checkpoint` is the identity, so that its result has the Taylor series of its argument. What we
-        # name has gone through one of these functions, so that the rule is there in time without an import adding it.
+        # `checkpoint_name` is the identity, so that its result has the Taylor series of its argument. Whatever we name
+        # was computed from a result of these functions, so that the rule is added in time without an import.
         jet.jet_rules.setdefault(name_p, lambda primals, terms, **params: (*primals, *terms))
         return jet.jet(partial(self.taylor, axes=axes), primals, terms, factorial_scaled=False)
 
 
 @functools.cache
 def _shared(rule, static=("axes",), shardings=None):
-    """The lowering of a function that all layers of one shape call in a program, which is half as long so.
+    """The lowering of a function that all layers of one shape share in a program, which makes it half as long.
 
-    With `shardings`, of the results, the function is traced without explicit sharding.
+    If the shardings of the results are given, the function is traced without explicit sharding.
     """
     if shardings is not None:
 
@@ -196,7 +195,7 @@ def _lower(one, several, others, context, *arrays, axes):
         return one(context, *arrays, axes=axes)
     if several is None or not isinstance(where, mlir.ShardingContext):
         return others(context, *arrays, axes=axes)
-    # Under explicit sharding a slice or a reshape of a divided axis is an error, which the compiler may divide as well.
+    # Under explicit sharding a slice or a reshape of a divided axis is an error, which it is not for the compiler.
     explicit = any(jax.sharding.AxisType.Explicit in v.sharding.mesh.axis_types for v in context.avals_in)
     shardings = tuple(v.sharding for v in context.avals_out) if explicit else None
     lowering = _shared(several, ("axes", "devices"), shardings)
@@ -204,7 +203,7 @@ def _lower(one, several, others, context, *arrays, axes):
 
 
 def transpose_each_other(first: PlatformFunction, second: PlatformFunction) -> None:
-    """Make each of two functions the transpose of the other; the arguments they are not linear in are the same."""
+    """Make each of two functions the transpose of the other; they share the arguments in which they are not linear."""
     for function, transposed in (first, second), (second, first):
         if function.primitive is not None:
             ad.primitive_transposes[function.primitive] = partial(_transpose, function.linear, transposed)
@@ -224,10 +223,10 @@ def _on_one_device(context):
 
 
 def mesh_axes() -> frozenset[Hashable]:
-    """The named axes of a mesh that `shard_map` or `pmap` maps where this is called."""
+    """The mesh axes that `shard_map` or `pmap` maps where this is called."""
     return frozenset(jax.sharding.get_abstract_mesh().manual_axes)
 
 
 def is_traced(value: Any) -> bool:
-    """Whether a value is an array that a transformation of JAX follows, and so not known in Python."""
+    """Whether a value is traced by a transformation of JAX, so that Python does not know its numbers."""
     return isinstance(value, Tracer)

@@ -1,12 +1,12 @@
-"""A layer of batch normalization as one value: its options, and the way of `x` through them.
+"""A layer of batch normalization as one value: its options, and the steps of a call.
 
     y = scale * (x - mean) / sqrt(var + epsilon) + bias
 
 In training `mean` and `var` are the batch's moments, which the running statistics absorb; in evaluation they are the
 running statistics. A call goes through four steps:
 
-    check              every argument, and x is widened to 32 bits or more
-    batch_moments      how one part is read is in `reading.py`, how parts merge in `merging.py`
+    check              every argument is checked, and x is widened to 32 bits or more
+    batch_moments      `reading.py` reads one part of a batch, `merging.py` merges parts
     normalized         the formula, with its derivative, in `normalize.py`
     absorb             the running statistics, in `running.py`
 
@@ -37,13 +37,13 @@ class BatchNorm:
     """The options of a layer of batch normalization, checked, with the layer's functions `init` and `apply`.
 
     A value is immutable, hashes and compares by its options, and holds no arrays of the layer: `init` makes them, and
-    `apply` takes and returns them. `bnjax.bn_apply` with the same options computes the same. In a jitted function a
-    value is closed over, or is a static argument. The layers of Flax are `bnjax.linen.BatchNorm` and
+    `apply` takes and returns them. `bnjax.bn_apply` with the same options computes the same. A jitted function closes
+    over a value, or takes it as a static argument. The layers of Flax are `bnjax.linen.BatchNorm` and
     `bnjax.nnx.BatchNorm`.
 
     Args:
-      axis, momentum, epsilon, axis_name, axis_index_groups, unbiased_var: as in `bnjax.bn_apply`. With a momentum that
-        is an array the value has no hash, and does not compare.
+      axis, momentum, epsilon, axis_name, axis_index_groups, unbiased_var: as in `bnjax.bn_apply`. If the momentum is an
+        array, the value cannot be hashed or compared.
       dtype: dtype of y, complex for complex x; None is x's.
 
     Raises:
@@ -66,19 +66,19 @@ class BatchNorm:
     axis_index_groups: Sequence[Sequence[int]] | None = None
     unbiased_var: bool = False
     dtype: Any = None
-    call: str = field(default="", repr=False, compare=False)  # what errors name; by default the class
+    call: str = field(default="", repr=False, compare=False)  # the name in errors; by default the class's
     # `features` are the feature axes of the array that a value was fitted to, counted from 0; `names` is axis_name as a
-    # tuple. Both follow from the other options, so that a user never passes them.
+    # tuple. Both are derived, so that a user never passes them.
     features: tuple[int, ...] = field(default=(), init=False, repr=False)
     names: tuple[Hashable, ...] = field(default=(), init=False, repr=False, compare=False)
 
-    # The options that are numbers or functions of the number of updates. `numbers` makes arguments of the compiled
-    # function of them, so that another number does not compile another program.
+    # The options that are numbers or functions of the number of updates. `numbers` makes them arguments of the compiled
+    # function, so that another number does not compile another program.
     numeric: ClassVar[tuple[str, ...]] = ("momentum",)
     average: ClassVar[str] = "var"  # what the running variance is an average of, or "std"
 
     def __new__(cls, *args: Any, **options: Any) -> Self:
-        """Tell who makes a layer of Flax where to find it."""
+        """Reject the arguments of a layer of Flax, and say where to find that layer."""
         if args or not options.keys() <= cls.__dataclass_fields__.keys():
             names = [field.name for field in fields(cls) if field.init and field.name != "call"]
             got = ", ".join([*map(repr, args), *(name for name in options if name not in names)])
@@ -89,7 +89,7 @@ class BatchNorm:
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        """Check the options, and bring equal ones into one spelling."""
+        """Check the options, and give equal ones one spelling."""
         call = self.call or type(self).__name__
         checks.boolean(call, "unbiased_var", self.unbiased_var)
         names = checks.axis_names(call, self.axis_name)
@@ -124,7 +124,7 @@ class BatchNorm:
     def apply(
         self, params: BNParams, state: BNState | None, x: Array, train: bool, mask: Array | None = None
     ) -> tuple[Array, Any]:
-        """y and the new state, as from `bnjax.bn_apply`, whose arguments these are."""
+        """y and the new state, as from `bnjax.bn_apply` with the same arguments."""
         return self.apply_part(params, state, x, train, mask, moments=False)[:2]
 
     def apply_part(
@@ -160,10 +160,10 @@ class BatchNorm:
         return y, new_state if train or state is None else state, batch
 
     def numbers(self, state: Any, train: bool) -> dict[str, Any]:
-        """The arguments that the compiled function has for numeric options, checked, with schedules called.
+        """The numeric options as arguments of the compiled function, checked, with schedules called.
 
-        A schedule is called here, for each call of `apply`: inside the compiled function it would be called only when
-        that is traced, and what it reads from elsewhere would never change again.
+        A schedule is called here, for each call of `apply`. The compiled function would call it only while it is
+        traced, and any other value that the schedule reads would never change again.
         """
         return {"momentum": rates(self.call, self.momentum, state, train)}
 
@@ -173,8 +173,8 @@ class BatchNorm:
         """Check that the arguments of `apply` fit each other."""
         if jnp.iscomplexobj(x) and not jnp.issubdtype(self.dtype, jnp.complexfloating):
             raise TypeError(
-                f"{self.call}(dtype={jnp.dtype(self.dtype).name}): x is {x.dtype}, and so is y, whose imaginary part a "
-                "real dtype has not. Pass dtype=None, or a complex one."
+                f"{self.call}(dtype={jnp.dtype(self.dtype).name}): x is {x.dtype}, and a real dtype cannot hold the "
+                "imaginary part of y. Pass dtype=None, or a complex one."
             )
         checks.variables(self.call, params, state, x, self.features)
         checks.weights(self.call, mask, x)
@@ -201,7 +201,7 @@ class BatchNorm:
     def train(
         self, params: Any, state: Any, x: Array, mask: Array | None, numbers: Any, stored: Any
     ) -> tuple[Array, Collected]:
-        """y by the batch's statistics, and these; `x` is widened, and was `stored` in that dtype."""
+        """y by the batch's statistics, and these statistics; `x` is widened from the dtype `stored`."""
         batch = self.batch_moments(state, x, mask, stored)
         mean, var = known_or_running(batch.moments, state, x, mask)
         return self.normalized(x, mean, var, params, mask), batch
@@ -217,7 +217,7 @@ class BatchNorm:
 
     @jax.named_scope("bnjax.normalize")
     def normalized(self, x: Array, mean: Any, var: Any, params: Any, mask: Array | None) -> Array:
-        """The formula, in the output's dtype; statistics of the features' shape, scale and bias of that or x's rank."""
+        """The formula, in the output's dtype; statistics have the features' shape, scale and bias that or x's rank."""
         mean, var, scale, bias = (aligned(v, x, self.features) for v in (mean, var, *params))
         return normalize(x, mean, var, scale, bias, mask, self.epsilon, self.dtype).astype(self.dtype)
 
@@ -243,7 +243,7 @@ def known_or_running(moments: Moments, state: BNState | None, x: Array, mask: Ar
 
 
 def aligned(v: Any, x: Array, features: tuple[int, ...]) -> Any:
-    """`v`, of the shape of the features, with x's rank, which conditional scale and bias have, and sharded as `x`."""
+    """`v` with x's rank, which conditional scale and bias have already, and sharded as `x`."""
     if v is None:
         return v
     return sharded_as(x, v if v.ndim == x.ndim else jnp.expand_dims(v, [a for a in range(x.ndim) if a not in features]))

@@ -1,4 +1,4 @@
-"""Moments of parts of a batch, merged to those of the whole (Chan, Golub & LeVeque, 1983).
+"""Moments of parts of a batch, merged to the moments of the whole (Chan, Golub & LeVeque, 1983).
 
     weight = sum_i weight_i        mean = sum_i weight_i mean_i / weight
     var = sum_i weight_i (var_i + |mean_i - mean|^2) / weight
@@ -44,7 +44,7 @@ def merge_together(*parts: Collected) -> Collected:
 
 
 def support_of(weight: Array, shape: tuple[int, ...], mask: Array, axes: tuple[int, ...]) -> Support:
-    """The support of an array of this shape whose real-valued mask sums up to `weight`."""
+    """The support of an array of this shape whose real-valued mask sums to `weight`."""
     like = lax.full_like(weight, 0)  # of its shape, and sharded alike
     elements = sum_as(shape, (mask > 0).astype(weight.dtype), axes)
     shares, unit = relative(mask, axes)
@@ -53,6 +53,6 @@ def support_of(weight: Array, shape: tuple[int, ...], mask: Array, axes: tuple[i
 
 
 def with_support(collected: Collected) -> Collected:
-    """The moments with their support, which is not kept where each valid element has weight 1."""
+    """The moments with a support, also if it was left out because every valid element has weight 1."""
     moments, support = collected
     return Collected(moments, support or Support(moments.weight, lax.full_like(moments.weight, 1)))

@@ -1,23 +1,23 @@
-"""Moments of all devices of named mesh axes, from each device's moments, in sums whose size is fixed.
+"""Moments of all devices of named mesh axes, from each device's moments, in sums of fixed size.
 
 With weight w, mean m and variance v of each device's part, and a guess c of the mean, such as the running mean:
 
     W = sum w        mean = c + sum w (m - c) / W        var = sum w (v + |m - c|^2) / W - |mean - c|^2
 
-One psum sends three rows of the features' shape, and two if all devices have as many elements. A gather sends three
-rows for each device. With r = |mean - c|^2 / var, the relative error of `var` is about eps (1 + r), as it is where an
-array is looked at once around a known shift (`reading.py`), and the same guard keeps r to 8 per feature. Where a
-feature has more, a psum of w m gives a plain mean, and another psum the sums around it. They read no `x` again.
+One psum sends three rows of the features' shape, or two if all devices have the same number of elements. A gather sends
+three rows for each device. With r = |mean - c|^2 / var, the relative error of `var` is about eps (1 + r), as for one
+look at an array around a known shift (`reading.py`), and the same guard keeps r to at most 8 for each feature. If a
+feature has more, a psum of w m gives a plain mean, and another psum the sums around it. No device reads `x` again.
 
 * TPU and CPU: a conditional on the guard.
-* GPU: no conditional, because the host would wait for it. The sums are in float64, which needs no guess: it has digits
-  enough for sums around 0. TPUs would gather for a sum in float64.
+* GPU: no conditional, because the host would wait for it. The sums are in float64, which has enough digits for sums
+  around 0, so that no guess is needed. On TPUs a sum in float64 would be a gather.
 
-The guess never changes the result. Where the types of `shard_map` say that it may differ between devices, it is 0.
-Where there are no such types (`check_vma=False`, `pmap`), the bits of a checksum travel with the first psum, and a
-guess that devices do not agree on is not used.
+The guess never changes the result. If the types of `shard_map` say that it may differ between devices, 0 is used.
+Without such types (`check_vma=False`, `pmap`), the bits of a checksum are summed with the first psum, and a guess on
+which devices do not agree is not used.
 
-This module does not know `x`. The derivative of the merge is one psum too, and that of the moments has its own.
+This module does not know `x`. The derivative of the merge is one psum too; the derivative of the moments has its own.
 """
 
 from collections.abc import Callable, Hashable
@@ -47,7 +47,7 @@ def merge_over_mesh(part: Collected, guess: Array, names: Names, elements: int |
       part: the moments and the support of this device's elements; `mean` and `var` are 0 where the weight is.
       guess: a guess of the mean, which broadcasts to it. It changes the number of collectives, never the result.
       names: axes of a mesh.
-      elements: the number of elements on each device, if they all have as many, of weight 1 and at least one.
+      elements: the number of elements on each device, if it is the same on all, 1 or more, and all weights are 1.
     """
     (weight, mean, var), support = part
     typed = _may_differ(lax.axis_index(names), names)
@@ -72,7 +72,7 @@ def merge_over_mesh(part: Collected, guess: Array, names: Names, elements: int |
 @merge_over_mesh.defjvp
 def _merge_over_mesh_jvp(names, elements, primals, tangents):
     # dmean = E[dm] and dvar = E[dv + 2 Re(conj(m - mean) dm)], in one psum. Neither the guess nor the conditional is
-    # differentiated, and JAX has no reverse mode for what `vmap` calls once.
+    # differentiated: JAX has no reverse mode for `custom_vmap`.
     whole = named(merge_over_mesh(*primals, names, elements))
     (weight, mean, _), (_, dm, dv) = primals[0].moments, tangents[0].moments
     share = (weight / nonzero(whole.moments.weight)).astype(dm.dtype)
@@ -117,7 +117,7 @@ def _guarded(guess, mean, var, *weights, names, typed):
     def second_look(*_):
         return _summed_twice(guess, mean, var, *weights, names=names)[1:3]
 
-    # A branch that does nothing, so that XLA keeps the conditional.
+    # One branch does nothing, so that XLA keeps the conditional.
     found, variance = lax.cond(
         jnp.all(near) & agreed, lambda *first: first, second_look, found, jnp.maximum(variance, 0)
     )
@@ -132,7 +132,7 @@ def _summed_twice(guess, mean, var, *weights, names):
 
 
 def _in_float64(guess, mean, var, *weights, names):
-    """All devices' moments, of float32, in one psum of float64."""
+    """All devices' moments in float32, from one psum in float64."""
     # Without the barrier XLA may compute a mean twice, for itself and for its square, and round it in two ways.
     mean, var = lax.optimization_barrier((mean, var))
     with jax.enable_x64(True):

@@ -1,4 +1,4 @@
-"""First and second moments of a batch: of one part of it, and of parts merged, over devices too; with their derivative.
+"""First and second moments of a batch, from one part of it or from several, over devices too, with their derivative.
 
     weight = sum_i w_i        mean = sum_i w_i x_i / weight        var = sum_i w_i |x_i - mean|^2 / weight
 
@@ -44,7 +44,7 @@ def wider(dtype: Any, other: Any = jnp.float32) -> Any:
 def widened(x: Array, mask: Array | None) -> tuple[Array, Array | None]:
     """`x` with 32 bits or more, and its mask: None, boolean, or real-valued of that width; checked before.
 
-    The caller widens once, so that the gradient of `x` is summed up before it is rounded.
+    The caller widens once, so that the gradient of `x` is summed before it is rounded.
     """
     wide = x.astype(wider(x.dtype))
     if mask is not None:
@@ -69,13 +69,14 @@ def batch_moments(
     with w the mask, or 1. Devices are merged by weight (Chan, Golub & LeVeque, 1983, equation 2.1), so that unequal and
     empty shards are exact. The relative error of `var`, and the error of `mean` in standard deviations, grow linearly
     with |mean| / std, which is the least possible for a rounded input. `x` is read as by `bnjax.bn_apply`, but around 0
-    in place of the running mean. On TPUs this is once, and twice more if |mean|^2 > 8 var for any feature.
+    in place of the running mean. On TPUs it is read once, and twice more if |mean|^2 > 8 var for any feature.
 
     Args:
       x: floating or complex, any shape.
       axis: the feature axis of `x`, or several; the result has their sizes in increasing axis order.
-      mask: array of x's rank that broadcasts to it, boolean or weights >= 0. A negative weight is an error, or 0 where
-        only run time knows it. Masked elements, even NaN, do not affect the result. The mask is not differentiated.
+      mask: array of x's rank that broadcasts to it, boolean or weights >= 0. A negative weight is an error, or counts
+        as 0 if it is known only at run time. Masked elements, even NaN, do not affect the result. The mask is not
+        differentiated.
       axis_name: mapped axis, or several, whose devices or examples share their statistics. The collectives are as in
         `bnjax.bn_apply`.
       axis_index_groups: groups of indices as in `jax.lax.psum`; each group has its own moments.
@@ -117,14 +118,14 @@ def merge_moments(*moments: Moments) -> Moments:
         var = sum_i weight_i (var_i + |mean_i - mean|^2) / weight          (Chan, Golub & LeVeque, 1983)
 
     Merging is associative and commutative up to rounding; moments of weight 0 have no effect. A float32 weight counts
-    to 2^24: elements that are merged one at a time into more than that are lost, with a warning where the weights are
-    known. Merge batches of elements, or small parts with each other first.
+    to 2^24: single elements that are merged into more than that are lost, with a warning if the weights are known.
+    Merge batches of elements, or small parts with each other first.
 
     Args:
       *moments: one or more `Moments`, of equal shapes.
 
     Returns:
-      Moments of that shape, in the dtypes that theirs promote to.
+      Moments of that shape, in the promoted dtypes.
 
     Raises:
       TypeError: for an argument that is not `Moments` of floating arrays.
@@ -201,7 +202,7 @@ def collect(
     Args:
       x, mask: the result of `widened`.
       features: the feature axes of `x`.
-      stored: the dtype that `x` had before it was widened, in which a look reads it.
+      stored: the dtype of `x` before it was widened, in which it is read.
       names, groups: the mapped axes and index groups, checked.
       shift: a guess of the mean, of the shape of the features, such as the running mean; None is 0. It changes how
         often `x` is read, never the result.
@@ -225,11 +226,11 @@ def collect(
 
 
 def _overflow_as_nan(collected: Collected) -> Collected:
-    """The moments with NaN for a variance whose sum of squares, valid elements x var, is near the end of the range.
+    """The moments with NaN for a variance whose sum of squares, valid elements x var, is near the largest number.
 
-    Some ways of reading x overflow to infinity there, others to NaN, and others not yet. Normalized by an infinite
-    variance, a feature would silently become `bias`. Below the limit 1 / (valid x var), a factor of the gradient, is a
-    normal number.
+    There, some ways of reading x overflow to infinity, others to NaN, and others not at all. Normalized by an infinite
+    variance, a feature would silently become `bias`. Below the limit, 1 / (valid x var) is a normal number, as the
+    gradient needs.
     """
     moments, support = collected
     elements = moments.weight if support is None else support.valid
@@ -239,7 +240,7 @@ def _overflow_as_nan(collected: Collected) -> Collected:
 
 @partial(jax.custom_jvp, nondiff_argnums=(4, 5, 6, 7, 8))
 def _collect(x, mask, shift, domains, axes, names, groups, stored, anywhere):
-    """`collect` over mesh axes: the part that is here is read, and the parts are merged."""
+    """`collect` over mesh axes: this device's part is read, and the parts are merged."""
     elements = math.prod(x.shape[a] for a in axes)
     if isinstance(elements, int) and elements < 2:
         moments = two_looks(x, mask, axes)
@@ -259,8 +260,8 @@ def _collect(x, mask, shift, domains, axes, names, groups, stored, anywhere):
 @_collect.defjvp
 def _collect_jvp(axes, names, groups, stored, anywhere, primals, tangents):
     # dmean = E[dx] and dvar = 2 E[Re(conj(x - mean) dx)]. The shift that the sums were taken around drops out, and the
-    # two sums transpose to one elementwise pass. They travel in one psum, forward and, transposed, backward.
-    # With domains, sums over one are sums over its examples of sums over the other axes.
+    # two sums transpose to one elementwise pass. One psum sends both, forward and, transposed, backward. With domains,
+    # sums over one are sums over its examples of sums over the other axes.
     x, mask, _, domains = primals
     collected = named(_collect(*primals, axes, names, groups, stored, anywhere))
     dx, *_ = tangents
@@ -273,7 +274,7 @@ def _collect_jvp(axes, names, groups, stored, anywhere, primals, tangents):
     if mask is not None:
         x = jnp.where(valid(mask, x), x, mean)  # a masked NaN times a zero cotangent would be a NaN
     total = nonzero(weight)
-    if is_real(mask):  # products with large or small weights may leave the floating range, those with shares do not
+    if is_real(mask):  # products with weights may leave the floating range, products with shares do not
         mask, total = mask / at_elements(total), jnp.ones_like(total)
     both = [jnp.squeeze(t, axes).astype(x.dtype) for t in sums(weigh(mask, dx), x, mean, axes)]
     if domains is not None:
@@ -286,18 +287,18 @@ def _collect_jvp(axes, names, groups, stored, anywhere, primals, tangents):
 def merge_over_axes(
     part: Collected, names: tuple[Hashable, ...], groups: Groups, guess: Array | None = None, elements: Any = None
 ) -> Collected:
-    """The moments and the support of all indices of the named axes, or of the own group.
+    """The moments and the support of all indices of the named axes, or of this index's group.
 
     Args:
       part: the moments and the support of this index.
       names, groups: the mapped axes and index groups, checked.
       guess: a guess of the mean, which affects how many collectives there are, never the result; None is 0.
-      elements: the number of elements of each index, where they have as many, all of weight 1; None if they may differ.
+      elements: the number of elements of each index, if it is the same for all and all weights are 1; else None.
     """
     on_mesh, on_vmap = kinds_of_axes(names, groups)
     if on_mesh and groups is None:
         guess = jnp.zeros_like(part.moments.mean) if guess is None else guess
         part = merge_over_mesh(part, guess, on_mesh, elements=elements)
-    elif on_mesh:  # groups have no sums of their own
+    elif on_mesh:  # a sum over a group is a gather too
         part = merge(gather(part, on_mesh, groups), (0,))
     return merge(gather(part, on_vmap, groups), (0,)) if on_vmap else part

@@ -30,15 +30,15 @@ def formula(
 ) -> Array:
     """scale * (x - mean) / sqrt(var + epsilon) + bias, of x's dtype; all arguments have x's rank or are None.
 
-    The mask and `dtype` affect only derivatives, and only those of `normalize`.
+    The mask and `dtype` affect only the derivatives of `normalize`.
     """
     y = (x - mean.astype(x.dtype)) * slopes(x, var, scale, epsilon)[1]
     return y if bias is None else y + bias.astype(x.dtype)
 
 
-# The formula with the derivative rule below, which plain autodiff of `formula` is the test of. A masked element whose y
-# is not finite in `dtype`, the output's, is a constant to derivatives: a loss that leaves it out may return 0 * inf as
-# its cotangent, a NaN for the whole feature.
+# The formula with the derivative rule below. Tests compare it with plain autodiff of `formula`. A masked element whose
+# y is not finite in `dtype`, the output's, is treated as a constant when differentiating: a loss that leaves it out may
+# return 0 * inf as its cotangent, a NaN for the whole feature.
 normalize: "jax.custom_jvp[Array]" = jax.custom_jvp(formula, nondiff_argnums=(6, 7))
 
 
@@ -57,7 +57,8 @@ def _normalize_jvp(epsilon, dtype, primals: Any, tangents: Any):
     dx, dmean, dvar, dscale, dbias = (
         None if t is None or isinstance(t, SymbolicZero) else t.astype(x.dtype) for t in tangents[:5]
     )
-    # The factors meet dvar one at a time: their product alone is about std^-3, which leaves the floating range first.
+    # dvar is multiplied by one factor at a time: the product of the factors is about std^-3, which would leave the
+    # floating range first.
     dslope = _add(
         None if dscale is None else rstd * dscale, None if dvar is None else -0.5 * slope * (rstd * (rstd * dvar))
     )

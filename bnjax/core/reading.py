@@ -1,14 +1,14 @@
-"""How one part of a batch is read: its mean and variance, by no more looks at it than they need.
+"""The mean and variance of one part of a batch, in no more looks at it than they need.
 
-An array is looked at once, around a shift c that is known before, such as the running mean:
+An array is looked at once, around a shift c that is known beforehand, such as the running mean:
 
     mean = c + E[x - c]       var = E|x - c|^2 - |E[x - c]|^2
 
 With r = |mean - c|^2 / var, the two terms of `var` are (1 + r) var and r var. A relative rounding error e of the sums
 therefore becomes a relative error of about e (1 + r) in `var`, and one of e sqrt(1 + r) standard deviations in `mean`.
-A guard keeps r to 8 per feature: where a feature has more, the array is looked at twice again, around the mean that a
-plain sum gives. The errors then grow linearly with |mean| / std whatever c is, which is the least possible for a
-rounded input. The textbook E|x|^2 - |E x|^2 is c = 0 without a guard, and its error grows quadratically.
+A guard keeps r to at most 8 for each feature: if a feature has more, the array is looked at twice more, around the mean
+that a plain sum gives. The errors then grow linearly with |mean| / std for any c, the least possible for a rounded
+input. The textbook E|x|^2 - |E x|^2 is c = 0 without a guard, and its error grows quadratically.
 
     two_looks       around the array's own mean, exact for any array
     guarded_look    one look around a known shift, and two more if the guard asks for them
@@ -16,7 +16,7 @@ rounded input. The textbook E|x|^2 - |E x|^2 is c = 0 without a guard, and its e
     slab_look       the same on CPU, by slabs
     group_look      the same where several devices hold the array, by groups of examples that lie on one device
 
-Which of them reads is chosen for the platform that a program is lowered for: `read_anywhere` and `read_locally`.
+`read_anywhere` and `read_locally` choose among them by the platform that a program is lowered for.
 
 This module knows neither devices, nor derivatives, nor running statistics.
 """
@@ -45,15 +45,15 @@ from bnjax.core.weights import (
     weigh,
 )
 
-# The guard accepts |mean - c|^2 <= NEAR var + (ROUNDED eps mean)^2. Sums by trees, as TPUs and GPUs take them, round by
-# about eps, so the error of `var` is about 9 eps at the most; the tests of accuracy allow 16 eps or more. The second
-# term is for constant features: their running mean stops a few roundings away from the mean, and the error that the
-# term lets in, eps (ROUNDED eps mean)^2, is an eighth of the square of rounding the mean, (eps mean)^2.
+# The guard accepts |mean - c|^2 <= NEAR var + (ROUNDED eps mean)^2. Tree sums, as on TPUs and GPUs, round by about eps,
+# so the error of `var` is at most about 9 eps; the tests of accuracy allow 16 eps or more. The second term is for
+# constant features: their running mean stops a few roundings away from the mean, and the error that the term admits,
+# eps (ROUNDED eps mean)^2, is an eighth of the square of rounding the mean, (eps mean)^2.
 NEAR = 8.0
 ROUNDED = 1024.0
-# A shift that is taken from the array itself is the mean of one part of it, out of so many.
+# A shift that is taken from the array itself is the mean of one of this many parts of it.
 PART = 16
-# Rows are the part of an image that has so many: one of fewer is more than a quarter of it.
+# Rows of an image serve as its part if there are this many: one of fewer rows would be more than a quarter of it.
 LEAST_ROWS = 4
 
 
@@ -95,7 +95,7 @@ def guarded_look(x: Array, shift: Array, *weight: Array, axes: tuple[int, ...]) 
     `x` may be of half precision; `shift` has the dtype of the result and broadcasts to `x`.
     """
     mask = weight[0] if weight else None
-    # A running mean that is not finite would make every sum NaN, for the guard to refuse: 0 may do better.
+    # Around a running mean that is not finite every sum would be NaN, and the guard would reject it; 0 may be near.
     shift = jnp.where(jnp.isfinite(shift), shift, 0)
     (total, mean, var), offset = _one_look(x, shift, mask, axes)
     near = is_near(offset, mean, var)
@@ -107,7 +107,7 @@ def guarded_look(x: Array, shift: Array, *weight: Array, axes: tuple[int, ...]) 
         return tuple(v + lax.full_like(like, 0) for v, like in zip(exact, first_look, strict=True))  # sharded alike
 
     # Two rules of XLA. A conditional stays one only if a branch does nothing; otherwise it may become a select, which
-    # computes both branches. And what enters it is in memory, so that `x` enters before it is widened.
+    # computes both branches. Operands of a conditional are materialized, so `x` is passed before it is widened.
     mean, var = lax.cond(jnp.all(near), lambda x, *first_look: first_look, look_again, x, mean, var)
     return total, mean, jnp.maximum(var, 0)
 
@@ -123,10 +123,10 @@ def part_look(x: Array, shift: Array, *weight: Array, axes: tuple[int, ...], joi
     """Moments in one look at `x` around the mean of a sixteenth of it along one of the axes.
 
     The mean of a part that has a fraction f of the weight is at most sqrt((1 - f) / f) standard deviations from the
-    mean of all, whatever the data, so that no guard is needed. Of a masked array the part is the one of sixteen that
-    has the most weight, which is a sixteenth or more. The axis may not be divided among devices, and the part is looked
-    at twice. There is no such part if features have masks of their own, if a masked array has only symbolic sizes, or
-    if all axes are explicitly divided: the array is then looked at twice as a whole.
+    mean of all, whatever the data, so that no guard is needed. Of the sixteen parts of a masked array, the one with the
+    most weight is taken, which has a sixteenth or more. The axis must not be divided among devices. The part is looked
+    at twice. There is no such part if each feature has its own mask, if a masked array has only symbolic sizes, or if
+    all axes are explicitly divided: the whole array is then looked at twice.
     """
     mask = weight[0] if weight else None
     whole = [a for a in axes if shards(x, a) == 1]
@@ -146,7 +146,7 @@ def _features_share(mask, axes):
 
 def _part(x, mask, axes):
     """About a sixteenth of `x` along one of the axes, the first that has a sixteenth if any has, and its mask."""
-    if mask is not None:  # along an axis that the mask does not know, each part has the same weight
+    if mask is not None:  # along an axis that the mask broadcasts over, each part has the same weight
         axes = [a for a in axes if mask.shape[a] == 1 and _known(x.shape[a]) >= PART // 2] or axes
     axis = max(axes, key=lambda a: min(_known(x.shape[a]), PART))
     size = -(-x.shape[axis] // PART)
@@ -155,17 +155,17 @@ def _part(x, mask, axes):
     others = [a for a in range(mask.ndim) if a != axis]
     weights = jnp.sum(weigh(mask, jnp.ones(mask.shape, mask.dtype if is_real(mask) else jnp.float32)), others)
     start = size * jnp.argmax(jnp.pad(weights, (0, -weights.size % size)).reshape(-1, size).sum(1))
-    # A last part that is smaller begins earlier, and so has more.
+    # A last part that is too small begins earlier, and so has at least that weight.
     return tuple(lax.dynamic_slice_in_dim(v, start, size, axis) for v in (x, mask))
 
 
 def _known(size):
-    """The size of an axis; 0 if it is a symbol, as in an export."""
+    """The size of an axis; 0 if it is symbolic, as in an export."""
     return size if isinstance(size, int) else 0
 
 
 def _look_around(part, x, mask, dtype, axes, *, jointly):
-    """In one look around the mean of a part of `x`: weight, mean - that mean, variance; and that mean.
+    """Weight, mean - pivot and variance of `x` in one look around the pivot, the mean of a part of it; and the pivot.
 
     Args:
       part: the part and its mask. Masks are boolean, or of weights whose sum is not far from 1.
@@ -196,10 +196,10 @@ def group_look(
 ) -> tuple[Array, ...]:
     """Moments of an array that several devices hold, each group of examples in one look around the mean of its part.
 
-    There are as many groups as devices, along the first of the reduced axes, in general that of the batch; or as many
-    as divide both numbers. If the batch is divided among devices, a group lies on one of them, so that no device waits
-    for another one's part, and the groups' moments are all that travels. However `x` is divided, the result is the
-    same.
+    The groups divide the first of the reduced axes, usually the batch axis. Their number is the greatest common divisor
+    of its size and the number of devices. If the batch is divided among devices, a group lies on one of them, so that
+    no device waits for another's part, and only the groups' moments are communicated. However `x` is divided, the
+    result is the same.
     """
     axis, mask = axes[0], weight[0] if weight else None
     if not isinstance(x.shape[axis], int):
@@ -214,7 +214,7 @@ def group_look(
 
     groups, inner = grouped(x), tuple(a + 1 for a in axes)
     masks, units = relative(None if mask is None else grouped(mask), inner)
-    # Of an image some rows, so that XLA slices `x` as it is; of other examples some from each group.
+    # The part is some rows of each image, so that XLA slices `x` as it is; without rows, some examples of each group.
     rows = [a for a in axes[1:] if _known(x.shape[a]) >= LEAST_ROWS]
     if mask is not None:
         rows = [a for a in rows if mask.shape[a] == 1 and x.shape[a] >= PART // 2]
@@ -236,9 +236,9 @@ def group_look(
         merged = Moments(total, mean, between + mean_of(var))
     else:
         with jax.enable_x64(True):
-            # One sum over the devices, which in float64 has digits enough around 0, and range enough for weights. The
-            # addition is in float64 too: compiled twice, for the mean and for its square, one in float32 may be rounded
-            # in two ways.
+            # One sum over the devices. float64 has enough digits for sums around 0, and enough range for weights. The
+            # addition is in float64 too: XLA may compile it twice, for the mean and for its square, and round float32
+            # differently.
             wide = jnp.complex128 if jnp.iscomplexobj(x) else jnp.float64
             means = pivot.astype(wide) + offset.astype(wide)
             weights = None if shares is None else shares.astype(jnp.float64) * jnp.asarray(units, jnp.float64)
@@ -251,7 +251,7 @@ def group_look(
 
 
 def _exact(x, shift, *weight, axes):
-    """The results of the other looks by two looks; it takes what they take."""
+    """Two looks, with the arguments and results of the other looks."""
     return tuple(two_looks(x.astype(shift.dtype), weight[0] if weight else None, axes))
 
 

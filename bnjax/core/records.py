@@ -19,7 +19,7 @@ class BNParams(NamedTuple):
     """Learned scale (gamma) and bias (beta), of the shape of the features; None where the layer has none."""
 
     scale: Array | None  # (*features,), or conditional: x's rank with each size 1 or x's
-    bias: Array | None
+    bias: Array | None  # likewise
 
 
 @serializable
@@ -48,19 +48,19 @@ class Moments(NamedTuple):
 class Support(NamedTuple):
     """How many elements the moments come from: the number of weights > 0, and the mean weight sum(w^2) / sum(w).
 
-    A number of weight / mean_weight equal weights would average as well (Kish, 1965). The sum of squares itself would
-    leave the floating range for weights far from 1.
+    The effective number of elements is weight / mean_weight (Kish, 1965). The sum of squares itself would leave the
+    floating range for weights far from 1.
     """
 
-    valid: Array  # (*features,), real, as both are
-    mean_weight: Array
+    valid: Array  # (*features,), real, the number of weights > 0
+    mean_weight: Array  # (*features,), real, sum(w^2) / sum(w)
 
 
 @serializable
 class Collected(NamedTuple):
     """The moments of a batch, and their support, which is None where every valid element has weight 1.
 
-    The support is then known from the moments: as many valid elements as the weight says, of mean weight 1.
+    The support then follows from the moments: `weight` valid elements, of mean weight 1.
     """
 
     moments: Moments

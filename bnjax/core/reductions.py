@@ -4,8 +4,8 @@
     spread(c, k, x, mean)   = c + k (x - mean)
 
 `sums` is linear in g, `spread` in (c, k), and each is the other's transpose. `sums` is the part of the backward pass of
-batch normalization that is not elementwise, and `spread` is what its forward mode adds. Their residual is `x`, which
-the layer that made `x` stores anyway, and not `x - mean`, which would be a second array of that size.
+batch normalization that is not elementwise, and `spread` is what its forward mode adds. Their residual is `x`, which is
+in memory as the output of the layer before, and not `x - mean`, which would be a second array of that size.
 
 Batch normalization is bound by memory traffic. XLA on CPU has fast reductions with one result. For two reductions that
 share an operand it first writes that operand, an array of x's size. `two_sums` avoids that write. It cuts the arrays
@@ -13,11 +13,11 @@ into slabs that are adjacent in memory, and adds the slabs up as complex numbers
 XLA that is elementwise work: it reads the arrays once and writes one slab. Slabs of a sharded array would be
 communication, so this is for arrays that one device holds.
 
-XLA on GPUs takes two reductions in one kernel if it splits them, which it does with more than `LONGEST` elements a
+XLA on GPUs computes two reductions in one kernel if it splits them, which it does with more than `LONGEST` elements a
 feature. For two shorter ones it writes both operands in float32 and reads them again, five times the traffic of `x` in
-bfloat16. As one sum of complex numbers, `joint_sums`, they read the arrays once. If there are few features, these are
-sums of pieces first. It is for GPUs only: XLA on CPU splits
-a sum of real numbers, and takes one of complex numbers over several axes one by one, with that many roundings.
+bfloat16. As one sum of complex numbers, `joint_sums`, they read the arrays once. If there are few features, pieces are
+summed first. It is for GPUs only: XLA on CPU splits a sum of real numbers, and takes one of complex numbers over
+several axes one by one, with that many roundings.
 """
 
 import math
@@ -34,7 +34,7 @@ from bnjax.core.jax_internals import PlatformFunction, transpose_each_other
 # derivative of hard_swish, which is fused into the backward pass, leaves the loop unrolled; with 12 it did not.
 BACKWARD_SLABS = 8
 FORWARD_SLABS = 16
-# A slab is cut again, into this many slabs, as long as it has so many elements to add up that this pays.
+# A slab is cut again, into this many slabs, while it has enough elements to add up for that to pay.
 INNER_SLABS = 16
 LEAST_INNER_ELEMENTS = 64
 # The longest reduction over the rows of an array that XLA on GPUs does not split: its tile of 128 rows for each of the
@@ -61,7 +61,7 @@ class Slabs(NamedTuple):
 
 
 def cut(slabs: int, axes: tuple[int, ...], *arrays: Array) -> Slabs | None:
-    """`arrays` cut into `slabs` slabs, or a few less; None where no run of reduced axes has that many elements.
+    """`arrays` cut into `slabs` slabs, or a few fewer; None if no run of reduced axes has that many elements.
 
     The first run of adjacent reduced axes that is long enough becomes one axis, and that axis is cut. The first of the
     arrays has the full shape, the others may have size 1 on reduced axes.
@@ -102,7 +102,7 @@ def two_sums(
 
 
 def _sum_by_slabs(values, slabs, least, axes, *arrays):
-    """The sum over `axes` of the complex `values(*arrays)`: slabs are added up, then the slab that results likewise.
+    """The sum over `axes` of the complex `values(*arrays)`: slabs are added up, then the resulting slab likewise.
 
     The conjugate at each level separates its sum from the next level's. Without it XLA fuses both into one loop, which
     is too long to be unrolled.
@@ -115,12 +115,12 @@ def _sum_by_slabs(values, slabs, least, axes, *arrays):
     total = jnp.conj(_sum_by_slabs(jnp.conj, INNER_SLABS, LEAST_INNER_ELEMENTS, pieces.axes, slab))
     if pieces.leftover is None:
         return total
-    # A few elements are soon added; cutting them too would double the time to compile.
+    # The leftover is short; cutting it too would double the time to compile.
     return total + jnp.sum(values(*pieces.leftover), pieces.axes)
 
 
 def _has_at_least(least, count):
-    """Whether there are known to be so many elements; a symbolic dimension of `jax.export` is not known."""
+    """Whether at least that many elements are known to exist; a symbolic dimension of `jax.export` is not known."""
     return isinstance(count, int) and count >= least
 
 
@@ -196,8 +196,8 @@ def _plain_spread(c, k, x, mean, *, axes):
 
 
 def _cuda_spread(c, k, x, mean, *, axes):
-    # One operation less for each element. XLA's cost model for GPUs then computes an activation's derivative again in
-    # both passes of the backward; otherwise it writes that derivative once and reads it twice. The rounding of k x and
+    # One operation less for each element. XLA's cost model for GPUs then recomputes an activation's derivative in both
+    # sweeps of the backward pass; otherwise it writes that derivative once and reads it twice. The rounding of k x and
     # of k mean is no larger than the rounding of x, and where all x are equal k is 0.
     return ((c - k * mean) + k * x,)
 

@@ -1,4 +1,4 @@
-"""The name of the statistics among the residuals, by which a policy of `jax.checkpoint` saves them."""
+"""The `checkpoint_name` of the statistics, by which a policy of `jax.checkpoint` can save them."""
 
 from collections.abc import Callable
 from functools import partial
@@ -6,7 +6,7 @@ from typing import Any
 
 from jax.ad_checkpoint import checkpoint_name
 
-# A policy that saves what has this name keeps the backward pass from reducing `x`, and from collectives, a second time.
-# Every result of a reduction that the backward pass needs has to have it, also where that is an intermediate one.
+# If a policy saves this name, the backward pass repeats no reduction of `x` and no collective. Every result of a
+# reduction that the backward pass needs must have the name, intermediate results included.
 STATISTICS = "bnjax_statistics"
 named: Callable[..., Any] = partial(checkpoint_name, name=STATISTICS)

@@ -18,7 +18,7 @@ from bnjax.core.sharding import select, sharded_as
 
 
 def rates(call: str, momentum: Any, state: Any, train: bool) -> tuple[Any, Any]:
-    """The weights of the old value and of the new one, numbers, by a momentum that was checked."""
+    """The weights of the old value and of the new one as numbers, from a momentum that was checked."""
     ours = debiased(1.0) if momentum is cumulative_average else momentum
     if isinstance(ours, debiased):
         return at_count(call, "momentum", ours.weights, state, train, unused=(1.0, 0.0))
@@ -27,7 +27,7 @@ def rates(call: str, momentum: Any, state: Any, train: bool) -> tuple[Any, Any]:
         keep = checks.momentum(call, at_count(call, "momentum", momentum, state, train, unused=1.0))
     if is_traced(keep):
         keep = jnp.where(keep < 0, 0, jnp.where(keep > 1, 1, keep))  # a NaN stays one
-    # In float32 the complement of 0.99 is off by a relative 1e-6; of a Python number it is taken in float64.
+    # In float32 the complement of 0.99 has a relative error of 1e-6; for a Python number it is computed in float64.
     return keep, 1 - keep
 
 
@@ -41,8 +41,8 @@ def absorb(
 ) -> BNState:
     """`state` after one update, in its own dtypes. A feature without enough information stays as it is.
 
-    Two valid values whose statistics are finite are enough. A count without axes of features is one count of the whole
-    layer, as PyTorch's `num_batches_tracked` is, or of an index: it counts the updates that any feature absorbed.
+    Two valid values whose statistics are finite are enough. A count without feature axes is one count of the whole
+    layer, like PyTorch's `num_batches_tracked`, or of an index: it counts the updates that any feature absorbed.
 
     Args:
       state: the running statistics.
@@ -57,7 +57,7 @@ def absorb(
     # for all batches that follow.
     enough = (valid >= 2) & jnp.isfinite(mean) & jnp.isfinite(var)
     if unbiased_var:
-        # With weights such as (1, 1e-8) nearly all rests on one value, and the divisor rounds to 0.
+        # With weights such as (1, 1e-8) one value has nearly all the weight, and the divisor rounds to 0.
         divisor = weight - mean_weight
         enough &= divisor > 0
         var = var * jnp.where(enough, weight / jnp.where(enough, divisor, 1), 1)
@@ -73,7 +73,7 @@ def absorb(
     return BNState(
         select(enough, mean.astype(state.mean.dtype), state.mean),
         select(enough, var.astype(state.var.dtype), state.var),
-        # At its largest value the count stays, where one more would be negative.
+        # A count at its largest value stays there, because one more would overflow to a negative number.
         state.count + (absorbed & (state.count < jnp.iinfo(state.count.dtype).max)).astype(state.count.dtype),
     )
 

@@ -19,12 +19,12 @@ Momentum = float | Array | Callable[[Array], Array]
 
 
 def cumulative_average(count: Array) -> Array:
-    """Momentum that weighs every batch alike: the running statistics are the plain mean over all updates.
+    """Momentum that gives every batch the same weight: the running statistics are the plain mean over all updates.
 
         momentum = count / (count + 1)
 
     This is PyTorch's `momentum=None`. A weight that rounds to 1, as in float32 after 2^24 updates, is the largest
-    number below 1 instead. The running statistics still take the new batch by its exact weight, 1 / (count + 1).
+    number below 1 instead. The running statistics still absorb the new batch with its exact weight, 1 / (count + 1).
 
     Args:
       count: number of updates so far, as in `BNState.count`.
@@ -53,7 +53,7 @@ class debiased:  # noqa: N801  a function with one parameter bound, which hashes
       momentum: the limit of the weight of the old value for many updates, in [0, 1].
 
     Raises:
-      TypeError, ValueError: for a momentum that is no number in [0, 1], or known only at run time.
+      TypeError, ValueError: for a momentum that is not a number in [0, 1], or is known only at run time.
 
     Example:
       >>> import bnjax, jax.numpy as jnp
@@ -91,10 +91,10 @@ def _weights(count, rate, *, limit):
     elif limit == 1:
         new = 1 / (count + 1)
     else:  # (1 - momentum) / (1 - momentum^(t + 1)): no digit is lost where momentum is near 1
-        # It is 1 for the first update, where vectorized code may round the two functions apart: a weight above 1 would
-        # leave the old value a negative one, and the variance of a constant feature below 0.
+        # It is 1 for the first update, where vectorized code may round the two calls differently. A weight above 1
+        # would give the old value a negative weight, and a constant feature a negative variance.
         new = jnp.minimum(jnp.expm1(rate) / jnp.expm1((count + 1) * rate), 1)
-    # An old value of weight 1 would never change again.
+    # With weight 1 the old value would never change again.
     return jnp.minimum(1 - new, 1 - float(jnp.finfo(new.dtype).epsneg)), new
 
 
@@ -160,9 +160,8 @@ def check_no_class(call: str, name: str, value: Any) -> None:
 def at_count(call: str, name: str, value: Any, state: Any, train: bool, unused: Any) -> Any:
     """The option `name`, a number or a function of the count of updates, as a number for this call.
 
-    In evaluation, where no count is asked, a function gives the number `unused`.
-    A function is called here, where it is passed, and not where the compiled function is traced: a compiled function
-    would keep the value that a function had when it was first seen.
+    In evaluation, or without a count, a function is not called, and the number is `unused`. A function is called here
+    and not in the compiled function, which would keep the value from its first trace.
     """
     if not callable(value):
         return value
@@ -176,12 +175,12 @@ def at_count(call: str, name: str, value: Any, state: Any, train: bool, unused: 
         function = getattr(value, "__name__", type(value).__name__)
         raise TypeError(
             f"{call}({name}=...): expected a number or a function of state.count, got {function}, which cannot be "
-            f"called with the count alone. If it makes schedules, pass the one that it makes: {name}={function}(...)."
+            f"called with only the count. If it makes schedules, pass the one that it makes: {name}={function}(...)."
         ) from error
     if callable(number):
         raise TypeError(
-            f"{call}({name}={value!r}): of state.count it returned another function, {number!r}. Pass that function: "
-            "what makes a schedule has to be called with its options first."
+            f"{call}({name}={value!r}): called with state.count, it returned another function, {number!r}. Pass that "
+            "function: what makes a schedule has to be called with its options first."
         )
     return number
 

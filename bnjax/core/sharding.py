@@ -1,6 +1,6 @@
-"""Arrays whose type tells how they are sharded, under JAX's explicit sharding: operands have to agree.
+"""JAX's explicit sharding: the type of an array says how it is sharded, and the shardings of operands have to agree.
 
-Elsewhere these functions return what they are given.
+Without explicit sharding these functions return arrays as they are.
 """
 
 import math
@@ -11,7 +11,7 @@ from jax import numpy as jnp
 
 
 def is_explicit(values: Array) -> bool:
-    """Whether the type of an array tells how it is sharded."""
+    """Whether the type of an array says how it is sharded."""
     return jax.sharding.AxisType.Explicit in jax.typeof(values).sharding.mesh.axis_types
 
 

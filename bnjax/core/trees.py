@@ -57,7 +57,7 @@ def collected(batch_moments: Any) -> dict[str, Collected]:
 def others(variables: Mapping[str, Any], handled: Iterable[str]) -> list[str]:
     """The layers that own a running mean and variance, under whatever names and in any collection, but are not handled.
 
-    Such is a project's own batch normalization, with a `running_mean` and a `running_var` say.
+    An example is a project's own batch normalization with a `running_mean` and a `running_var`.
     """
     known = set(handled)
     found: dict[str, None] = {}
@@ -81,7 +81,7 @@ def owns_statistics(collection: str, ranks: Mapping[str, int], owner: str = "") 
 
     Plain names such as `mean` and `var` count in a collection of statistics only: elsewhere they may be parameters of a
     distribution, or constants of a data set. Scalars, such as the statistics of a reward, have no features. If the
-    class of the module, `owner`, is called batch normalization, plain names count wherever they are no parameters, and
+    class of the module, `owner`, is called batch normalization, plain names count wherever they are not parameters, and
     two variables of statistics count whatever their names are.
     """
     names = {re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower() for name, rank in ranks.items() if rank > 0}

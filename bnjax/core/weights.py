@@ -1,4 +1,4 @@
-"""Weights of elements, and means that masked elements cannot enter.
+"""Weights of elements, and means that leave masked elements out.
 
 A weight is None (every element has weight 1), boolean, or real-valued. It broadcasts to the values. An element is valid
 if its weight is positive, and masked otherwise. A masked element, even NaN, does not affect any result.
@@ -15,7 +15,7 @@ from bnjax.core.domains import Domains, Over, largest, returned, summed
 from bnjax.core.residuals import named
 
 USUAL = 2.0**40
-"""Within this factor of 1 a sum of weights is usual."""
+"""A sum of weights within this factor of 1 is `usual`."""
 
 
 def is_real(weight: Any) -> TypeGuard[Array]:
@@ -30,10 +30,10 @@ def expectation(
 
         total = sum_i w_i          E(v) = sum_i w_i v_i / total          0 where no weight is positive
 
-    Sums are over axes or domains. The total broadcasts to what E returns. Real-valued weights are scaled, divided by a
-    power of two near the largest, which takes a reduction of its own: only their ratios count, and products with the
-    weights themselves may leave the floating range, unless their total is `usual`. Where there are weights the results
-    are named, because merged moments are differentiated as they are written.
+    Sums are over axes or domains. The total broadcasts to what E returns. Real-valued weights are scaled, that is
+    divided by a power of two near the largest, which takes one more reduction: only their ratios count, and products
+    with unscaled weights may leave the floating range unless their total is `usual`. With weights, the results are
+    named for `jax.checkpoint`, because merged moments have no derivative rule.
     """
     if weight is None and not isinstance(over, Domains):
         number = math.prod(x.shape[a] for a in over)
@@ -55,7 +55,7 @@ def mean_and_variance(x: Array, mean_of: Callable[[Array], Array], over: Over) -
     centered = x - returned(plain_mean, over)
     offset = mean_of(centered)
     var = mean_of(abs_square(centered)) - abs_square(offset)
-    # Rounding may leave `var` below 0. Not jnp.maximum, whose derivative is a half at 0 and nothing below.
+    # Rounding may leave `var` below 0. Not jnp.maximum, whose derivative is 1/2 at 0 and 0 below.
     return plain_mean + offset, var - lax.stop_gradient(jnp.minimum(var, 0))
 
 
@@ -101,7 +101,7 @@ def divided(weighted: Array, total: Array) -> Array:
 
 
 def relative(weight: Any, over: Over) -> tuple[Any, Any]:
-    """Weights divided exactly by a power of two near the largest over axes or domains, and that power of each sum.
+    """Weights divided exactly by a power of two near the largest over axes or domains, and the power for each sum.
 
     Weights that are not real-valued stay as they are, with 1 for the power.
     """

@@ -22,8 +22,8 @@ from bnjax.core.records import BNParams, BNState, serializable
 class Affine(NamedTuple):
     """A scale and a bias for each feature: y = scale * x + bias."""
 
-    scale: Array
-    bias: Array
+    scale: Array  # (*features,)
+    bias: Array  # (*features,)
 
 
 def fold(params: BNParams, state: BNState, *, epsilon: float = 1e-5) -> Affine:
@@ -90,7 +90,7 @@ def fold_into_previous(kernel: Array, bias: Array | None, affine: Affine, *, axi
 
     Raises:
       ValueError: if the kernel has another number of features on that axis, or the bias another shape.
-      TypeError: if kernel or bias are no floating or complex arrays, or the affine map is complex and the kernel real.
+      TypeError: if kernel or bias are not floating or complex arrays, or the affine map is complex and the kernel real.
 
     Example:
       >>> import jax.numpy as jnp
@@ -132,7 +132,7 @@ def fold_into_next(kernel: Array, bias: Array | None, affine: Affine, *, groups:
     Raises:
       ValueError: if the kernel has fewer than two axes or another number of inputs, the bias has another shape, or
         `groups` is not a positive integer that divides the number of outputs.
-      TypeError: if kernel or bias are no floating or complex arrays, or the affine map is complex and the kernel real.
+      TypeError: if kernel or bias are not floating or complex arrays, or the affine map is complex and the kernel real.
 
     Example:
       >>> import jax.numpy as jnp
@@ -152,11 +152,11 @@ def fold_into_next(kernel: Array, bias: Array | None, affine: Affine, *, groups:
     if kernel.shape[-1] % groups:
         raise ValueError(
             f"fold_into_next(groups={groups}): the kernel has shape {kernel.shape} and so {kernel.shape[-1]} outputs, "
-            "which are no multiple of groups. Pass the convolution's feature_group_count."
+            "which is not a multiple of groups. Pass the convolution's feature_group_count."
         )
     _check_fits("fold_into_next", kernel, affine, kernel.shape[-2] * groups)
     _check_bias("fold_into_next", bias, kernel.shape[-1])
-    # The outputs of one group are contiguous, and depend on the inputs of that group alone.
+    # The outputs of one group are contiguous, and depend only on the inputs of that group.
     scale, shift = (jnp.repeat(v.reshape(groups, -1).T, kernel.shape[-1] // groups, axis=1) for v in affine)
     scale, shift = (jnp.expand_dims(v, tuple(range(kernel.ndim - 2))) for v in (scale, shift))
     wide = kernel.astype(scale.dtype)

@@ -23,7 +23,7 @@ class Neighbours:
 
     def __init__(self, function: Callable[..., Any], *args: Any):
         """Trace `function(*args)`."""
-        # Whether an argument may say that the model trains.
+        # Whether an argument may put the model in training.
         self.switched: bool = any(isinstance(leaf, bool) for leaf in jax.tree.leaves(args))
         # By the path of a layer: the values of its inputs, outputs and kernels, one per call.
         self._inputs: dict[str, list[Value]] = {}
@@ -38,7 +38,7 @@ class Neighbours:
         return path in self._inputs
 
     def kernel_conflict(self, path: str) -> str | None:
-        """Why a layer's kernel must not change, or None. A call uses the kernel twice: in its name and the product."""
+        """Why a layer's kernel must not change, or None. A call uses the kernel twice: in its mark and the product."""
         for kernel in (kernels := self._kernels[path]):
             if _maker(kernel) != _START:
                 return f"the kernel of {path!r} is computed, as by weight normalization, which would undo the folding"
@@ -76,7 +76,7 @@ class Neighbours:
                 "reshape of the features or another layer between them"
             )
         if Counter(v for v, _ in origins) != Counter(outputs) or any(shared for _, shared in origins):
-            return f"the output of {first!r} is used by {self.users(first)}, not by {second!r} alone"
+            return f"the output of {first!r} is used by {self.users(first)}, not only by {second!r}"
         return None
 
 

@@ -123,7 +123,7 @@ def left(kind: type, norms: tuple[type, ...]) -> str:
 
 
 def in_training(call: str, norm: str) -> NotFoldedError:
-    """The error of a norm that normalizes by its batch while it is folded."""
+    """The error for a norm that normalizes by its batch while it is folded."""
     return NotFoldedError(f"{call}: {norm!r} normalizes by its batch in this trace. {EVALUATE}")
 
 
@@ -169,7 +169,7 @@ def _check(call, pair, linear, norm, layer, neighbours):
         raise NotFoldedError(f"{call}: {why}.")
     if layer.adapts:
         raise NotFoldedError(
-            f"{call}: {norm!r} adapts to each batch, so that it is not one affine map in evaluation. Serve it "
+            f"{call}: {norm!r} adapts to each batch, so it is not a fixed affine map in evaluation. Serve it "
             "unfolded, or turn it into a plain layer first: convert(model, to=BatchNorm)."
         )
     if not all(evaluates for _, evaluates in layer.calls):
@@ -219,8 +219,8 @@ def fold_linear(
     else:
         if _sees_zeros(linear, transposed) or getattr(linear, "mask", None) is not None:
             raise NotFoldedError(
-                f"{call}: folding into the layer after batch normalization is not exact where zeros are padded or "
-                "dilated into its input, or its kernel is masked. Leave this pair out."
+                f"{call}: folding into the layer after batch normalization is not exact if padding or dilation adds "
+                "zeros to its input, or if its kernel is masked. Leave this pair out."
             )
         function = partial(fold_into_next, groups=getattr(linear, "feature_group_count", 1))
         if swapped:

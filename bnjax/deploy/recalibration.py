@@ -32,9 +32,9 @@ def recalibrate(
 
     This is precise batch normalization, `torch.optim.swa_utils.update_bn` in PyTorch. It is needed if the running
     statistics lag behind the weights, and for averaged weights, which were never run in training mode. The result is
-    the moments of all values that enter a layer in training mode, whatever the division into batches; it is not an
-    average of the batches' variances. While the batches are read, each is normalized by its own statistics, so batches
-    should have the size that training used.
+    the moments of all values that enter a layer in training mode, however they are divided into batches, not an average
+    of the batches' variances. Meanwhile each batch is normalized by its own statistics, so batches should have the size
+    that training used; with accumulated gradients, the size of a micro-batch.
 
     Args:
       apply: function called as `apply(variables, batch, mutable=[...])`. It must run the model in training mode and
@@ -47,8 +47,8 @@ def recalibrate(
         `bnjax.nnx`, or Flax's own layers after `convert`.
       batches: a list or another iterable of batches, which are arrays or trees of arrays, of any size, sharded or not.
         It is read once, and may be infinite if `num_batches` is given.
-      num_batches: the greatest number of batches to use, > 0; by default all. No batch after these is drawn. If there
-        are fewer, a warning says how many.
+      num_batches: the maximum number of batches to use, > 0; by default all. No further batch is drawn. If there are
+        fewer, a warning says how many.
       unbiased_var: whether the sum of squares is divided by n - 1 instead of n.
       progress: whether tqdm shows a progress bar.
 
@@ -57,7 +57,7 @@ def recalibrate(
       number of batches that the feature absorbed. A feature with fewer than two valid values in all batches, or whose
       statistics are not finite, keeps its old ones, and so do layers that ran in evaluation mode or are frozen. The
       logger `bnjax` names both in a warning. Layers that own other running statistics, such as a `running_mean` and a
-      `running_var`, keep them too, which is a UserWarning.
+      `running_var`, keep them too, with a UserWarning.
 
     Raises:
       TypeError, ValueError: for an array or a dictionary instead of an iterable of batches, if there is no batch or no
@@ -168,7 +168,7 @@ def _output_shapes(update, variables, batch):
     """The shapes that `update` returns. If it fails on a tuple or a dictionary, the error says what to pass."""
     try:
         return jax.eval_shape(update, variables, batch)
-    except (TypeError, AttributeError, IndexError) as error:  # what arrays' functions raise for something else
+    except (TypeError, AttributeError, IndexError) as error:  # what functions of arrays raise for other types
         if hasattr(batch, "shape"):
             raise
         raise TypeError(

@@ -1,6 +1,6 @@
-"""Faults of running statistics.
+"""Faults in running statistics.
 
-    limits     the limits beyond which a value is a problem
+    limits     the limits beyond which a value is reported
     plot       draws the figure
     report     findings and measurements: a table, data for JSON, and a figure
     arguments  the layers of a model, from the trees that hold them

@@ -1,6 +1,6 @@
-"""What `diagnose` was given: layers, each with its parameters, running statistics and moments of the batch.
+"""The arguments of `diagnose` as layers, each with its parameters, running statistics and moments of the batch.
 
-Trees that cannot be meant are refused here: another order of the arguments, a collection too many, another model.
+Mistaken trees are rejected here: arguments in another order, several collections at once, another model's trees.
 """
 
 from collections.abc import Iterable, Mapping
@@ -17,7 +17,7 @@ from bnjax.diagnosis.report import listed
 _PASS = {
     "params": "variables['params'], or state.params of a TrainState",
     "batch_stats": "variables['batch_stats'], or state.batch_stats of a TrainState",
-    "batch_moments": "the collection alone, updates['batch_moments']",
+    "batch_moments": "only the collection, updates['batch_moments']",
 }
 _MOMENTS = {"weight", "mean", "var"}
 
@@ -54,7 +54,7 @@ def read(params: Any, batch_stats: Any, batch_moments: Any) -> list[Layer]:
         _check_tree(name, tree)
         if name != "batch_moments" and any(set(arrays) >= _MOMENTS for arrays in trees.leaves(tree).values()):
             raise ValueError(
-                f"diagnose({name}=...): it has a weight beside mean and var, so these are moments of a batch. Pass "
+                f"diagnose({name}=...): it has a weight next to mean and var, so these are moments of a batch. Pass "
                 f"{_PASS[name]}."
             )
     found = trees.norms(params, batch_stats)
@@ -95,7 +95,7 @@ def _check_tree(name: str, tree: Any) -> None:
         )
     for leaf in jax.tree.leaves(tree):
         if is_traced(leaf):
-            raise TypeError("diagnose(...): got traced arrays. Call it outside of jit, grad and vmap.")
+            raise TypeError("diagnose(...): got traced arrays. Call it outside jit, grad and vmap.")
         valued = hasattr(leaf, "dtype") and not isinstance(leaf, jax.ShapeDtypeStruct)
         if not (valued or isinstance(leaf, int | float | complex)):
             raise TypeError(f"{call}: it holds {type(leaf).__name__}, not arrays of numbers. Pass {_PASS[name]}.")
@@ -118,7 +118,7 @@ def _check_shapes(layer: str, own: BNParams, state: BNState) -> None:
 
 
 def _fits(own: tuple[int, ...], shape: tuple[int, ...]) -> bool:
-    """Whether parameters fit statistics: equal shapes, an axis of classes more, or an axis of indices less."""
+    """Whether parameters fit statistics: equal shapes, one more axis of classes, or one axis of indices fewer."""
     if len(own) == len(shape):
         return all(a in (1, b) for a, b in zip(own, shape, strict=True))
     longer, shorter = (own, shape) if len(own) > len(shape) else (shape, own)
@@ -131,7 +131,7 @@ def _extra(longer: tuple[int, ...], shorter: tuple[int, ...]) -> Any:
 
 
 def _check_names(found: Mapping[str, tuple[BNParams, BNState]], learned: Mapping[str, Mapping[str, Any]]) -> None:
-    """Check that the parameters are not those of another model: no layer has any, though others of its name do."""
+    """Check that the parameters are of the same model: if no layer has any, no other of its name may have them."""
     scaled = [layer for layer, arrays in learned.items() if "scale" in arrays and layer not in found]
     if not scaled or any(layer in learned for layer in found):
         return
@@ -169,7 +169,7 @@ def _moments(batch_moments: Any, found: Mapping[str, Any]) -> dict[str, dict[str
     if unknown and without:
         raise ValueError(
             f"diagnose(batch_moments=...): got moments of {_listed(unknown)}, but statistics of {_listed(without)}. "
-            "Pass the collection alone, updates['batch_moments'], of the same model."
+            "Pass only the collection, updates['batch_moments'], of the same model."
         )
     return moments
 

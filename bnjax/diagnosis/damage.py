@@ -1,13 +1,13 @@
 """What the running statistics of a feature do to the output in evaluation.
 
 In training the output of a layer is y = scale (x - batch mean) / sqrt(batch var + epsilon) + bias; in evaluation the
-running mean and var are in their place. Over the batch, the root of the mean square of the difference is
+running mean and var replace the batch's. Over the batch, the root mean square of the difference is
 
     |scale| sqrt(offset^2 + (gain - 1)^2 batch var / (batch var + epsilon))
     offset = |batch mean - mean| / sqrt(var + epsilon)        gain = sqrt((batch var + epsilon) / (var + epsilon))
 
-because the mean of x - batch mean is 0. |scale| is the standard deviation of the output in training. A variance that is
-too small has no bound on its gain, one that is too large costs at most that standard deviation.
+because the mean of x - batch mean is 0. |scale| is the standard deviation of the output in training. The gain of a
+variance that is too small is unbounded; a variance that is too large costs at most that standard deviation.
 """
 
 from typing import Any
@@ -20,7 +20,7 @@ from bnjax.diagnosis.limits import ACTIVE, ALIKE, SHARE
 def rows(values: np.ndarray) -> np.ndarray:
     """Features as (rows, features of a row): along the first axis of statistics that have more, as nn.scan stacks them.
 
-    Rows that are too short for a share of their features to mean anything are one row.
+    If rows are too short for a share of their features to mean anything, all features are one row.
     """
     stacked = values.ndim > 1 and values[:1].size * SHARE >= 1
     return values.reshape(len(values) if stacked else 1, -1)
@@ -47,8 +47,8 @@ def rarely_active(mean: Any, var: Any, batch_mean: Any, batch_var: Any, size: An
 
         k = n E[x]^2 / E[x^2] >= 1        a = E[x^2] / E[x]
 
-    The running statistics average k and keep a, also where no recent batch had an active example: both decay alike. A
-    running variance that alone is wrong gives another a. The means of most features of such a layer are not negative.
+    The running statistics average k and keep a, even if no recent batch had an active example: both decay alike. If
+    only the running variance is wrong, a differs. The means of most features of such a layer are not negative.
     """
     batch_square, square = abs(batch_mean) ** 2 + batch_var, abs(mean) ** 2 + var
     active, usually = (size * abs(m) ** 2 / s for m, s in ((batch_mean, batch_square), (mean, square)))

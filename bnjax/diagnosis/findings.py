@@ -26,8 +26,8 @@ from bnjax.diagnosis.report import SEVERITIES, Finding, LayerReport
 _COMPARE = "Is preprocessing that of training? If so, the statistics lag: bnjax.recalibrate, or a lower momentum."
 _DIVERGED = "Training diverged: restore an earlier checkpoint, then lower the learning rate or clip gradients."
 ADVICE = {
-    "non-finite statistics": "bnjax absorbs finite statistics only, so other code wrote these: bnjax.recalibrate.",
-    "negative variance": "E[x^2] - E[x]^2 was rounded below 0, or this is no variance: bnjax.recalibrate.",
+    "non-finite statistics": "bnjax absorbs only finite statistics, so other code wrote these: bnjax.recalibrate.",
+    "negative variance": "E[x^2] - E[x]^2 was rounded below 0, or this is not a variance: bnjax.recalibrate.",
     "non-finite scale": _DIVERGED,
     "non-finite bias": _DIVERGED,
     "non-finite batch": "The input is not finite: look at the first such layer, at its data, and for float16 overflow.",
@@ -45,18 +45,18 @@ ADVICE = {
     "dead features": "A constant input (a dead ReLU, an empty pixel) gives the output bias. Harmless for few features.",
     "dead features, all": "The output is always bias: is the input connected, did all units before it die?",
     "dead features, no batch": "Harmless if their input is constant (a dead ReLU); else fatal: pass batch_moments.",
-    "zero scale": "Pruned, or driven to 0 by weight decay, which bnjax.training.decay_mask excludes scale from.",
+    "zero scale": "Pruned, or driven to 0 by weight decay: bnjax.training.decay_mask excludes scale from it.",
     "zero scale, all": "Intended where a residual branch starts at 0. After training: the layer does nothing.",
 }
-USUAL_MOMENTUM = 0.99  # of Flax's layers and these
+USUAL_MOMENTUM = 0.99  # the default of Flax's layers and of ours
 
 
 class Check(NamedTuple):
-    """A row of the table of checks of one layer: a problem, and the features that have it.
+    """A row of one layer's table of checks: a problem, and the features that have it.
 
-    `value` is what a finding reports of the worst feature, and `times_limit` is how far a feature is beyond its limit,
-    infinite where no value is tolerated. For a problem with a damage, that is `times_limit`. All are arrays of the
-    shape of `affected`, or one number for all features.
+    `value` is what a finding reports of the worst feature, and `times_limit` is how many times a feature exceeds its
+    limit, infinite where no value is tolerated. For a problem with a damage, the damage is `times_limit`. All are
+    arrays of the shape of `affected`, or one number for all features.
     """
 
     problem: str
@@ -65,7 +65,7 @@ class Check(NamedTuple):
     value: Any = None
     times_limit: Any = math.inf
     damage: Any = None
-    case: str = ""  # selects an advice of its own
+    case: str = ""  # selects the advice for this case
 
     def finding(self, layer: str) -> Finding:
         """The finding on this layer, with the value of the worst feature. At least one feature is affected."""
@@ -128,8 +128,8 @@ def _half_precision(report: LayerReport, state: BNState, epsilon: float, momentu
     """Statistics in a dtype of less than 32 bits.
 
     An update adds (1 - momentum) (batch mean - mean), which is lost if it is less than half the spacing of the dtype's
-    numbers at the mean. So the mean may stop at spacing / (2 (1 - momentum)) from the data, and the variance too, of
-    which the standard deviation is the root.
+    numbers at the mean. So the mean may stop at spacing / (2 (1 - momentum)) from that of the data. So may the
+    variance; the relative error of the standard deviation is half that of the variance.
     """
     rest = 1 - (USUAL_MOMENTUM if momentum is None else momentum)
     narrow = [value is not None and _bits(value) < 32 for value in state]

@@ -10,11 +10,11 @@ import numpy as np
 # running statistics keep up stay within the limits.
 NOISE = 3.0
 SHIFT, RATIO = 0.5, 3.0  # tolerance for weights that still change, and for the correlated pixels of a convolution
-SHARE = 0.25  # least share of a layer's features: a few rarely active ones may have any variance in one batch
+SHARE = 0.25  # minimum share of a layer's features: a few rarely active ones may have any variance in one batch
 SEVERE_SHIFT, SEVERE_RATIO = 1.0, 4.0  # if half of the features are off by this much, every output changes
 SEVERE_DAMAGE = 5.0  # in training few values are further than this from the mean, so the next layer has not seen them
 # A single feature is reported from SEVERE_RATIO on, unless `rarely_active` explains it.
-ALIKE = 8.0  # how far the typical active values of the batch and of the running statistics may be apart
+ALIKE = 8.0  # the largest ratio of the typical active values of the batch and of the running statistics
 ACTIVE = 12, 0.1  # at most this many active values in the batch, which beyond 12 vary little, or this share of it
 INITIAL = 0.1  # weight of the initial mean 0 and variance 1, and about the relative error of the statistics
 SEVERE_INITIAL = 0.5

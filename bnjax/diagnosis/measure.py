@@ -5,13 +5,13 @@ The running mean and var of each feature are compared with the moments of one ba
     shift = |mean - batch mean| / sqrt(batch var + epsilon)        var_ratio = (var + epsilon) / (batch var + epsilon)
     n = (sum of weights)^2 / sum of squared weights
 
-Sampling alone makes the shift about 1 / sqrt(n) and the logarithm of the ratio about sqrt(2 / n). The limits contain
-these terms, so a larger batch reveals smaller faults. How bad a fault is follows from what it does to the output: see
+By sampling, the shift is about 1 / sqrt(n) and the logarithm of the ratio about sqrt(2 / n). The limits contain these
+terms, so a larger batch reveals smaller faults. The severity of a fault follows from its effect on the output: see
 `bnjax.diagnosis.damage`. The computation runs on the host, in float64. Three things stay hidden from it. The pixels of
 a convolution count as independent values, although neighbouring pixels are correlated, so n is too large. A few
 features whose running variance is too large are not reported, because a feature whose active examples are missing from
-this batch looks the same; evaluation shrinks such features, by less than their own standard deviation. And a running
-variance that is too small may look like rare activity, in a layer after ReLU, for a feature whose mean is near 0.
+this batch looks the same; evaluation shrinks such features, by less than their own standard deviation. And in a layer
+after ReLU, for a feature whose mean is near 0, a running variance that is too small may look like rare activity.
 """
 
 import re
@@ -37,8 +37,8 @@ def diagnose(
         damage = rms(y in evaluation - y in training) / max(|scale|, rms of the layer's scales)
 
     where rms is the root mean square, and y the output of a feature for the batch, by its running statistics and by its
-    own. A damage of 1 is a change by the standard deviation that the output has in training. A feature whose scale is
-    much smaller than those of its layer is judged by proportionally less.
+    own. A damage of 1 is a change by the standard deviation that the output has in training. For a feature whose scale
+    is much smaller than the others of its layer, the damage is proportionally smaller.
 
     An error makes evaluation unreliable, a warning may harm it, and a note may be intended. Findings are sorted by
     severity, then by the damage of the worst feature, or value / limit where a problem has no damage (a finding without

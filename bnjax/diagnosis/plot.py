@@ -1,4 +1,4 @@
-"""The figure of a diagnosis: a row for each layer shows its statistics beside their limits."""
+"""The figure of a diagnosis: a row for each layer shows its statistics next to their limits."""
 
 from collections.abc import Callable
 from typing import Any

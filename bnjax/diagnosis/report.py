@@ -24,12 +24,12 @@ def listed(values: Iterable[Any], most: int = 4) -> str:
 class Finding(NamedTuple):
     """A problem of one layer."""
 
-    severity: str  # one of SEVERITIES
-    layer: str
-    problem: str
+    severity: str  # "error", "warning" or "note"
+    layer: str  # the layer's path
+    problem: str  # the kind of problem, in words
     features: tuple[int, int]  # the number of affected features, and of all features
     value: float | None  # of the worst feature
-    advice: str
+    advice: str  # what to do, in a sentence
     damage: float | None = None  # of the worst feature; None if the problem has none
     indices: tuple[Any, ...] = ()  # of the affected features, worst first: indices of the arrays of the layer
 
@@ -46,19 +46,19 @@ class LayerReport:
     equal if their arrays are, where NaN equals NaN.
     """
 
-    features: int
-    mean: np.ndarray
-    var: np.ndarray
-    count: tuple[int, int] | None  # least and most updates
+    features: int  # the number of features
+    mean: np.ndarray  # running mean
+    var: np.ndarray  # running variance
+    count: tuple[int, int] | None  # the minimum and maximum number of updates
     nonfinite: np.ndarray  # running or batch statistics are not finite, or the running variance is negative
     dead: np.ndarray  # the variance is below epsilon, in the batch too
-    zero_scale: np.ndarray | None
-    shift: np.ndarray | None
-    var_ratio: np.ndarray | None
-    batch_size: np.ndarray | None  # n
-    effective_batch: float | None  # the least n of all features
-    # Root mean square of the difference of the outputs in evaluation and training, in standard deviations of the output
-    # in training: of the feature's own, or the root mean square of the layer's scales if that is larger.
+    zero_scale: np.ndarray | None  # |scale| is below 1e-4; None without a scale
+    shift: np.ndarray | None  # |mean - batch mean| / sqrt(batch var + epsilon)
+    var_ratio: np.ndarray | None  # (var + epsilon) / (batch var + epsilon)
+    batch_size: np.ndarray | None  # n, the effective number of values that the batch has of each feature
+    effective_batch: float | None  # the smallest n of all features
+    # Root mean square of the difference between the outputs in evaluation and training, in units of |scale|, the
+    # standard deviation of the output in training, or of the root mean square of the layer's scales if that is larger.
     damage: np.ndarray | None
 
     def __eq__(self, other: object) -> bool:
@@ -69,7 +69,7 @@ class LayerReport:
 class Diagnosis:
     """Findings, worst first, and a report for each layer. It is true if there are findings, and prints as a table.
 
-    Two diagnoses are equal if their findings and measurements are, where NaN equals NaN. They have no hash.
+    Two diagnoses are equal if their findings and measurements are, where NaN equals NaN. They cannot be hashed.
 
     Example:
       >>> import bnjax
@@ -80,9 +80,9 @@ class Diagnosis:
       [0.0, 0.0]
     """
 
-    findings: list[Finding]
-    layers: dict[str, LayerReport]
-    epsilon: float
+    findings: list[Finding]  # the problems, worst first
+    layers: dict[str, LayerReport]  # the measurements, by the layer's path
+    epsilon: float  # the layers' epsilon
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Diagnosis) and _same(vars(self), vars(other))
@@ -119,7 +119,8 @@ class Diagnosis:
     def beyond(self, other: "Diagnosis") -> list[Finding]:
         """The findings that another diagnosis lacks: no finding of it has the same layer and problem.
 
-        After training further, `later.beyond(earlier)` is what is new and `earlier.beyond(later)` what is gone.
+        After more training, `later.beyond(earlier)` are the new findings and `earlier.beyond(later)` those that are
+        gone.
 
         Example:
           >>> import bnjax
@@ -137,7 +138,7 @@ class Diagnosis:
         return _plain({"findings": self.findings, "layers": self.layers, "epsilon": self.epsilon})
 
     def plot(self, path: str | PathLike[str] | None = None) -> Any:
-        """A figure with a row for each layer: the shift and the variance ratio of its features, beside the limits.
+        """A figure with a row for each layer: the shift and the variance ratio of its features, next to the limits.
 
         Without the moments of a batch it shows the running mean in running standard deviations, and running variances.
 

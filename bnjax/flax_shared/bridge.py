@@ -1,4 +1,4 @@
-"""What `flax.nnx.bridge` does not offer itself: a Linen module around NNX layers, and whether it collects moments."""
+"""What `flax.nnx.bridge` does not offer: the Linen module around NNX layers, and whether it collects moments."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from bnjax.flax_shared.flax_internals import linen_module_around
 def collects(module: Any) -> bool:
     """Whether the call of a Linen module asks for the collection `batch_moments`.
 
-    By name only: with mutable=True, a program that passes back all collections would accumulate moments unawares.
+    Only by name: with mutable=True, a program that passes back all collections would accumulate moments by accident.
     """
     return (
         not module.is_initializing()

@@ -1,7 +1,7 @@
 """The call of a BatchNorm layer by Flax's conventions for axes, masks and dtypes, for Linen and NNX alike.
 
-A layer holds variables; the pure functions compute. What differs between the frameworks is where variables are kept and
-how dtypes promote: an adapter, `Storage`, does that.
+A layer holds variables; the pure functions compute. The frameworks differ in where variables are kept and how dtypes
+promote: an adapter, `Storage`, handles both.
 """
 
 from dataclasses import dataclass, fields
@@ -28,7 +28,7 @@ from bnjax.variants.indexed import IndexedBatchNorm
 class Variables:
     """What a layer holds, as one call reads it; all arrays in any dtype.
 
-    `count` is None where no option is a function of it. `earlier` are moments that the batch's are merged into.
+    `count` is None if the call has no count. The batch's moments are merged into `earlier`.
     """
 
     params: BNParams
@@ -41,7 +41,7 @@ class Variables:
 class Storage(Protocol):
     """The variables of one layer of Linen or NNX, for one call.
 
-    `remedy` says what to do where the layer's statistics do not fit the features, whose sizes replace its braces.
+    `remedy` says what to do if the layer's statistics do not fit the features, whose sizes replace its braces.
     """
 
     remedy: str
@@ -55,7 +55,7 @@ class Storage(Protocol):
         ...
 
     def write(self, state: BNState, batch: Collected | None, train: bool) -> None:
-        """Store what came out of the call; `complete` moments of the batch where someone asks for them."""
+        """Store the results of the call, with the `complete` moments of the batch in a layer that collects them."""
         ...
 
 
@@ -64,7 +64,7 @@ _BOOLEANS_OF_FLAX = ("use_scale", "use_bias", "force_float32_reductions")
 
 
 def _check_switches(call: str, layer: Any, use_running_average: Any) -> None:
-    # To Flax 0, 1 and arrays are bools as well, so that of its own options only what is certainly wrong is refused.
+    # Flax accepts 0, 1 and arrays as bools, so of its own options only what is certainly wrong is rejected.
     switches = {"use_running_average": use_running_average}
     switches |= {name: getattr(layer, name, False) for name in _BOOLEANS_OF_FLAX}
     for name, value in switches.items():
@@ -110,7 +110,7 @@ def call_layer(
     _check_switches(call, layer, use_running_average)
     train = not use_running_average and not getattr(layer, "frozen", False)
     if not train and not use_running_average and kind is AdaptiveBatchNorm:
-        kind = BatchNorm  # frozen, in training: by the running statistics as they are
+        kind = BatchNorm  # frozen, in training: by only the running statistics
     axes = feature_axes(x, layer.axis, call)
     features = tuple(x.shape[a] for a in axes)
     variables = storage.read(x, list(features), train)
@@ -148,7 +148,7 @@ def call_layer(
 
 
 def _check_ones(call, variables, features, indexed):
-    """Check that statistics which fit the features up to axes of size 1, as other libraries keep them, have none."""
+    """Check that statistics do not differ from the features by only axes of size 1, as other libraries keep them."""
     for name, value in (("mean", variables.mean), ("var", variables.var)):
         shape = value.shape[1:] if indexed and value.ndim > len(features) else value.shape
         if shape != features and [n for n in shape if n != 1] == [n for n in features if n != 1]:
@@ -171,7 +171,7 @@ def _computed(x, mean, params):
 
 
 def _of_rank(mask, x, axes, call) -> Any:
-    """The mask with x's rank. It may lack leading axes, as in NumPy, where it can only mean that."""
+    """The mask with x's rank. It may lack leading axes, as in NumPy, where this is unambiguous."""
     mask = mask if isinstance(mask, np.ndarray) else jnp.asarray(mask)  # NumPy's stay known under jit
     if mask.shape == x.shape:
         return mask
@@ -208,13 +208,13 @@ def counts(layer: Any) -> bool:
 
 
 def feature_axes(x: Array, axis: Any, call: str = "BatchNorm") -> tuple[int, ...]:
-    """`axis`, one or several, as increasing non-negative integers; as in Flax one may be named twice."""
+    """`axis`, one or several, as increasing non-negative integers; as in Flax, an axis may be named twice."""
     axes = np.atleast_1d(checks.static_axis(call, axis)).tolist()
     return tuple(sorted({checks.feature_axes(call, x, a)[0] for a in axes}))
 
 
 def array(x: Any, call: str) -> Array:
-    """`x` as an array. A tuple, an image and its label say, is an error: JAX would stack its members."""
+    """`x` as an array. A tuple, such as an image and its label, is an error: JAX would stack its members."""
     if isinstance(x, tuple | list | dict):
         raise TypeError(
             f"{call}(x=...): expected an array, got a {type(x).__name__}. Pass the array in it, or jnp.asarray of a "
@@ -224,14 +224,14 @@ def array(x: Any, call: str) -> Array:
 
 
 def promoting() -> Any:
-    """Flax's rules for the dtypes of results, which are JAX's standard ones, also where JAX is set to strict ones."""
+    """Flax's rules for the dtypes of results, which are JAX's standard ones, even if JAX is set to strict ones."""
     return jax.numpy_dtype_promotion("standard")
 
 
 def complete(batch: Collected | None, mean: Array, var: Array) -> Collected:
     """The moments with their support, as a layer with this mean and variance stores them; by default of no element.
 
-    Those merge with any others without an effect.
+    Such moments have no effect when merged with others.
     """
     zeros = jnp.zeros_like(var.real)
     return with_support(batch or Collected(Moments(zeros, jnp.zeros_like(mean), zeros), None))

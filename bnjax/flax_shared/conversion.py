@@ -97,13 +97,13 @@ def _hashable(value: Any) -> Any:
 def other_library(name: str) -> Any:
     """The module of conversion for "linen" or "nnx", for a layer of the one inside a model of the other.
 
-    `flax.nnx.bridge` makes such layers. Imported by name where one is met, so that Linen alone does not load NNX.
+    `flax.nnx.bridge` makes such layers. It is imported only when one is met, so that Linen does not load NNX.
     """
     return importlib.import_module(f"bnjax.{name}.conversion")
 
 
 def instead(model: Any, is_module: Callable[[Any], bool]) -> str:
-    """What to pass instead of an object that is no module but has one, such as a Transformers model; or nothing."""
+    """What to pass instead of an object that is not a module but has one, such as a Transformers model; or ""."""
     partial = isinstance(model, functools.partial)
     if partial and isinstance(model.func, type):
         return f"Call the partial, and pass the module that it makes, a {model.func.__name__}."

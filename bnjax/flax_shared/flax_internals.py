@@ -1,4 +1,4 @@
-"""Everything that bnjax uses of Flax and that Flax does not promise to keep.
+"""The Flax APIs without a stability guarantee that bnjax uses.
 
 Linen: the submodules in a module's field, what Flax does when a bound module gets one, the mark of the methods that
 Flax has wrapped, and a module's identity, which its clones share. NNX: the names of collections for types of variables,
@@ -14,12 +14,13 @@ from flax.nnx.bridge import wrappers
 
 
 def map_modules(function: Callable[[str, Any], Any], tree: Any) -> Any:
-    """A field's value with `function(suffix, leaf)` in place of each leaf, where the suffix is Flax's for its name."""
+    """A field's value with `function(suffix, leaf)` in place of each leaf; Flax names it by the field and the
+    suffix."""
     return nn.module._map_over_modules_in_tree(function, tree)  # pyright: ignore[reportPrivateUsage]
 
 
 def is_method(function: Any) -> bool:
-    """Whether Flax has wrapped a function of a Linen module, as it does methods, and static methods too."""
+    """Whether Flax has wrapped a function of a Linen module, as it wraps methods and static methods."""
     return hasattr(function, "method_handler_wrapped")
 
 
@@ -29,10 +30,10 @@ def identity(module: nn.Module) -> Any:
 
 
 class Registering:
-    """A base class of Linen modules that tells of the submodules which a bound module gets in an attribute."""
+    """A base class of Linen modules that is notified when an attribute of a bound module gets submodules."""
 
     def registered(self, name: str) -> None:
-        """The attribute `name` holds submodules now."""
+        """Called when the attribute `name` holds submodules."""
 
     def _register_submodules(self, name, val):
         super()._register_submodules(name, val)  # pyright: ignore[reportAttributeAccessIssue]

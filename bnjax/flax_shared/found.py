@@ -1,4 +1,4 @@
-"""What `convert` finds in a model, and what it says about layers that it leaves as they are."""
+"""What `convert` finds in a model, and what it reports about layers that it does not convert."""
 
 import inspect
 import warnings
@@ -24,7 +24,7 @@ class Found:
             self.left[path] = reason
 
     def tell(self, *, everything: bool) -> None:
-        """Warn of what was left and, if `everything` was found, of a conversion without effect.
+        """Warn of layers that cannot be converted and, if `everything` was found, of a conversion without effect.
 
         Raises:
           ValueError: if everything was found and `where` matches no layer.
@@ -52,7 +52,7 @@ class Found:
 
 
 def _users_frame() -> int:
-    """The `stacklevel`, for the caller, of the first frame outside of the libraries."""
+    """The `stacklevel`, for the caller, of the first frame outside the libraries."""
     level, frame = 0, inspect.currentframe()
     while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _LIBRARIES:
         level, frame = level + 1, frame.f_back

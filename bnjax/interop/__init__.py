@@ -1,8 +1,8 @@
-"""Conversion of weights and running statistics from and to PyTorch and Keras, of single layers and of whole models.
+"""Conversion of weights and running statistics from and to PyTorch and Keras, for single layers and whole models.
 
 The functions take and return mappings and lists of arrays; neither library is imported. `TORCH`, `KERAS` and `FLAX` are
-keyword arguments with which `bn_apply` computes what each library computes by default, so that a converted layer
-continues its training unchanged:
+keyword arguments with which `bn_apply` computes what each library computes by default, so that training a converted
+layer continues unchanged:
 
     params, state = from_torch(model.state_dict(), "bn1")
     y, state = bn_apply(params, state, x, train=True, **TORCH)
@@ -13,10 +13,10 @@ NNX model, with its convolutions, dense layers and embeddings:
     variables, report = from_torch_model(model.state_dict(), variables, model=flax_model, inputs=x)
     print(report)
 
-PyTorch's `momentum=None` is `bnjax.cumulative_average`. PyTorch counts the updates of a layer, bnjax those of each
-feature; the counts differ after a batch with fewer than two valid values of a feature. Keras does not count. A momentum
-that depends on the count (`cumulative_average`, `debiased`) regards statistics of count 0 as initial values, which the
-first update replaces.
+PyTorch's `momentum=None` is `bnjax.cumulative_average`. PyTorch counts the updates of a layer, bnjax the updates of
+each feature; the counts differ after a batch with fewer than two valid values of a feature. Keras does not count. A
+momentum that depends on the count (`cumulative_average`, `debiased`) treats statistics of count 0 as initial values,
+which the first update replaces.
 """
 
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""Arrays from other libraries: how they are read, and checks of them."""
+"""Arrays from other libraries, read and checked."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -57,7 +57,7 @@ def as_array(value: Any) -> np.ndarray:
     """An array or a PyTorch tensor as a NumPy array."""
     if hasattr(value, "detach"):
         value = value.detach().cpu()
-        if str(value.dtype) == "torch.bfloat16":  # PyTorch cannot convert it, since NumPy itself has no bfloat16
+        if str(value.dtype) == "torch.bfloat16":  # PyTorch cannot convert it, because NumPy itself has no bfloat16
             return np.asarray(value.float()).astype(jnp.bfloat16)
     return np.asarray(value)
 

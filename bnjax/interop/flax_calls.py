@@ -65,7 +65,7 @@ def evaluate(
 ) -> tuple[Any, Mapping[str, Any], Seen]:
     """A model's output, its variables after the call, and by path the inputs and outputs of the layers in `paths`.
 
-    An NNX model runs in evaluation, a Linen model as its arguments say. Layers inside of `jit`, `scan` and the like are
+    An NNX model runs in evaluation, a Linen model as its arguments say. Layers inside `jit`, `scan` and the like are
     left out.
     """
     seen: Seen = {}
@@ -87,7 +87,7 @@ def evaluate(
 
 
 def _run(model, variables, args, kwargs, paths, record):
-    """A model's output, and what a Linen model changes of its variables. An NNX model is spent afterwards."""
+    """A model's output, and the variables that a Linen model changes. An NNX model must not be used afterwards."""
     if isinstance(model, nn.Module):
         options: dict[str, Any] = {**kwargs, "mutable": nn.DenyList("params")}
         with recorded_linen(record):

@@ -1,4 +1,4 @@
-"""What a Keras model tells about its layers beside their arrays: the places of their axes, and renormalization."""
+"""What a Keras model says about its layers besides their arrays: the order of their axes, and renormalization."""
 
 import re
 from typing import Any
@@ -10,7 +10,7 @@ from bnjax.interop.kernels import KERAS, Layer, Library
 from bnjax.interop.match import Pair, keras_layers
 
 RENORM: tuple[str, ...] = ("moving_stddev", "renorm_mean", "renorm_stddev")
-"""What a Keras layer with renorm=True has beside its moving mean and variance, in the order of its weights."""
+"""What a Keras layer with renorm=True has in addition to its moving mean and variance, in the order of its weights."""
 
 
 _BY_PATH = (
@@ -28,13 +28,14 @@ def model_layers(call: str, source: Any) -> tuple[Arrays, Library, list[Layer]]:
 
 
 def _library(call, source):
-    """Keras with the order in which the model flattens images. Arrays alone are taken to be of channels last.
+    """Keras with the order in which the model flattens images. If only arrays are given, channels are assumed to be
+    last.
 
     In a model with channels first, `Flatten` of the default format flattens (channels, height, width), as PyTorch does,
-    and `Flatten(data_format="channels_first")` puts the channels last before.
+    and `Flatten(data_format="channels_first")` first moves the channels last.
     """
     formats: dict[str, list[str]] = {"channels_first": [], "channels_last": []}
-    plain, moving = [], []  # layers that flatten as the axes are, and that put the channels last before
+    plain, moving = [], []  # layers that flatten the axes as they are; layers that first move the channels last
     for layer in _layers(source):
         kind, first = type(layer).__name__, getattr(layer, "data_format", None) == "channels_first"
         if kind not in ("Flatten", "Reshape"):
@@ -45,7 +46,7 @@ def _library(call, source):
     steps = [*_layers(source), *getattr(source, "operations", ())]
     if permuted := sorted({step.name for step in steps if _regroups_permuted(step)}):
         raise ValueError(
-            f"{call}(weights=...): {permuted} flatten axes that were permuted before, so the order of the features is "
+            f"{call}(weights=...): {permuted} flatten axes that were permuted, so the order of the features is "
             f"unclear. {_BY_PATH}"
         )
     remedy = None
@@ -81,24 +82,24 @@ def check_axes(call: str, source: Any, pairs: list[Pair]) -> None:
         own = int(ours.called.kind.removeprefix("norm")) if ours.called.kind.startswith("norm") else -1
         if place - rank != own:
             moved = (
-                " If the Keras model moves its axes before, pass its arrays by path, [(w.path, w) for w in "
-                "model.weights], whose axes are not compared."
+                " If the Keras model moves its axes first, pass its arrays by path, [(w.path, w) for w in "
+                "model.weights]: their axes are not compared."
             )
             raise ValueError(
                 f"{call}(weights=...): the features of {theirs.name!r} are on axis {axis[0]} of {rank}, which is axis "
-                f"{place - rank} with channels last, but those of {ours.name!r} are on axis {own}. Give both layers "
-                f"the same axis.{'' if images else moved}"
+                f"{place - rank} with channels last, but the features of {ours.name!r} are on axis {own}. Give both "
+                f"layers the same axis.{'' if images else moved}"
             )
 
 
 def _renormalized(arrays):
-    """The paths of what only renormalization has."""
+    """The paths of the arrays that only renormalization has."""
     layers = {path.rpartition("/")[0] for path in arrays if _name(path) == RENORM[0]}
     return {path for path in arrays if path.rpartition("/")[0] in layers and _name(path) in RENORM}
 
 
 def renorm_weights(call: str, source: Any, arrays: Arrays, converted: Arrays) -> Arrays:
-    """What only renormalization has, so that it starts from the running statistics.
+    """The arrays that only renormalization has, with which it starts from the running statistics.
 
     Args:
       call: the function called, for errors.
@@ -127,12 +128,12 @@ def renorm_statistics(mean: np.ndarray, var: np.ndarray, epsilon: float) -> list
 
 
 def layers_by_path(source: Any) -> dict[str, Any]:
-    """The layers of a Keras model by the path of their weights; the innermost layer has the last word."""
+    """The layers of a Keras model by the path of their weights; the innermost layer takes precedence."""
     return {w.path.rpartition("/")[0]: layer for layer in _layers(source) for w in getattr(layer, "weights", [])}
 
 
 def _layers(source):
-    """The layers of a Keras model with those that they contain, each after the one that contains it."""
+    """The layers of a Keras model, nested ones included, each after the layer that contains it."""
     return source._flatten_layers() if hasattr(source, "_flatten_layers") else []
 
 

@@ -68,8 +68,8 @@ class Move(NamedTuple):
 
 
 def needed(ours: Layer, library: Library) -> list[dict[str, tuple[int, ...]]]:
-    """The shapes that the other library's layer must have for one of ours. A depthwise layer of Keras has a second, and
-    so does a batch normalization of PyTorch, which may track no statistics."""
+    """The shapes that the other library's layer must have for one of ours. A depthwise layer of Keras has a second
+    choice, and so does a batch normalization of PyTorch, which may track no statistics."""
     shapes = ours.shapes()
     if "kernel" not in shapes:
         untracked = {name: shape for name, shape in shapes.items() if name not in ("mean", "var")}
@@ -88,8 +88,8 @@ def moves(call: str, theirs: Layer, ours: Layer, library: Library, flatten: dict
       call: the function called, for errors.
       theirs, ours: the layer in the other library and in Flax.
       library: the other library.
-      flatten: by a layer's path, the image (height, width, channels) that was flattened into its input, or () if none
-        was.
+      flatten: by a layer's path, the image (height, width, channels) that is flattened into its input, or () if none
+        is.
     """
     shapes = ours.shapes()
     features = prod(shapes["kernel"][:-1] if "kernel" in shapes else next(iter(shapes.values())))
@@ -118,7 +118,7 @@ def moves(call: str, theirs: Layer, ours: Layer, library: Library, flatten: dict
 
 
 def _check_channels(call, theirs, ours):
-    """Check that a batch normalization does not have its features on an axis of pixels alone."""
+    """Check that the features of a batch normalization are not on an axis of only pixels."""
     if all(isinstance(atom.role, int) for atom in ours.called.into):
         raise ValueError(
             f"{call}(model=...): PyTorch's {theirs.name!r} normalizes channels, but the features of {ours.name!r} are "
@@ -145,7 +145,7 @@ def _unswapped(ours):
 
 
 def _move(shape, order, layouts, flipped=()):
-    """The move of an array of this shape whose axis i has the layout layouts[i], and is axis order[i] there."""
+    """The move of an array of this shape whose axis i has the layout layouts[i], and is axis order[i] in theirs."""
     order = tuple(order)
     places = np.argsort(order)
     sizes = [layouts[i].sizes for i in places]

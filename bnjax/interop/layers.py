@@ -19,11 +19,11 @@ def from_torch(state_dict: Any, prefix: str = "") -> tuple[BNParams, BNState | N
     """The parameters and running statistics of a PyTorch BatchNorm1d, 2d, 3d or SyncBatchNorm.
 
     `scale` is PyTorch's weight, `mean` and `var` are running_mean and running_var. Pass `**TORCH` to `bn_apply`, whose
-    momentum is 1 - PyTorch's momentum.
+    momentum is 1 minus PyTorch's.
 
     Args:
       state_dict: state_dict of the layer, or of a model that holds it: floating tensors or arrays by name, of shape
-        (features,). The PyTorch module itself is accepted as well, and its kind is then checked.
+        (features,). The PyTorch module itself is accepted too, and its class is then checked.
       prefix: the layer's name in the model, such as "layer1.0.bn2".
 
     Returns:
@@ -81,8 +81,8 @@ def to_torch(params: BNParams, state: BNState | None, prefix: str = "") -> dict[
 
     Args:
       params: scale and bias of shape (features,), or None. A bias of None is left out, as in a layer with `bias=False`;
-        a PyTorch layer that has a bias needs zeros. A scale of None beside a bias becomes ones, since no PyTorch layer
-        has a bias alone.
+        a PyTorch layer that has a bias needs zeros. A scale of None with a bias becomes ones, because no PyTorch layer
+        has only a bias.
       state: running statistics, or None for a layer with `track_running_stats=False`.
       prefix: the layer's name in the model.
 
@@ -120,7 +120,7 @@ def from_keras(weights: Any, scale: bool = True, center: bool = True, count: int
     """The parameters and running statistics of a Keras BatchNormalization.
 
     Pass `**KERAS` to `bn_apply`, which has Keras's momentum and epsilon, and the layer's own options where they differ.
-    Of a layer with renorm=True, the state holds what Keras uses in evaluation, the moving mean and variance; training
+    For a layer with renorm=True, the state holds what Keras uses in evaluation, the moving mean and variance; training
     with `renorm_bn_apply` corrects towards them, and not towards Keras's renorm_mean and renorm_stddev.
 
     Args:
@@ -135,7 +135,7 @@ def from_keras(weights: Any, scale: bool = True, center: bool = True, count: int
       state: BNState in float32 or wider.
 
     Raises:
-      ValueError: if `scale` and `center` require another number of arrays, if the layer is not built or of another
+      ValueError: if `scale` and `center` require another number of arrays, if the layer is not built or is of another
         kind, if shapes differ, or if a variance is negative.
 
     Example:
@@ -177,8 +177,8 @@ def to_keras(params: BNParams, state: BNState, layer: Any = None) -> list[np.nda
       params: scale and bias of shape (features,). The Keras layer needs scale=False if scale is None, and center=False
         if bias is None.
       state: running statistics.
-      layer: the Keras layer, built, for checks of its scale and center, and because a layer with renorm=True has more
-        weights. Its renormalization then starts from the running statistics.
+      layer: the Keras layer, built. Its scale and center are then checked. A layer with renorm=True must be passed,
+        because it has more weights; its renormalization starts from the running statistics.
 
     Returns:
       Arrays in the dtypes of params and state: gamma, beta, moving mean and moving variance; with renorm=True
@@ -186,7 +186,7 @@ def to_keras(params: BNParams, state: BNState, layer: Any = None) -> list[np.nda
 
     Raises:
       ValueError: if state is None, because a Keras layer always has running statistics, or if the layer is not built,
-        of another kind, or differs in its scale, center or number of features.
+        is of another kind, or differs in its scale, center or number of features.
 
     Example:
       >>> import bnjax

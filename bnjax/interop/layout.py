@@ -4,10 +4,9 @@ PyTorch stores the channels of an image before its pixels, Flax and Keras after 
 channels on one axis, between a convolution and a dense layer or in reverse, the libraries number its features in
 different orders.
 
-Every axis of every array is a list of atoms, the pieces that reshapes have not split so far. A convolution determines
-which atoms are pixels and which are channels; reshapes join and split atoms; an elementwise operation equates the atoms
-of its operands. An atom that the program does not determine is UNCLEAR, which is an error if a layer's features depend
-on it.
+Every axis of every array is a list of atoms, pieces that no reshape has split yet. A convolution determines which atoms
+are pixels and which are channels; reshapes join and split atoms; an elementwise operation equates the atoms of its
+operands. An atom that the program does not determine is UNCLEAR, which is an error if a layer's features depend on it.
 """
 
 from collections.abc import Mapping
@@ -70,7 +69,7 @@ def features(program: Program, inputs: int, kinds: Mapping[str, str]) -> dict[tu
 
     Args:
       program: the model's.
-      inputs: the number of arguments, at the end, that are inputs and not variables.
+      inputs: the number of last arguments that are inputs and not variables.
       kinds: the kinds of the marked layers, as in `Called`.
     """
     reading = _Reading(kinds, {v: _fresh(v.shape) for v in program.arguments}, {}, {})
@@ -104,7 +103,7 @@ def layout(atoms: list[Atom], channels_first: bool) -> Layout | None:
 
 
 def same(size: int) -> Layout:
-    """The layout of features that both libraries number alike."""
+    """The layout of features that both libraries number in the same order."""
     return Layout((size,), (0,))
 
 
@@ -147,7 +146,7 @@ def _join(first, second):
 
 
 def _run(program, reading):
-    """Read the operations of a program, the axes of whose arguments are known."""
+    """Read the operations of a program whose arguments have known axes."""
 
     def axes(values):
         return [reading.axes.setdefault(v, _fresh(v.shape)) for v in values]
@@ -242,7 +241,7 @@ def _reshaped(axes, shape) -> Axes:
 
 
 def _merged(axis):
-    """An axis after a reshape. An axis of pixels alone becomes one atom without a role: pixels are then tokens, and
+    """An axis after a reshape. An axis of only pixels becomes one atom without a role: pixels are then tokens, and
     PyTorch's convention of channels before pixels no longer applies. On an axis of pixels and a part of the channels,
     as in a pixel shuffle, the channels become UNCLEAR, because a layout cannot describe it."""
     pixels = [atom for atom in axis if isinstance(atom.role, int)]

@@ -42,18 +42,18 @@ class Moved(NamedTuple):
     """A tensor that was converted, or that has no counterpart in the other model, where name and shape are empty."""
 
     theirs: str  # its name in the other library's model
-    their_shape: tuple[int, ...]
+    their_shape: tuple[int, ...]  # its shape there
     ours: str  # its path in the Flax variables
-    our_shape: tuple[int, ...]
+    our_shape: tuple[int, ...]  # its shape there
     done: str  # its conversion, from the other library to Flax
-    by: str  # what matched its layer: "names" that were given, the "same name", its "shape" alone, or the "order"
+    by: str  # what matched its layer: given "names", the "same name", only its "shape", or the "order"
 
 
 @dataclass(frozen=True)
 class Report:
     """Every tensor that was converted, and what has no counterpart. It prints as a table."""
 
-    tensors: tuple[Moved, ...]
+    tensors: tuple[Moved, ...]  # every tensor of both models
     unread: tuple[str, ...] = ()  # options that were not compared, and why
 
     def __str__(self) -> str:
@@ -104,7 +104,7 @@ def own_layers(leaves: Mapping[str, Mapping[str, Any]], called: Mapping[str, Cal
 
 
 def uncalled(shapes: Mapping[str, tuple[int, ...]]) -> Called:
-    """The kind of a layer, from the shapes of its arrays alone.
+    """The kind of a layer, from only the shapes of its arrays.
 
     A kernel of more than two axes may belong to a convolution or to a transposed one; its kind is "convolution".
     """
@@ -121,11 +121,12 @@ def uncalled(shapes: Mapping[str, tuple[int, ...]]) -> Called:
 def match(
     call: str, theirs: Sequence[Layer], ours: Sequence[Layer], library: Library, names: Mapping[str, str], called: bool
 ) -> list[Pair]:
-    """Pair the layers in `names`, those of the same name, and the others by their order, if their shapes agree.
+    """Pair the layers in `names`, layers of the same name, and the others by their order, if their shapes agree.
 
-    Names overrule order. Order is an error for the rest of a sort of layer of which `names` has some, or of which most
-    layers have the same name; for all other layers if those matched by name have different orders in the two models;
-    and for two layers that would have each other's names. Only what shapes determine is matched then.
+    Names overrule order. Order must not decide for the rest of a sort of layer of which `names` has some, or of which
+    most layers have the same name; nor for any other layer if the layers matched by name have different orders in the
+    two models; nor for two layers that would have each other's names. Such layers are matched only by shape, if that is
+    unambiguous, and are an error otherwise.
 
     Args:
       call: the function called, for errors.
@@ -167,8 +168,8 @@ def match(
 
 
 def fits(library: Library, theirs: Layer, ours: Layer, named: bool = False) -> bool:
-    """Whether the weights of theirs fit ours. The array of an unknown layer with several axes may have its axes in
-    another order there, so it fits only if its layer was `named` by the caller."""
+    """Whether the weights of theirs fit ours. The array of an unknown layer with several axes may have them in another
+    order there, so it fits only if its layer was `named` by the caller."""
     if theirs.sort != ours.sort or theirs.shapes() not in needed(ours, library):
         return False
     return ours.sort != TENSOR or named or sum(size > 1 for size in ours.shapes()["array"]) < 2
@@ -261,7 +262,7 @@ def _mostly_named(sort, theirs, pairs):
 
 
 def _by_shape(call, library, sort, why, names, theirs, ours, called):
-    """Pair the layers of one sort by their shapes alone. A layer that only one other fits excludes that one."""
+    """Pair the layers of one sort by only their shapes. A layer that fits only one other takes that one."""
     fit = np.array([[fits(library, t, o) for o in ours] for t in theirs], bool).reshape(len(theirs), len(ours))
     pairs = []
     while (sole := fit & ((fit.sum(0) == 1) | (fit.sum(1, keepdims=True) == 1))).any():
@@ -271,7 +272,7 @@ def _by_shape(call, library, sort, why, names, theirs, ours, called):
     theirs_left, ours_left = _left(theirs, ours, pairs)
     if theirs_left or ours_left:
         if len(theirs) != len(ours) or fit.any(0).sum() + fit.any(1).sum() < len(theirs_left) + len(ours_left):
-            _by_order(call, library, sort, theirs, ours, called)  # which is an error, as a shape fits none
+            _by_order(call, library, sort, theirs, ours, called)  # raises an error, because a shape fits none
         raise ValueError(_ambiguous(call, library, why, sort, names, theirs_left, ours_left))
     return pairs
 
@@ -284,7 +285,7 @@ def _crossed(pairs, theirs, ours):
 
 
 def _check_order(call, library, names, pairs, ordered, known, theirs, ours, called):
-    """Check that the pairs by order neither cross those by name, nor give two layers each other's names."""
+    """Check that pairs by order do not cross pairs by name, nor give two layers each other's names."""
     for sort in SORTS:
         found = [pair for pair in ordered if pair.ours.sort == sort]
         unsure = [pair for pair in found if pair.by == "order"]
@@ -309,7 +310,7 @@ def _check_order(call, library, names, pairs, ordered, known, theirs, ours, call
 
 
 def _ambiguous(call, library, why, sort, names, theirs, ours):
-    """The error for layers that order must not match, with the `names` to write."""
+    """The error for layers that order must not match, with the `names` to pass."""
     given = "".join(f"{their!r}: {our!r}, " for their, our in names.items())
     missing = ", ".join(f"{layer.name!r}: ..." for layer in theirs)
     return (
@@ -355,6 +356,6 @@ def _numbered(path):
 
 
 def _comparable(first, second):
-    """Whether the first difference between two paths is a number alone."""
+    """Whether the first difference between two paths is only a number."""
     pairs = zip(_numbered(first), _numbered(second), strict=False)
     return next((a[0] == b[0] for a, b in pairs if a != b), False)

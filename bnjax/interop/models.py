@@ -32,29 +32,31 @@ def from_torch_model(
     Every tensor of the state_dict is converted to one array of the variables; a tensor or an array without a
     counterpart is an error. Layers are convolutions (grouped and depthwise ones included), transposed convolutions,
     dense layers, embeddings, and normalizations with and without running statistics. Layers of the same name belong
-    together ("layer1.0.bn2" is "layer1/0/bn2" and "layer1_0/bn2", and "module." and the like are no part of a name).
-    The others are matched in order: those of the state_dict as defined, those of the Flax model as called; kinds and
-    shapes must agree, and names must not contradict the order. The report says what matched each layer, so check the
-    layers of one shape that "order" matched, correct a wrong match by `names`, and pass `expected`.
+    together ("layer1.0.bn2" is "layer1/0/bn2" and "layer1_0/bn2", and prefixes such as "module." are not part of a
+    name). The others are matched in order: PyTorch's layers in the order of the state_dict, the Flax model's in the
+    order of their calls; kinds and shapes must agree, and names must not contradict the order. The report says what
+    matched each layer. Check the layers of one shape that "order" matched, correct a wrong match by `names`, and pass
+    `expected`.
 
     Kernels are transposed as each layer requires. PyTorch flattens an image as (channels, height, width), Flax as
     (height, width, channels). If the features of a dense layer or of a normalization are a flattened image, or become
     an image, they are reordered accordingly.
 
     Options are not converted: epsilon, padding and strides are the Flax model's. If the PyTorch model itself is passed
-    with the Flax model, options on which its outputs in evaluation depend must agree. PyTorch's `padding=1` is ((1, 1),
-    (1, 1)) in Flax, which with strides differs from "SAME"; its `ConvTranspose(k, padding=p)` is padding k - 1 - p.
+    with the Flax model, options that affect its outputs in evaluation must agree. PyTorch's `padding=1` is ((1, 1), (1,
+    1)) in Flax, which with strides differs from "SAME"; its `ConvTranspose(k, padding=p)` is padding k - 1 - p.
 
     Args:
-      state_dict: state_dict of the PyTorch model, or the model itself, which tells the kinds of its layers too, and the
-        layers without tensors. Weights that PyTorch computes at each call, as weight_norm does, must be put back first.
+      state_dict: state_dict of the PyTorch model, or the model itself, which also gives the kinds of its layers, and
+        the layers without tensors. Weights that PyTorch computes at each call, as weight_norm does, must be put back
+        first.
       variables: `params` and `batch_stats`, from `init` of a Linen model, or from `bnjax.nnx.functional(model)` of an
         NNX model, into which `nnx.update(model, *variables.values())` puts the result.
       names: by a layer's name in the state_dict ("layer1.0.bn2"), its path in the variables ("Block_0/BatchNorm_1",
-        "layers/1"). With a `model`, order does not match the other layers of the sorts (convolutions, dense layers and
-        embeddings, normalizations, other tensors) named here: their names or shapes must. A parameter of no known
-        layer, such as the position embedding of a transformer, must be named with its whole path, and is converted
-        without a change. Without a `model`, only the batch normalization layers named here are converted.
+        "layers/1"). With a `model`, the other layers of a sort named here (convolutions, dense layers and embeddings,
+        normalizations, other tensors) are matched by name or shape, not by order. A parameter of no known layer, such
+        as the position embedding of a transformer, must be named with its whole path, and is converted unchanged.
+        Without a `model`, only the batch normalization layers named here are converted.
       model: the Linen or NNX model. Without it, layers are ordered by the numbers in their paths. Convolutions, and
         paths that do not determine the order, are then an error, and flattened images are not recognized.
       inputs: an input of the model's call, or a tuple of inputs. The model is traced with them, not run.
@@ -62,22 +64,22 @@ def from_torch_model(
         flattened into it, or () if none is. It is needed if the model flattens its own input, or joins a flattened
         image with other features.
       expected: outputs of the PyTorch model in evaluation for `inputs`, as the Flax model returns them, with channels
-        last. The Flax model then runs with the new variables, and must return them, up to rounding; it does not matter
-        then how options differ. If the PyTorch model itself was passed, the error names the first layer that differs.
+        last. The Flax model then runs with the new variables, and must return them, up to rounding; options may then
+        differ. If the PyTorch model itself was passed, the error names the first layer that differs.
       **kwargs: keyword arguments of the model's call, such as train=False.
 
     Returns:
       variables: the new variables, in the dtypes of the old ones. A count is set if the model has one. A layer with
-        `track_running_stats=False` leaves the model's running statistics as they are. Since a state_dict alone cannot
-        tell it from a LayerNorm, pass the PyTorch model, or name the layer.
-      report: a `Report` of every tensor, which prints as a table, with what PyTorch does not keep in its last rows, and
-        of layers whose options could not be compared because their classes compute in a way of their own. With `names`
-        alone, what these do not contain is "not named".
+        `track_running_stats=False` leaves the model's running statistics as they are. Because a state_dict does not
+        distinguish it from a LayerNorm, pass the PyTorch model, or name the layer.
+      report: a `Report` of every tensor, which prints as a table. Its last rows are the arrays that PyTorch does not
+        keep, and the layers whose options could not be compared because their classes override the computation. With
+        `names` and no model, the other tensors are "not named".
 
     Raises:
-      ValueError: if a layer has no counterpart, its match is ambiguous, it is named twice, or its shapes, parameters or
-        options differ; if outputs differ from `expected`; and for a state_dict that is not a mapping, an array that is
-        not floating, or a negative variance.
+      ValueError: if a layer has no counterpart, has an ambiguous match, is named twice, or differs in shapes,
+        parameters or options; if outputs differ from `expected`; and for a state_dict that is not a mapping, an array
+        that is not floating, or a negative variance.
 
     Example:
       >>> import flax.linen as nn, jax, jax.numpy as jnp, numpy as np
@@ -134,7 +136,7 @@ def to_torch_model(
 
     Returns:
       state_dict: writable arrays for `torch.from_numpy`, in the dtypes of the variables; bfloat16 becomes float32.
-      report: as in `from_torch_model`. With `names` alone, the function returns the state_dict without a report.
+      report: as in `from_torch_model`. Without a `state_dict` argument, only the new state_dict is returned.
 
     Raises:
       ValueError: as `from_torch_model`.
@@ -153,7 +155,7 @@ def to_torch_model(
         if names is None:
             raise ValueError(
                 f"{call}(names=None, state_dict=None): pass state_dict=, of the PyTorch model, to convert the whole "
-                "model, or names= to convert batch normalization layers alone."
+                "model, or names= to convert only batch normalization layers."
             )
         no_model(call, model, inputs, flatten, kwargs)
         ours = _named(call, variables, names)
@@ -181,11 +183,11 @@ def from_keras_model(
 
     Layers are matched and their options compared as in `from_torch_model`, in the order of Keras's `model.weights`.
     They are Dense, Embedding, Conv, DepthwiseConv, SeparableConv (two convolutions in Flax), ConvTranspose, and
-    normalizations. A renormalized layer gives its moving mean and variance.
+    normalizations. Of a layer with renorm=True, the moving mean and variance are converted.
 
     A Keras model may have its channels first. A plain `Flatten` then flattens (channels, height, width), and features
     are reordered as for PyTorch. The axes of normalizations and dense layers are compared with those of the Flax model.
-    None of this is known if only arrays are passed, which are taken to have their channels last.
+    None of this is known if only arrays are passed; their channels are assumed to be last.
 
     Args:
       weights: the Keras model, or its arrays by path ("block/dense/kernel"), as a mapping or a sequence of pairs.
@@ -233,7 +235,7 @@ def to_keras_model(
 
     Args:
       weights: the Keras model or its arrays, as in `from_keras_model`, for their paths, shapes and order. With a
-        renormalized layer it must be the model. Its renormalization then starts from the running statistics.
+        renorm=True layer it must be the model. Renormalization then starts from the running statistics.
       variables, names, model, inputs, flatten, **kwargs: as in `from_keras_model`.
 
     Returns:
@@ -263,7 +265,7 @@ def to_keras_model(
     return [converted[key] for key in arrays], Report(rows(arrays, pairs), unread)
 
 
-# What PyTorch calls the variables of a layer.
+# PyTorch's names of the variables of a layer.
 _TENSORS = {"scale": "weight"} | {ours: theirs for theirs, ours in TORCH_NAMES.items()}
 
 

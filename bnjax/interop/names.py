@@ -1,9 +1,9 @@
 """Layers that have the same name in two models, for `match.py`.
 
 A name is read as its words and numbers: "layer1.0.bn2", "layer1/0/bn2" and "layer1_0/bn2" are the same, and a wrapper's
-prefix ("module.", "backbone/") is no part of a name. A number means something only if both models count alike: "conv1"
-is not "conv1" if one model has conv1 and conv2, and the other conv0 and conv1. Numbers of layers without names of their
-own ("conv2d_1" in Keras, "Conv_0" in Flax, "3" in PyTorch's Sequential) count everything that was made before.
+prefix ("module.", "backbone/") is not part of a name. A number is comparable only if both models count alike: "conv1"
+is not "conv1" if one model has conv1 and conv2, and the other conv0 and conv1. Numbers in automatic names ("conv2d_1"
+in Keras, "Conv_0" in Flax, "3" in PyTorch's Sequential) count everything that was made before.
 """
 
 import re
@@ -34,7 +34,7 @@ class Names(NamedTuple):
 
     def crossed(self, first: tuple[str, str], second: tuple[str, str]) -> bool:
         """Whether two pairs of names contradict each other: they count in opposite directions, as bn1 with bn2 and bn2
-        with bn1, or the words that tell them apart are the other's, as q_proj with key and k_proj with query."""
+        with bn1, or the words that distinguish them are swapped, as q_proj with key and k_proj with query."""
         if re.fullmatch(_KERAS, re.split("[./]", first[0])[-1]):
             return False
         (t, o), (t2, o2) = ((self.theirs[t], self.ours[o]) for t, o in (first, second))
@@ -59,7 +59,7 @@ def compare(theirs: Sequence[str], ours: Sequence[str], tensors: Iterable[str] =
 
     Args:
       theirs, ours: the names; parts are separated by "." or "/".
-      tensors: names among them that are of arrays, "block/scale", and not of layers, "block".
+      tensors: names among them of arrays, "block/scale", and not of layers, "block".
     """
     tensors = set(tensors)
     readings = []
@@ -90,7 +90,7 @@ def compare(theirs: Sequence[str], ours: Sequence[str], tensors: Iterable[str] =
 
 
 def _counted(first: Words, second: Words) -> tuple[Words, int, int] | None:
-    """What stands before the numbers of two names that differ in nothing else, and the numbers."""
+    """What precedes the numbers of two names that differ only in these, and the numbers."""
     places = [i for i, pair in enumerate(zip(first, second, strict=False)) if pair[0] != pair[1]]
     if len(first) != len(second) or len(places) != 1:
         return None
@@ -130,7 +130,7 @@ def _equal(theirs: Mapping[str, Words], ours: Mapping[str, Words]) -> dict[str, 
 
 
 def _stems(words: Words) -> list[Words]:
-    """What stands before each number of a name, and the name itself, which others may continue with a number."""
+    """What precedes each number of a name, and the name itself, which others may continue with a number."""
     return [words[:i] for i, word in enumerate(words) if isinstance(word, int)] + [words]
 
 

@@ -1,7 +1,7 @@
-"""Options of PyTorch's and Keras's layers beside those of the Flax layers that get their weights.
+"""The options of PyTorch's and Keras's layers compared with the options of the Flax layers that get their weights.
 
 Two convolutions agree if they read the same elements, which depends on the size of the input: with stride 2 "SAME" pads
-an image of 8 by (0, 1) and one of 7 by (1, 1). Layers whose class computes in a way of its own are not read.
+an image of size 8 by (0, 1) and one of size 7 by (1, 1). Layers whose class overrides the computation are not read.
 """
 
 from math import isclose
@@ -15,12 +15,12 @@ from bnjax.interop.readers import Convolution, Normalization, Unread, read_flax,
 
 
 def compare(call: str, library: Library, model: Any, pairs: Pairs, verified: bool = False) -> tuple[str, ...]:
-    """Raise an error if the options of paired layers differ. Return what was not compared, in words.
+    """Raise an error if the options of paired layers differ. Return in words what was not compared.
 
     Args:
       call: the function called, for errors.
       library: the other library.
-      model: its model, or arrays alone, without options.
+      model: its model, or only arrays, which have no options.
       pairs: the layers that belong together, with the moves of their arrays.
       verified: whether the outputs of the models are known to be equal, so that no difference matters.
     """
@@ -60,7 +60,7 @@ def differences(library: Library, model: Any, pairs: Pairs) -> tuple[list[str], 
         if isinstance(their, Convolution) and isinstance(our, Convolution):
             found = _convolutions(their, our, ours)
             if found and found[0] == "padding" and (their.unsure or ours.called.padded or our.padding == "CAUSAL"):
-                unread.append(f"the padding of {names[0]} and {names[1]} (the input may be padded outside of them)")
+                unread.append(f"the padding of {names[0]} and {names[1]} (the input may be padded outside them)")
             elif found:
                 option, a, b = found
                 differ.append(f"{names[0]} has {option} {a}, {names[1]} has {b}")
@@ -124,8 +124,8 @@ def _transposed(window, stride, padding):
 
 
 def _reads(size, padding, window, stride, transposed):
-    """The padding before an axis, the size of the output, and whether any padding is read. Padding that is not read, at
-    the end of an axis, is no difference."""
+    """The padding before an axis, the size of the output, and whether any padding is read. Padding at the end of an
+    axis that is not read makes no difference."""
     low, high = padding
     if transposed:
         return low, (size - 1) * stride + 2 + low + high - window, False
@@ -136,7 +136,7 @@ def _reads(size, padding, window, stride, transposed):
 def _normalizations(theirs: Normalization, ours: Normalization, layer: Layer):
     flat = all(
         len(shape) == 2 for shape in layer.called.shapes
-    )  # without pixels, one group is all of a layer's features
+    )  # without pixels, one group holds all of a layer's features
     kinds = ["layer" if flat and (side.kind, side.groups) == ("group", 1) else side.kind for side in (theirs, ours)]
     if kinds[0] != kinds[1]:
         yield f"a {kinds[0]} normalization", f"a {kinds[1]} normalization"

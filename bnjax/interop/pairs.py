@@ -1,4 +1,4 @@
-"""Matched layers of two models: their arrays moved from one to the other, and the rows of the report on it."""
+"""Matched layers of two models: their arrays converted from one to the other, and the rows of the report."""
 
 import re
 from collections.abc import Mapping
@@ -37,7 +37,7 @@ def matched(call, library, theirs, variables, names, model, inputs, flatten, kwa
                 "or to transposed convolutions, and a flatten may follow them. Pass model= and inputs= to it."
             )
     else:
-        from bnjax.interop.flax_calls import calls  # imported here, since it needs Flax and the rest does not
+        from bnjax.interop.flax_calls import calls  # imported here, because only this needs Flax
 
         args = inputs if isinstance(inputs, tuple) else (inputs,)
         try:

@@ -1,7 +1,7 @@
 """The options of layers of PyTorch, Keras and Flax, read from the layers themselves, without importing a library.
 
-A layer is read only if the code that computes it is the library's own; of other layers it is not known what their
-options do.
+A layer is read only if the code that computes it is the library's own; the effect of other layers' options is not
+known.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,7 +16,7 @@ Padding = str | Sequence[tuple[int, int]]
 
 
 class Convolution(NamedTuple):
-    """What a convolution reads, or a transposed one. A sequence has an element for each spatial axis."""
+    """The options of a convolution or a transposed convolution. A sequence has an element for each spatial axis."""
 
     strides: Sequence[int]
     dilation: Sequence[int]
@@ -28,7 +28,7 @@ class Convolution(NamedTuple):
 
 
 class Normalization(NamedTuple):
-    """Over what a normalization takes its statistics, and its epsilon."""
+    """What a normalization takes its statistics over, and its epsilon."""
 
     kind: str  # "batch", "layer", "rms" or "group"
     epsilon: float
@@ -156,7 +156,7 @@ def _keras_convolution(layer, kinds, pads):
             before = layer.input._keras_history.operation
         except (AttributeError, ValueError):  # a layer of a model that is not a graph, or one that is called twice
             before = None
-        pads = before is None or type(before).__name__ == "InputLayer"  # of a model inside of a model
+        pads = before is None or type(before).__name__ == "InputLayer"  # of a nested model
         if before is not None and type(before).__name__.startswith("ZeroPadding"):
             padding = before.padding if isinstance(before.padding[0], tuple) else [before.padding]
     return Convolution(layer.strides, layer.dilation_rate, padding, groups=groups, unsure=pads and padding == "VALID")
@@ -182,7 +182,7 @@ def _computes(layer, method, *libraries):
 
 
 def _pads_elsewhere(layers: Iterable[Any]) -> bool:
-    """Whether a model pads outside of convolutions: in a layer for it, or in code of its own that calls a `pad`."""
+    """Whether a model pads outside convolutions: in a padding layer, or in code of its own that calls a `pad`."""
     for layer in layers:
         if any("Pad" in cls.__name__ for cls in type(layer).__mro__):
             return True

@@ -1,4 +1,4 @@
-"""What PyTorch's modules, and the names of their tensors, tell about a layer beside its arrays."""
+"""What PyTorch's modules, and the names of their tensors, say about a layer besides its arrays."""
 
 import re
 from collections.abc import Mapping
@@ -19,12 +19,12 @@ _COMPUTED = {  # by the endings of the tensors that a weight is computed from, t
 
 
 def modules(source: Any) -> dict[str, Any]:
-    """The modules in a PyTorch module by name, itself as "". None are known of a state_dict."""
+    """The modules in a PyTorch module by name, itself as ""; none for a state_dict."""
     return dict(source.named_modules(remove_duplicate=False)) if hasattr(source, "named_modules") else {}
 
 
 def is_batch_norm(module: Any) -> bool:
-    """Whether a PyTorch module has running statistics of batches. One that does not track them has them as None."""
+    """Whether a PyTorch module is a batch normalization. One that tracks no statistics has them as None."""
     kinds = {kind.__name__ for kind in type(module).__mro__}
     return hasattr(module, "running_mean") and "_InstanceNorm" not in kinds
 
@@ -47,7 +47,7 @@ def check_computed(call: str, state_dict: Mapping[str, Any]) -> None:
 def model_layers(call: str, source: Any, variables: Any) -> tuple[Arrays, list[Layer]]:
     """The arrays of a PyTorch model or state_dict, and its layers.
 
-    A batch normalization without any tensor, which only a model tells, is a layer if the Flax model has one that has
+    A batch normalization without any tensor, which only a model reveals, is a layer if the Flax model has one with
     nothing but running statistics.
     """
     state_dict = tensors(call, source)
@@ -65,7 +65,7 @@ def model_layers(call: str, source: Any, variables: Any) -> tuple[Arrays, list[L
 
 
 def check_untracked(call: str, source: Any, pairs: list[Pair]) -> None:
-    """Check that what goes into a layer with running statistics, but has none, is a batch normalization."""
+    """Check that a layer without running statistics that is paired with one that has them is a batch normalization."""
     named = modules(source)
     for theirs, ours, by in pairs:
         module = named.get(theirs.name)

@@ -1,4 +1,4 @@
-"""Outputs of a converted model beside those of the model that it comes from, for `expected=` of `models.py`."""
+"""Outputs of a converted model compared with those of the original model, for `expected=` of `models.py`."""
 
 import itertools
 import sys
@@ -38,15 +38,15 @@ def verify(
     expected: Any,
 ) -> tuple[str, ...]:
     """Raise an error, with the first layer that differs, if a Flax model does not return `expected`, or without
-    `expected`, if options of layers differ. Return what of the options was not compared, in words.
+    `expected`, if options of layers differ. Return in words which options were not compared.
 
-    Two results agree if they differ by at most sqrt(eps) of the largest value. A result rounded n times at random is
-    off by sqrt(n) eps, and this is n = 1 / eps: 8 million roundings in float32.
+    Two results agree if they differ by at most sqrt(eps) of the largest value. A result rounded n times at random has
+    an error of sqrt(n) eps; the limit is n = 1 / eps, 8 million roundings in float32.
 
     Args:
       call: the function called, for errors.
       library: the other library.
-      other: its model, or its arrays alone.
+      other: its model, or only its arrays.
       pairs: the layers that belong together, with the moves of their arrays.
       model, variables, inputs, kwargs: the Flax model, its converted variables and the arguments of its call.
       expected: outputs of the other model, in the structure of the Flax model's, or None.
@@ -55,11 +55,11 @@ def verify(
         return compare(call, library, other, pairs)
     if model is None:
         raise ValueError(f"{call}(model=None, expected=...): pass model= and inputs= too, or leave expected out.")
-    from bnjax.interop.flax_calls import evaluate  # imported here, since it needs Flax and the rest does not
+    from bnjax.interop.flax_calls import evaluate  # imported here, because only this needs Flax
 
     args = inputs if isinstance(inputs, tuple) else (inputs,)
     if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves((args, kwargs))):
-        raise ValueError(f"{call}(expected=...): inputs has shapes alone. Pass the inputs that gave these outputs.")
+        raise ValueError(f"{call}(expected=...): inputs has only shapes. Pass the inputs that gave these outputs.")
     modules = {pair.ours.name: pair.ours.called.module for pair, _ in pairs}
     output, after, seen = evaluate(model, variables, args, kwargs, modules)
     statistics = [jax.tree.leaves(tree.get("batch_stats", {})) for tree in (variables, after)]
@@ -99,8 +99,8 @@ def _limit(sources):
 
 
 def _gap(ours, theirs):
-    """The largest difference relative to the largest value; infinite for other shapes, other places of NaN and
-    infinity, or integers that differ."""
+    """The largest difference relative to the largest value; infinite if shapes, positions of NaN and infinity, or
+    integers differ."""
     if ours.shape != theirs.shape:
         return np.inf
     if not all(jnp.issubdtype(array.dtype, jnp.inexact) for array in (ours, theirs)):
@@ -115,7 +115,7 @@ def _gap(ours, theirs):
 
 
 def _order(ours, theirs, limit):
-    """The order of theirs' axes in which they are ours, or None. Batches come first."""
+    """The order of theirs' axes that makes them equal to ours, or None. The batch axis stays first."""
     orders = ((0, *rest) for rest in itertools.permutations(range(1, min(theirs.ndim, 6)))) if theirs.ndim else [()]
     fitting = (order for order in orders if ours.ndim == theirs.ndim and theirs.transpose(order).shape == ours.shape)
     return next((order for order in fitting if _gap(ours, theirs.transpose(order)) <= limit), None)
@@ -138,7 +138,7 @@ def _first(library, other, pairs, seen, args, ours, theirs, limit):
     for candidate in _layouts(args):
         try:
             runs.append((_torch if library is TORCH else _keras)(other, candidate))
-        except Exception as error:  # whatever it raises for such inputs, the user's error is another one
+        except Exception as error:  # whatever this raises, the user's error is another one
             why = f"{type(error).__name__}: {error}"
     if not runs:
         return f"The {library.name} model does not run with these inputs, so its layers were not compared ({why})."

@@ -1,6 +1,6 @@
 """Flax Linen layers of batch normalization, and functions for whole Linen models.
 
-`BatchNorm` replaces `flax.linen.BatchNorm` by a changed import. `convert` is for models that cannot be edited: it makes
+`BatchNorm` is a drop-in replacement for `flax.linen.BatchNorm`. `convert` is for models that cannot be edited: it makes
 their own BatchNorm layers compute through bnjax. `fold_model` removes the layers for serving.
 """
 

@@ -3,8 +3,8 @@
 A Linen module creates its layers while it runs, so there are no layers to replace beforehand. Flax's interceptors see
 every call of a method. `convert` gives a model a subclass of its class, whose methods run under such an interceptor.
 
-Interceptors are not part of the cache key of `jax.jit`: a function that was compiled without an interceptor would stay
-so under one. Therefore a converted model is another object of another class, and the active conversion is a user
+Interceptors are not part of the cache key of `jax.jit`: a function that was compiled without an interceptor would not
+run under one. Therefore a converted model is another object of another class, and the active conversion is a user
 context of JAX, which is part of that key.
 """
 
@@ -44,16 +44,16 @@ def convert(model: nn.Module, *, to: type | None = None, where: Where | None = N
 
     `init`, `apply`, `bind`, `tabulate`, names, variables and checkpoints stay the same, except for a variable `count`
     if the momentum or a limit is a function. Options of bnjax's own layers in the model are changed as well. A subclass
-    of `flax.linen.BatchNorm` is converted where it calls `super().__call__`, and so are NNX layers through
+    of `flax.linen.BatchNorm` is converted where it calls `super().__call__`, and so are NNX layers in
     `flax.nnx.bridge.to_linen`. Modules that are taken out of a converted model, such as `model.layers[0]`, stay
     converted. Converting a model again adds changes to the earlier ones.
 
-    A layer that `where` leaves out stays as it is: Flax's, if it is Flax's. To convert every layer and change the
+    A layer that `where` leaves out is not converted: a layer of Flax stays one. To convert every layer and change the
     options of some, convert twice: `convert(convert(model), frozen=True, where=...)`.
 
     A module creates its layers in its call, so that only the first call of the model (`init`, `apply`, or tracing them)
-    shows what is converted. That call warns if nothing was, and names modules with a running mean and variance that are
-    not Flax's and subclasses that override `__call__` without `super().__call__`.
+    shows what is converted. That call warns if nothing was, and names what it could not convert: modules with a running
+    mean and variance that are not Flax's, and subclasses that override `__call__` without `super().__call__`.
 
     The original and the converted model may be compiled in either order: the converted one is another object of another
     class, and its blocks under `flax.linen.jit` are compiled separately. Two conversions with equal arguments are
@@ -109,7 +109,7 @@ def convert(model: nn.Module, *, to: type | None = None, where: Where | None = N
 
 
 def convert_part(model: nn.Module, changed: Conversion, prefix: tuple[str, ...], found: Found) -> Any:
-    """A Linen model inside of an NNX model, converted; `changed` is that of the NNX model."""
+    """A Linen model inside an NNX model, converted; `changed` is the conversion of the NNX model."""
     to = None if changed.to is None else getattr(norm_module, changed.to.__name__)
     part = _part(model, _Converting(changed._replace(to=to), prefix, part=bool(prefix), bridged=True), {})
     object.__setattr__(part, "_found", found)
@@ -130,7 +130,7 @@ def _part(module, changed, memo):
 
 
 def _entered(module, changed):
-    """The contexts of a module that is converted, perhaps again: what an earlier conversion changed stays changed."""
+    """The contexts of a module that is converted, perhaps again; changes of an earlier conversion stay."""
     entered = contexts(module)
     earlier = entered[-1] if entered else None
     if isinstance(earlier, _Converting) and earlier.merges_with(changed):
@@ -146,7 +146,7 @@ def _parts(value, name, changed, memo):
         if not isinstance(leaf, nn.Module) or leaf.scope is not None or isinstance(leaf.parent, nn.Module):
             return leaf
         if any(isinstance(c, _Converting) and not c.part for c in contexts(leaf)):
-            return leaf  # it was converted by itself, which counts
+            return leaf  # it was converted on its own, which takes precedence
         found.append(leaf)
         return _part(leaf, changed.below(f"{name}{suffix}"), memo)
 
@@ -162,16 +162,16 @@ def check_model(call: str, model: Any) -> None:
         raise TypeError(f"{call}(model={model.__name__}): expected a module, got a class. Pass {model.__name__}(...).")
     advice = instead(model, lambda value: isinstance(value, nn.Module))
     if isinstance(model, list | tuple | dict):
-        advice = "Pass each module by itself, or an nn.Sequential of them."
+        advice = "Pass one module at a time, or an nn.Sequential of them."
     advice = advice or f"For an NNX model use bnjax.nnx.{call}."
     raise TypeError(f"{call}(model={type(model).__name__}): expected a Linen module. {advice}")
 
 
 class _Converting(NamedTuple):
-    """The context in which layers are converted; of several that change an option, the innermost one decides.
+    """The context in which layers are converted; if several change an option, the innermost one takes precedence.
 
     `prefix` is the path of the module in the converted model, of which it may be a `part`. A part that is `bridged` is
-    called by an NNX module, as a model of its own.
+    called by an NNX module, as a separate model.
     """
 
     conversion: Conversion
@@ -195,7 +195,7 @@ class _Converting(NamedTuple):
     def active_in(self, module: nn.Module, method: str) -> Generator[None, None, None]:
         """The context for a call of a method of the module."""
         if self.part and not self.bridged and any(active.conversion == self.conversion for active in _active.value):
-            yield  # inside of the whole model
+            yield  # inside the whole model
             return
         place = _Place(() if module.scope is None else module.path, self.prefix)
         active = _Active(self.conversion, *(_Place() if self.conversion.where is None else place))
@@ -238,13 +238,13 @@ class _Active(NamedTuple):
 
 
 _active = jax.make_user_context(())
-# What the running model finds, if nobody has been told so far, and the place to which paths are relative.
+# What the running model finds, if it is to be reported, and the place to which paths are relative.
 _recording: ContextVar[Any] = ContextVar("recording", default=None)
 
 
 def _intercept(next_function, args, kwargs, context):
     function: Any = getattr(context.orig_method, "func", None)
-    # Known by name, since to import it would load NNX.
+    # Known by name, because importing it would load NNX.
     if getattr(function, "__qualname__", "") == "ToLinen.__call__" and function.__module__.startswith("flax.nnx"):
         bridged = _Changed(context.module, type(context.module), {"nnx_class": _nnx_class(context.module)})
         return function(bridged, *args, **kwargs)
@@ -259,7 +259,7 @@ def _intercept(next_function, args, kwargs, context):
 
 
 def _conversions(module):
-    """The conversions of the module that is called, the one that decides last."""
+    """The conversions of the module that is called; the last one takes precedence."""
     return [active.conversion for active in _active.value if active.conversion.converts(active.of(module.path))]
 
 
@@ -283,7 +283,7 @@ def converted(context: nn.module.InterceptorContext) -> Any:
 
 
 def _nnx_class(module):
-    """The class of an NNX module inside of a Linen one, so that it makes converted modules."""
+    """The class of an NNX module inside a Linen module, changed so that it makes converted modules."""
     recording: Any = _recording.get()
     conversions, make = _active.value, module.nnx_class
 
@@ -320,7 +320,7 @@ def _reason(cls):
 
 
 def _with_statistics(scope, owner=""):
-    """The paths below a scope, that of an `owner` of this class, with a running mean and a running variance."""
+    """The paths below a scope, of an `owner` with this class name, with a running mean and a running variance."""
     ranks: dict[Any, dict[str, int]] = {}
     for collection, tree in nn.meta.unbox(scope.variables()).items():
         for (*path, name), value in flatten_dict(tree).items():
@@ -331,7 +331,7 @@ def _with_statistics(scope, owner=""):
 
 
 def _finish(found, module, method, place):
-    """Tell what was found, once all is: a call of a method, or a block that was compiled before, may skip layers."""
+    """Report what was found, once all is: a call of a method, or a block that was compiled before, may skip layers."""
     with_statistics = _with_statistics(module.scope)
     paths = {"/".join(map(str, (*place.prefix, *path))) for path in with_statistics}  # NNX layers have numbers
     unseen = {path: found.conversion.converts(path) for path in paths - {*found.layers, *found.left}}

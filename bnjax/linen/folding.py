@@ -50,16 +50,15 @@ def fold_model(
     included; such norms are logged as a warning by the logger `bnjax`.
 
     A Linen module cannot drop a layer. The result is therefore a model, `interceptor.model`, in which a folded norm
-    returns its input and a linear layer without a bias adds its new one. In training a folded norm is an error, unless
-    it is frozen. A model that holds this model as a submodule
-    needs the interceptor itself:
+    returns its input and a linear layer without a bias adds its new one. Calling a folded norm in training is an error,
+    unless it is frozen. A model that holds this model as a submodule needs the interceptor itself:
 
         y = interceptor.model.apply(variables, x, train=False)
 
         with nn.intercept_methods(interceptor):
             y = model.apply(variables, x, train=False)
 
-    The variables have the tree of the same model written without the norms and with use_bias=True.
+    The variables have the tree of the same model without the norms and with use_bias=True.
 
     Args:
       model: a Linen module.
@@ -69,7 +68,7 @@ def fold_model(
       pairs: the pairs to fold, by default all that are adjacent. A pair is (linear, norm) or (norm, linear), in the
         order of the calls, as paths such as ("Conv_0", "BatchNorm_0") or ("Block_0/BatchNorm_0", "Block_0/Dense_0").
         Linear layers are `nn.Dense`, `nn.Conv` (grouped and depthwise ones included) and `nn.ConvTranspose`. A linear
-        layer after the norm must not pad zeros, since the norm would map them to other values: its padding must be
+        layer after the norm must not pad zeros, because the norm would map them to other values: its padding must be
         VALID, CIRCULAR or REFLECT, or its kernel of size 1.
 
     Returns:
@@ -128,7 +127,7 @@ def fold_model(
 
 
 def _others(variables, layers):
-    """Why each layer with running statistics is not folded, by path, that is no norm which the model calls."""
+    """By path, why each layer with running statistics that is not a norm called by the model is not folded."""
     found = {}
     for path in trees.others(variables, [path for path, layer in layers.items() if layer.kind in _NORM]):
         parts = path.split("/")
@@ -194,7 +193,7 @@ class _FoldedLayers:
 
 
 _UNFOLDED = "interceptor: {}. Apply the variables that fold_model returned, not others."
-# A user context is part of jit's cache key. Without it a block compiled unfolded would stay so under the interceptor.
+# A user context is part of jit's cache key. Without it, a block compiled unfolded would stay unfolded.
 _active = jax.make_user_context(())
 
 
@@ -208,7 +207,7 @@ def _traced(model, variables, args, kwargs):
         if call.method != "__call__" or x is None:
             return call()
         options = converted(call.context)
-        running = not issubclass(kind, nn.BatchNorm) or evaluates(call.args, call.kwargs, options)
+        running = kind not in _NORM or evaluates(call.args, call.kwargs, options)
         if not running and not layer.is_mutable_collection("batch_stats"):
             raise in_training("fold_model(...)", path)
         folded_already = kind in _NORM and not layer.has_variable("batch_stats", "mean")

@@ -20,7 +20,7 @@ class BNLSTMCell(nn.RNNCellBase, kw_only=True):
 
     Args:
       features: number of units.
-      num_steps: number of timesteps with statistics of their own; later timesteps use the last one's.
+      num_steps: number of timesteps with their own statistics; later timesteps use the last one's.
       use_running_average: True normalizes by the running statistics, False by the batch statistics.
       momentum, epsilon, axis_name, axis_index_groups, param_dtype: as in `BatchNorm`.
       kernel_init, recurrent_kernel_init, bias_init: initializers of the input kernel, the recurrent kernel and the

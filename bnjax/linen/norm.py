@@ -1,4 +1,4 @@
-"""Batch normalization and its variants as Flax Linen layers, which hold variables alone."""
+"""Batch normalization and its variants as Flax Linen layers, which only hold variables."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -17,13 +17,13 @@ from bnjax.variants import adaptive, ghost, indexed, renorm
 
 
 class BatchNorm(nn.BatchNorm):
-    """Batch normalization (Ioffe & Szegedy, 2015), in place of `flax.linen.BatchNorm`.
+    """Batch normalization (Ioffe & Szegedy, 2015), a replacement for `flax.linen.BatchNorm`.
 
         y = scale * (x - mean) / sqrt(var + epsilon) + bias
         running = momentum * running + (1 - momentum) * batch          for mean and var, in training
 
-    Arguments, defaults, variables, dtypes and initialization are Flax's, and each layer reads the other's
-    checkpoints. It departs from Flax on purpose in these points:
+    Arguments, defaults, variables, dtypes and initialization are Flax's, and each layer reads the other's checkpoints.
+    It differs from Flax on purpose in these points:
 
     * The variance is exact: it is taken around the running mean or the batch's mean, never as E[x^2] - E[x]^2, in
       float32 or wider. `use_fast_variance` therefore has no effect, and `force_float32_reductions=False` affects only
@@ -44,23 +44,26 @@ class BatchNorm(nn.BatchNorm):
     Args:
       momentum: weight of the OLD value, or a function of the number of updates, such as `bnjax.cumulative_average` or
         `bnjax.debiased(0.99)`. Only a function adds a variable `count`, of the shape of the features, to `batch_stats`;
-        statistics that come to `apply` without one start at 0. A count that is there already, of this shape or one
-        number for all features, goes on with any momentum.
+        statistics that come to `apply` without one start at 0. An existing count, of this shape or one number for all
+        features, continues with any momentum.
       axis: the feature axis, or several.
       axis_name: mapped axis, or several, whose devices or examples share statistics.
       unbiased_var: whether the running variance is divided by n - 1, as in PyTorch; the output is normalized by the
         biased variance.
       frozen: whether to normalize by the running statistics in training too, and to leave them unchanged.
-      frozen_params: whether scale and bias have no gradient. `bnjax.training.train_step` leaves them as they are; in
-        another loop weight decay changes them, unless it is masked, `bnjax.training.decay_mask`.
+      frozen_params: whether scale and bias have no gradient. `bnjax.training.train_step` leaves them unchanged; in
+        another training loop weight decay changes them, unless it is masked (`bnjax.training.decay_mask`).
+      use_fast_variance: has no effect, because the variance is always exact.
+      force_float32_reductions: whether the running statistics are stored in float32, or else in `param_dtype`.
+        Reductions are in float32 or wider in both cases.
       **others: as in `flax.linen.BatchNorm`.
 
     In training, if `mutable` names the collection `batch_moments`, the layer writes the batch's moments there:
     `moments` is a `bnjax.Moments`, and `support` holds the number of valid values and the mean weight
     sum(w^2) / sum(w). If the collection already has moments, the batch's moments are merged into them, and the running
     statistics absorb the merged moments. Gradient accumulation needs this (`bnjax.training.train_step`).
-    `mutable=True` does not name the collection, so that the result has Flax's collections alone; a lifted transform
-    such as `nn.scan` has to list it.
+    `mutable=True` does not name the collection, so that the result has only Flax's collections; a lifted transform such
+    as `nn.scan` has to list it.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -174,7 +177,7 @@ class IndexedBatchNorm(BatchNorm, kw_only=True):
     indexed_params: bool = False
 
     @nn.compact
-    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]  what has no index is no such layer
+    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]  a call needs an index
         self, x: Any, use_running_average: bool | None = None, *, index: Any, mask: Any = None
     ) -> Array:
         """As `BatchNorm`, with the statistics of `index`: an integer, or an integer array, which is clamped.
@@ -215,7 +218,7 @@ class ConditionalBatchNorm(BatchNorm, kw_only=True):
     num_classes: int
 
     @nn.compact
-    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]  what has no label is no such layer
+    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]  a call needs a label
         self, x: Any, use_running_average: bool | None = None, *, label: Any, mask: Any = None
     ) -> Array:
         """As `BatchNorm`, with `label`, the class of each example: integers of shape (batch,)."""
@@ -225,11 +228,11 @@ class ConditionalBatchNorm(BatchNorm, kw_only=True):
 
 
 class AdaptiveBatchNorm(BatchNorm, kw_only=True):
-    """Batch normalization that in evaluation adapts to the batch: `bnjax.adaptive_bn_apply` as a layer.
+    """Batch normalization that adapts to the batch in evaluation: `bnjax.adaptive_bn_apply` as a layer.
 
-    In training it is `BatchNorm`. In evaluation the running statistics count as `source_weight` examples, beside those
-    of the batch, and stay as they are. A frozen layer (`frozen=True`) normalizes by the running statistics as they are
-    in training, and adapts in evaluation like any other.
+    In training it is `BatchNorm`. In evaluation the running statistics count as `source_weight` examples, in addition
+    to the examples of the batch, and stay unchanged. A frozen layer (`frozen=True`) normalizes by only the running
+    statistics in training, and adapts in evaluation like any other.
 
     Args:
       source_weight: how many examples the running statistics count as, >= 0.
@@ -296,7 +299,7 @@ class _Storage:
         stored = jnp.float32 if layer.force_float32_reductions else layer.param_dtype
         self.mean = layer.variable("batch_stats", "mean", jnp.zeros, shape, stored)
         self.var = layer.variable("batch_stats", "var", jnp.ones, shape, stored)
-        # A count that is there goes on in any case: it would be wrong once an option becomes a function of it.
+        # An existing count continues in any case, or it would be wrong once an option becomes a function of it.
         counting = layer.has_variable("batch_stats", "count") or (counts(layer) and self.moving())
         counting &= train or layer.is_initializing()
         self.count = layer.variable("batch_stats", "count", jnp.zeros, shape, jnp.int32) if counting else None
@@ -304,7 +307,7 @@ class _Storage:
         scale = layer.param("scale", layer.scale_init, shape, layer.param_dtype) if layer.use_scale else None
         bias = layer.param("bias", layer.bias_init, shape, layer.param_dtype) if layer.use_bias else None
         mean, var = self.mean.value, self.var.value
-        if train:  # Flax stores what the average of old and new promotes to
+        if train:  # Flax stores the dtype to which the average of old and new promotes
             new = x.dtype if layer.dtype is None else layer.dtype
             with promoting():
                 new = jnp.promote_types(new if jnp.issubdtype(new, jnp.inexact) else jnp.float32, stored)

@@ -1,8 +1,8 @@
 """Linen models whose methods run in contexts: converted and folded ones.
 
-A wrapped model is an object of a subclass of its class, made for the contexts, because Flax clones a module for each
-call: what belongs to the class survives that. The contexts distinguish the classes, and so the models, for `==` and for
-the caches of `jax.jit`.
+A wrapped model is an object of a subclass of its class, made for the contexts. Flax clones a module for each call, and
+a clone keeps its class. The contexts distinguish the classes, and so the models, for `==` and for the caches of
+`jax.jit`.
 """
 
 import functools
@@ -29,8 +29,8 @@ def class_of(module: nn.Module) -> type:
 def wrapped(module: nn.Module, *entered: Any) -> Any:
     """Change the module's class to one whose methods run in contexts, and return the module.
 
-    A context has `active()` or, if it depends on the place in the model, `active_in(module, method)`, `below(name)` for
-    a submodule, and `within(parent)`, whether it comes from that of a parent.
+    A context has `active()`. If it depends on the place in the model, it has instead `active_in(module, method)`,
+    `below(name)` for a submodule, and `within(parent)`, whether it comes from a context of the parent.
     """
     object.__setattr__(module, "__class__", _class(class_of(module), entered))
     return module
@@ -68,7 +68,7 @@ def _run_under(entered: tuple[Any, ...], method: Any) -> Any:
 
 
 class _Wrapped(flax_internals.Registering):
-    """The first base class of a converted or folded Linen module."""
+    """The first base class of a converted or folded Linen module's class."""
 
     _contexts: tuple[Any, ...]
     _written: type
@@ -94,7 +94,7 @@ class _Wrapped(flax_internals.Registering):
 
     def registered(self, name: str) -> None:
         # Submodules of a bound model can be called directly, `model.bind(variables).encoder(x)`, and would then run
-        # outside of the contexts.
+        # outside the contexts.
         for module in jax.tree.leaves(self.__dict__[name], is_leaf=lambda leaf: isinstance(leaf, nn.Module)):
             if not isinstance(module, nn.Module) or module.parent is not self:
                 continue
@@ -105,7 +105,7 @@ class _Wrapped(flax_internals.Registering):
                 wrapped(module, *(c.below(module.name) if hasattr(c, "below") else c for c in self._contexts))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        # Pickle finds a class by its name, which gives the author's.
+        # Pickle finds a class by its name, which is that of the author's class.
         made, arguments, *state = super().__reduce_ex__(max(protocol, 2))
         cls = self._written
         made, *arguments = (cls if value is type(self) else value for value in (made, *arguments))

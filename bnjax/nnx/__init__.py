@@ -1,6 +1,6 @@
 """Flax NNX layers of batch normalization, and functions for whole NNX models.
 
-`BatchNorm` replaces `flax.nnx.BatchNorm` by a changed import, and `convert` puts it into an existing model.
+`BatchNorm` is a drop-in replacement for `flax.nnx.BatchNorm`, and `convert` puts it into an existing model.
 `functional` turns a model into a pure function, and `fold_model` removes the layers for serving.
 """
 

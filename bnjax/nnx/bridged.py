@@ -1,4 +1,4 @@
-"""Linen modules inside of an NNX model, `flax.nnx.bridge.ToNNX`, as `functional` runs them in training."""
+"""Linen modules inside an NNX model, `flax.nnx.bridge.ToNNX`, as `functional` runs them in training."""
 
 import functools
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,13 +21,13 @@ class WithoutKey(nnx.RngStream):
 
 
 _NO_KEY = (
-    "apply(rngs=...): {}, which without a key are the same in each call. Pass rngs={{{}: key}} here or to "
+    "apply(rngs=...): {}. Without a key these are the same in each call. Pass rngs={{{}: key}} here or to "
     "TrainState.create."
 )
 
 
 def put_in_training(module: Any, mutable: Sequence[str]) -> None:
-    """Let a `ToNNX` draw from the streams with a key alone, and change these collections if its call names none."""
+    """Let a `ToNNX` draw only from streams with a key, and change these collections if its call names none."""
     module.__class__ = _class(type(module))
     module.to_nnx__mutable = tuple(mutable)
 
@@ -53,7 +53,7 @@ def _class(kind):
         rngs = self.to_nnx__rngs if rngs is None else rngs
         missing = []
         if isinstance(rngs, nnx.Rngs):
-            # The bridge draws from every stream beforehand, whether the module needs it or not.
+            # The bridge draws from every stream before the call, whether or not the module needs it.
             streams = dict(rngs.items())
             missing = [name for name, stream in streams.items() if isinstance(stream, WithoutKey)]
             if missing:

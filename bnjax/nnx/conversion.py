@@ -28,16 +28,15 @@ def convert(model: Model, *, to: type | None = None, where: Where | None = None,
     PyTorch's counterpart is `SyncBatchNorm.convert_sync_batchnorm`. Each layer stays the same object and changes its
     class; values, options and metadata are kept, in lists, vmapped stacks and shared layers as well. Options of bnjax's
     own layers are changed as well. A layer of a subclass gets a subclass of that class, of the same name, whose
-    `super().__call__` is bnjax's. Linen layers through `flax.nnx.bridge.ToNNX` are converted as in
-    `bnjax.linen.convert`. Call `convert` outside of transforms, and before `nnx.view` and `nnx.cached_partial`, which
-    store the layers' classes.
+    `super().__call__` is bnjax's. Linen layers in `flax.nnx.bridge.ToNNX` are converted as in `bnjax.linen.convert`.
+    Call `convert` outside transforms, and before `nnx.view` and `nnx.cached_partial`, which store the layers' classes.
 
-    A layer that `where` leaves out stays as it is: Flax's, if it is Flax's. To convert every layer and change the
+    A layer that `where` leaves out is not converted: a layer of Flax stays one. To convert every layer and change the
     options of some, convert twice.
 
     A warning says that nothing was converted, or names what could not be: modules with a running mean and variance that
-    are not Flax's, and subclasses that override `__call__` without `super().__call__`. Of Linen layers the first call
-    of the model tells.
+    are not Flax's, and subclasses that override `__call__` without `super().__call__`. For Linen layers, the first call
+    of the model warns.
 
     Args:
       model: an NNX module, or any container of modules.
@@ -70,13 +69,13 @@ def convert(model: Model, *, to: type | None = None, where: Where | None = None,
     changed = conversion("nnx", to, where, changes, kinds)
     found = Found(type(model).__name__, changed)
     planned = _plan(model, (), found)
-    found.tell(everything=not found.waiting)  # a Linen part tells the rest in its first call
+    found.tell(everything=not found.waiting)  # a Linen part reports the rest in its first call
     _carry_out(planned, found)
     return model
 
 
 def convert_part(model: Any, changed: Conversion, prefix: tuple[str, ...], found: Found) -> Any:
-    """An NNX model inside of a Linen model, converted in place; `changed` is that of the Linen model."""
+    """An NNX model inside a Linen model, converted in place; `changed` is the conversion of the Linen model."""
     if changed.to is not None:
         changed = changed._replace(to=_LAYERS[changed.to.__name__])
     part = Found(found.model, changed)
@@ -124,7 +123,7 @@ def _carry_out(planned, found):
 
 
 def _target(layer, to):
-    """The class that a layer gets, None if it cannot be converted; and what is not as asked."""
+    """The class that a layer gets, None if it cannot be converted; and why the result is not what was asked for."""
     written = getattr(layer, "_written", type(layer))  # a converted subclass has the class that its author wrote
     ours: Any = next((c for c in written.__mro__ if _LAYERS.get(c.__name__) is c), None)
     if ours is not None and to in (None, ours):
@@ -142,7 +141,7 @@ def _target(layer, to):
 def _reaches(cls, stop):
     """Whether each class before `stop`, which is a base of the class, calls `super().__call__` where it overrides it.
 
-    The call may stand in another method of the class, which `__call__` calls.
+    The call may be in another method of the class, which `__call__` calls.
     """
     before = cls.__mro__[: cls.__mro__.index(stop)]
     return all("__call__" not in vars(c) or any(map(_calls_super, vars(c).values())) for c in before)
@@ -168,7 +167,7 @@ def _subclass(written, kind):
 
 
 def _reduced(layer, protocol):
-    # Pickle finds a class by its name, which gives the author's.
+    # Pickle finds a class by its name, which is that of the author's class.
     kind = type(layer).__bases__[1]
     return _rebuilt, (layer._written, kind), layer.__getstate__()
 

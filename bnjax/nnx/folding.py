@@ -77,12 +77,12 @@ def fold_model(model: Model, *args: Any, pairs: Any = None, **kwargs: Any) -> Mo
         order of the calls, as paths such as ("conv1", "bn1") or ("blocks/0/bn", "blocks/0/dense"). Without *args the
         model is not traced: the caller vouches that the pairs are adjacent, and norms must have axis=-1. Linear layers
         are `nnx.Linear`, `nnx.Conv` (grouped and depthwise ones included) and `nnx.ConvTranspose`. A linear layer after
-        the norm must not pad zeros, since the norm would map them to other values: its padding must be VALID, CIRCULAR
-        or REFLECT, or its kernel of size 1.
+        the norm must not pad zeros, because the norm would map them to other values: its padding must be VALID,
+        CIRCULAR or REFLECT, or its kernel of size 1.
 
     Returns:
-      `model` itself. A folded norm is an `Identity` without variables, which is an error in training, and every linear
-      layer has a bias; arrays keep their dtypes.
+      `model` itself. A folded norm is an `Identity` without variables, which raises an error in training. Every folded
+      linear layer has a bias. Arrays keep their dtypes.
 
     Raises:
       ValueError, TypeError: for an object that is not an NNX module, a path that does not exist, a pair of other kinds
@@ -180,7 +180,7 @@ def _as_traced(node):
 
 
 def _others(nodes):
-    """Why each layer with running statistics is not folded, by path, that is none of the norms."""
+    """By path, why each layer with running statistics that is not one of the norms is not folded."""
     collections: dict[str, dict[str, Any]] = {}
     for path, node in nodes.items():
         if isinstance(node, nnx.Variable) and not isinstance(node, nnx.Param):
@@ -212,7 +212,7 @@ def _traced(model, args, kwargs):
         if known.kind in _LINEAR:
             return call.marked(call.layer.kernel[...])
         running = evaluates(call.args, call.kwargs, call.layer)
-        # Its caller leaves the choice to the mode of the model, which is that of the trace: evaluation.
+        # The caller leaves the choice to the mode of the model, which in the trace is evaluation.
         if running and not evaluates(call.args, call.kwargs, known.module):
             training[call.path] = None
         layers[call.path] = known._replace(calls=known.calls | {(jnp.ndim(call.x), running)})
@@ -228,6 +228,6 @@ def _traced(model, args, kwargs):
     if training:
         raise ValueError(
             f"fold_model(model=...): {trees.named(training)}: in training mode. Folding is for evaluation: call "
-            "model.eval() before."
+            "model.eval() first."
         )
     return layers, neighbours

@@ -24,7 +24,7 @@ class BNLSTMCell(nnx.RNNCellBase):
 
     Args:
       in_features, hidden_features: number of inputs and of units.
-      num_steps: number of timesteps with statistics of their own; later timesteps use the last one's.
+      num_steps: number of timesteps with their own statistics; later timesteps use the last one's.
       momentum, epsilon, axis_name, axis_index_groups, use_running_average, param_dtype: as in `BatchNorm`.
       kernel_init, recurrent_kernel_init, bias_init: initializers of the input kernel, the recurrent kernel and the
         bias, whose last axis is in the order f, i, o, g.

@@ -22,7 +22,7 @@ _zeros, _ones = initializers.zeros_init(), initializers.ones_init()
 
 
 class BatchMoments(nnx.Variable[Any]):
-    """The moments of the batch, where someone asks for them."""
+    """The moments of the batch, in a layer that collects them."""
 
 
 # The name of the collection in a Linen model, to and from which `flax.nnx.bridge` moves variables of this type.
@@ -30,25 +30,25 @@ nnx.register_variable_name("batch_moments", BatchMoments, overwrite=True)
 
 
 class BatchNorm(nnx.BatchNorm):
-    """Batch normalization (Ioffe & Szegedy, 2015), in place of `flax.nnx.BatchNorm`.
+    """Batch normalization (Ioffe & Szegedy, 2015), a replacement for `flax.nnx.BatchNorm`.
 
         y = scale * (x - mean) / sqrt(var + epsilon) + bias
         running = momentum * running + (1 - momentum) * batch          for mean and var, in training
 
-    Arguments, defaults, variables, dtypes and initialization are Flax's, and each layer reads the other's
-    checkpoints. It departs from Flax on purpose in these points:
+    Arguments, defaults, variables, dtypes and initialization are Flax's, and each layer reads the other's checkpoints.
+    It differs from Flax on purpose in these points:
 
     * The variance is exact: it is taken around the running mean or the batch's mean, never as E[x^2] - E[x]^2, so that
       `use_fast_variance` has no effect.
     * A feature with fewer than two valid values, or whose batch statistics are not finite, keeps its running
       statistics. A feature without a valid value is normalized by the running statistics; Flax returns NaN.
     * Devices are merged by weight, so that unequal and empty shards are exact. Flax takes the mean of means.
-    * A mask that is not boolean holds weights >= 0. To Flax it is an error.
+    * A mask that is not boolean holds weights >= 0. In Flax it is an error.
     * A mask of lower rank than `x` that could mask features is an error: Flax aligns one value per example with the
       features where a batch has as many examples as features.
     * With a half-precision `dtype` the running statistics normalize in the dtype in which they are stored. Flax rounds
       them to `dtype`.
-    * The mean of complex `x` is stored as complex, so that the first call changes its dtype. Flax keeps its real part.
+    * The mean of complex `x` is stored as complex, so that the first call changes its dtype. Flax stores its real part.
     * Bad arguments are errors while tracing: a momentum outside [0, 1], an epsilon that is not positive in float32, an
       axis out of range.
 
@@ -56,14 +56,15 @@ class BatchNorm(nnx.BatchNorm):
       num_features: number of features.
       momentum: weight of the OLD value, or a function of the number of updates, such as `bnjax.cumulative_average` or
         `bnjax.debiased(0.99)`. Only a function adds a `BatchStat` `count`, of shape (num_features,), which starts at 0;
-        if it is set later, on a layer that exists, the first call adds it. A count that is there goes on with any
-        momentum.
+        if the function is set on an existing layer, the next call in training adds the count. An existing count
+        continues with any momentum.
       axis_name: mapped axis, or several, whose devices or examples share statistics.
       unbiased_var: whether the running variance is divided by n - 1, as in PyTorch; the output is normalized by the
         biased variance.
       frozen: whether to normalize by the running statistics in training mode too, and to leave them unchanged.
-      frozen_params: whether scale and bias have no gradient. `bnjax.training.train_step` leaves them as they are; in
-        another loop weight decay changes them, unless it is masked, `bnjax.training.decay_mask`.
+      frozen_params: whether scale and bias have no gradient. `bnjax.training.train_step` leaves them unchanged; in
+        another training loop weight decay changes them, unless it is masked (`bnjax.training.decay_mask`).
+      use_fast_variance: has no effect, because the variance is always exact.
       **others: as in `flax.nnx.BatchNorm`.
 
     Example:
@@ -76,7 +77,7 @@ class BatchNorm(nnx.BatchNorm):
       ([[-1.0, -1.0], [1.0, 1.0]], [0.2..., 2.0])
     """
 
-    # A layer with these variables writes its `bnjax.Collected` there; `collect` gives it them.
+    # A layer with these variables writes its `Collected` to them; `collect` adds them.
     moments: BatchMoments | None = None
     support: BatchMoments | None = None
     unbiased_var: bool = False
@@ -176,7 +177,7 @@ class _Storage:
         layer = self.layer
         if train and counts(layer) and not hasattr(layer, "count"):
             add_count(layer)
-        # A count that is there goes on in any case: it would be wrong once an option becomes a function of it.
+        # An existing count continues in any case, or it would be wrong once an option becomes a function of it.
         counting = train and hasattr(layer, "count")
         params = BNParams(*(None if v is None else v[...] for v in (layer.scale, layer.bias)))
         count = layer.count[...] if counting else None
@@ -185,7 +186,7 @@ class _Storage:
     def promoted(self, x: Array, variables: Variables) -> tuple[Array, BNParams, Any]:
         layer = self.layer
         everything = x, variables.mean, variables.var, *variables.params
-        # The running statistics stay as they are stored: in half precision they would lose what they are kept for.
+        # The running statistics keep the dtype in which they are stored: in half precision they would lose accuracy.
         with promoting():
             promoted, _, _, *params = layer.promote_dtype(everything, dtype=layer.dtype)
             dtype = dtypes.canonicalize_dtype(promoted, *params, dtype=layer.dtype)
@@ -213,9 +214,9 @@ def collect(layer: Any, earlier: Collected | None = None) -> None:
 
 
 def collect_for_linen(layer: Any) -> None:
-    """Let a layer that is made in the call of a Linen model collect the moments for which that asks.
+    """Let a layer that is made in the call of a Linen model collect moments if the model asks for them.
 
-    The bridge puts the model's values into the variables of a new layer, so these have to be there from the start.
+    The bridge puts the model's values into the variables of a new layer, so the variables must exist from the start.
     """
     if linen_collects():
         collect(layer)

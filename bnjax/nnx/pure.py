@@ -16,7 +16,7 @@ from bnjax.nnx.conversion import check_model
 from bnjax.nnx.norm import BatchMoments, BatchNorm, collect
 from bnjax.nnx.serialization import serializable
 
-# Variables that are no state between calls: outputs of a call, and keys, which the caller passes.
+# Variables that are not state between calls: outputs of a call, and keys, which the caller passes.
 _OUTPUTS = (nnx.Intermediate, nnx.Perturbation, BatchMoments, nnx.RngState)
 
 
@@ -26,12 +26,13 @@ def functional(model: nnx.Module) -> tuple[Callable[..., Any], dict[str, Any]]:
     `apply` runs the model in training if `mutable` names collections, and in evaluation (`model.eval()`) otherwise. In
     training each layer keeps the mode that it has in `model`: a layer that is in evaluation, by its own `eval()` or by
     its constructor, stays in evaluation, and a layer without a mode (None) is in training. If all layers are in
-    evaluation, the whole model is taken to have been put there, and `apply` puts it in training (`model.train()`).
+    evaluation, the whole model is assumed to be in evaluation mode, and `apply` puts it in training (`model.train()`).
     A Linen module in the model (`flax.nnx.bridge.ToNNX`) has no mode: the model's call of it says which statistics it
-    uses. If that call names no `mutable`, those of `apply` count.
+    uses. If that call names no `mutable`, the collections of `apply` are mutable.
 
     Args:
-      model: an NNX module; it stays unchanged.
+      model: an NNX module; it stays unchanged. Call `functional` once for a model: each call returns another `apply`,
+        for which a training step is compiled anew.
 
     Returns:
       apply: `apply(variables, *args, mutable=(), rngs=None, **kwargs)` returns the model's output; with `mutable` it
@@ -41,8 +42,8 @@ def functional(model: nnx.Module) -> tuple[Callable[..., Any], dict[str, Any]]:
       variables: `params` and `batch_stats` as nnx.State, and the model's other variables, each type in a collection of
         its name, such as `cache`. Collections that `mutable` does not name stay unchanged. To put variables back into
         the model, call `nnx.update(model, *variables.values())`. `jax.export` serializes programs that take or return
-        them; where layers have integers as names, as in an `nnx.Sequential`, their State holds nested ones, since JAX
-        serializes no dictionary with such keys.
+        them; where layers have integers as names, as in an `nnx.Sequential`, their State holds nested States, because
+        JAX serializes no dictionary with such keys.
 
     Raises:
       TypeError: if the model is not an NNX module, or `apply` is called without variables.
@@ -78,7 +79,7 @@ def functional(model: nnx.Module) -> tuple[Callable[..., Any], dict[str, Any]]:
         _check_variables(variables, initial)
         if isinstance(mutable, str):
             mutable = (mutable,)
-        elif mutable is True:  # as in Linen every collection, but moments are collected by name only
+        elif mutable is True:  # every collection, as in Linen; moments are collected only by name
             mutable = tuple(filters)
         states = [variables.get(name, state) for name, state in initial.items()]
         model = nnx.merge(graphdef, *states, rest, copy=True)
@@ -126,7 +127,7 @@ def _exactly(kind):
 
 
 def _put_in_training(model):
-    """Put the whole model in training if all layers are in evaluation, else only the layers without a mode."""
+    """Put the whole model in training if all layers are in evaluation, otherwise only the layers without a mode."""
     attributes = ("deterministic", "use_running_average")
     modes = [
         (module, name, getattr(module, name))
@@ -143,7 +144,7 @@ def _put_in_training(model):
 def _seed(model, keys, mutable):
     """Seed the model's streams with these keys; drawing from a stream without a key becomes an error.
 
-    A Linen module draws from all of its streams, so that only those that it needs may count.
+    A Linen module draws from all of its streams, so that an error may come only from the streams that it needs.
     """
     nnx.reseed(model, policy="match_shape", **keys)
     for _, node in nnx.iter_graph(model):
@@ -187,7 +188,7 @@ def _collected(model):
 
 
 def _like(given, new):
-    """The new state in the form of the given one, such as that of `nnx.state`, if both have the same variables."""
+    """The new state in the form of the given one, such as a result of `nnx.state`, if both have the same variables."""
     if not isinstance(given, nnx.State) or jax.tree.structure(given) == jax.tree.structure(new):
         return new
     (old, structure), paired = jax.tree_util.tree_flatten_with_path(given), jax.tree_util.tree_leaves_with_path(new)

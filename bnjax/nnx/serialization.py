@@ -11,9 +11,9 @@ from flax import nnx
 def serializable(state: Mapping[Any, Any]) -> nnx.State[Any, Any]:
     """The same state as an argument or a result of programs that `jax.export` serializes.
 
-    It needs a name for each type in the state. They are registered here rather than where bnjax is imported, because
-    the types are Flax's and the user's, who may have registered them. JAX serializes no dictionary with an integer as
-    a key, such as the layers of an `nnx.Sequential`; in its place comes a State.
+    `jax.export` needs a name for each type in the state. The names are registered here and not when bnjax is imported,
+    because the types are Flax's or the user's, who may have registered them. JAX serializes no dictionary with an
+    integer as a key, such as the layers of an `nnx.Sequential`; a State replaces it.
     """
     _register(nnx.State)
     return nnx.State({key: _part(value) for key, value in state.items()})
@@ -29,7 +29,7 @@ def _part(value):
 
 
 def _register(kind):
-    """Register a type whose static data are literals. Where a class is defined again, its name gets a number."""
+    """Register a type whose static data are literals. If a class is defined again, its name gets a number."""
     number, name = 1, f"{kind.__module__}.{kind.__qualname__}"
     while True:
         try:
@@ -40,7 +40,7 @@ def _register(kind):
                 deserialize_auxdata=lambda written: ast.literal_eval(written.decode()),
             )
         except ValueError as error:
-            if "registration for type" in str(error):  # by whoever it was
+            if "registration for type" in str(error):  # registered already, by us or by others
                 return
             number += 1
         else:
@@ -55,7 +55,7 @@ def _written(kind, static):
         same = False
     if not same:
         raise TypeError(
-            f"jax.export of {kind.__name__}: its metadata {written} are not made of strings, numbers and tuples alone. "
+            f"jax.export of {kind.__name__}: its metadata {written} hold more than strings, numbers and tuples. "
             "Remove them, or export a function of the leaves: jax.tree.flatten(variables)."
         )
     return written.encode()

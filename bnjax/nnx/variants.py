@@ -103,7 +103,7 @@ class IndexedBatchNorm(BatchNorm):
         self.num_indices, self.indexed_params = num_indices, indexed_params
         _stack(self, num_indices, ["mean", "var", "count"] + ["scale", "bias"] * indexed_params)
 
-    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]  what has no index is no such layer
+    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]  a call needs an index
         self, x: Any, use_running_average: bool | None = None, *, index: Any, mask: Any = None
     ) -> Array:
         """As `BatchNorm`, with the statistics of `index`: an integer, or an integer array, which is clamped.
@@ -136,7 +136,7 @@ class ConditionalBatchNorm(BatchNorm):
         super().__init__(num_features, **options)
         _stack(self, num_classes, ["scale", "bias"])
 
-    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]  what has no label is no such layer
+    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]  a call needs a label
         self, x: Any, use_running_average: bool | None = None, *, label: Any, mask: Any = None
     ) -> Array:
         """As `BatchNorm`, with `label`, the class of each example: integers of shape (batch,)."""
@@ -144,11 +144,11 @@ class ConditionalBatchNorm(BatchNorm):
 
 
 class AdaptiveBatchNorm(BatchNorm):
-    """Batch normalization that in evaluation adapts to the batch: `bnjax.adaptive_bn_apply` as a layer.
+    """Batch normalization that adapts to the batch in evaluation: `bnjax.adaptive_bn_apply` as a layer.
 
-    In training it is `BatchNorm`. In evaluation the running statistics count as `source_weight` examples, beside those
-    of the batch, and stay as they are. A frozen layer (`frozen=True`) normalizes by the running statistics as they are
-    in training, and adapts in evaluation like any other.
+    In training it is `BatchNorm`. In evaluation the running statistics count as `source_weight` examples, in addition
+    to the examples of the batch, and stay unchanged. A frozen layer (`frozen=True`) normalizes by only the running
+    statistics in training, and adapts in evaluation like any other.
 
     Args:
       num_features: number of features.
@@ -174,7 +174,7 @@ class AdaptiveBatchNorm(BatchNorm):
 
 
 def _stack(layer, number, names):
-    """Give the variables of these names, where the layer has them, a leading axis: each row is what the one was."""
+    """Give the variables of these names, where the layer has them, a leading axis of equal rows."""
     for name in names:
         variable = getattr(layer, name, None)
         if variable is not None:

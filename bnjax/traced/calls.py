@@ -1,7 +1,7 @@
 """The recorder of the calls of a model's layers, in Linen and in NNX. This module needs Flax.
 
-While a model runs, each call of a layer is passed to `record(call)`, which returns what the layer's caller gets: the
-result of `call()`, or of `call.marked()`, which marks the layer's input and output in the program of a trace.
+While a model runs, each call of a layer is passed to `record(call)`. Its result goes to the layer's caller: that of
+`call()`, or of `call.marked()`, which marks the layer's input and output in the program of a trace.
 """
 
 import weakref
@@ -55,7 +55,7 @@ _recorded = jax.make_user_context(None)
 
 @contextmanager
 def recorded_linen(record: Callable[[Call], Any]) -> Generator[None, None, None]:
-    """A context in which each call of a method of a Linen module is recorded, that of `setup` excepted."""
+    """A context in which each call of a method of a Linen module is recorded, except `setup`."""
     running: list[tuple[nn.Module, str]] = []
 
     def interceptor(function, args, kwargs, context):
@@ -74,8 +74,7 @@ def recorded_linen(record: Callable[[Call], Any]) -> Generator[None, None, None]
 
 
 def record_nnx(model: Any, paths: Collection[str], record: Callable[[Call], Any]) -> None:
-    """Have the calls of an NNX model's modules in `paths` recorded as long as `record` lives. The model is a copy, to
-    be thrown away."""
+    """Record the calls of an NNX model's modules in `paths` while `record` lives. The model is a copy to discard."""
     for names, module in [*nnx.iter_modules(model)]:
         path, layer = "/".join(map(str, names)), cast(Any, module)
         if path in paths:

@@ -1,7 +1,7 @@
 """The program that a function traces to: its operations, the values between them, and the marks of layers.
 
 A program is read from the function's jaxpr. A function that it calls once, such as one under `jax.jit`, is inlined. The
-body of a loop or a branch stays a program of its own, which belongs to its operation.
+body of a loop or a branch stays a separate program, which belongs to its operation.
 
 A mark names a value by `jax.ad_checkpoint.checkpoint_name`, which computes the identity.
 """

@@ -6,11 +6,11 @@ import jax
 
 
 def decay_mask(params: Any) -> Any:
-    """Select the parameters that weight decay applies to: all except those named scale or bias, whatever their rank.
+    """Select the parameters that weight decay applies to: all except those named scale or bias, of any rank.
 
     Args:
       params: any tree of dictionaries, namedtuples (`BNParams`) or NNX states. The last name in a parameter's path
-        decides, also in keys that are tuples or joined by "/". Haiku's `offset` counts as a bias.
+        counts, also in keys that are tuples or joined by "/". Haiku's `offset` counts as a bias.
 
     Returns:
       The same tree with True where decay applies, for `optax.masked` and the `mask` of `optax.adamw`.

@@ -1,4 +1,4 @@
-"""A training state with running statistics: its creation, its bytes, and checks before it is donated."""
+"""A training state with running statistics: its creation, its serialization, and checks before it is donated."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -25,11 +25,11 @@ class TrainState(train_state.TrainState):
       apply_fn: `model.apply` of a Linen model, or the function that `bnjax.nnx.functional` returns.
       params, tx: parameters, and the optax transformation that updates them.
       batch_stats: running statistics.
-      rngs: None, or keys by name (`{"dropout": key}`). A key of its own is derived for every step and micro-batch.
+      rngs: None, or keys by name (`{"dropout": key}`). Each step and micro-batch gets its own key, derived from these.
       collections: the model's other variables by collection, such as a cache. `create` puts every keyword that is not a
         field of this class here, except `intermediates` and `batch_moments`, which are outputs. In training these
         collections are mutable, as in Flax: each call of the model reads the result of the call before, from one
-        micro-batch or step to the next. In evaluation they are read only.
+        micro-batch or step to the next. In evaluation they are only read.
 
     Example:
       >>> import flax.linen as nn, jax, jax.numpy as jnp, optax
@@ -77,7 +77,7 @@ class TrainState(train_state.TrainState):
 
 
 def check_alive(call: str, state: Any) -> list[Array]:
-    """The arrays of a state, after a check that none was deleted by a step that it was donated to."""
+    """The arrays of a state, after a check that none was deleted by a step to which the state was donated."""
     arrays = [leaf for leaf in jax.tree.leaves(state) if _is_array(leaf)]
     deleted = sum([array.is_deleted() for array in arrays])
     if deleted:
@@ -85,15 +85,15 @@ def check_alive(call: str, state: Any) -> list[Array]:
         first = next(path for path, leaf in paths if _is_array(leaf) and leaf.is_deleted())
         raise ValueError(
             f"{call}: {deleted} of {len(arrays)} arrays are deleted, {_name(first)} first. A step that was called "
-            "with their state has given their memory to the new one. Go on with the state that the step returned. To "
-            "keep one, or its params for a moving average, copy it before the step, jax.tree.map(jnp.copy, state), or "
-            "make the step with train_step(..., donate=False)."
+            "with their state has given their memory to the new one. Continue with the state that the step returned. "
+            "To keep one, or its params for a moving average, copy it before the step, jax.tree.map(jnp.copy, state), "
+            "or make the step with train_step(..., donate=False)."
         )
     return arrays
 
 
 def check_unshared(call: str, state: Any, arrays: list[Array]) -> None:
-    """Check that none of the arrays is two leaves of the state, whose memory could not be given away twice."""
+    """Check that no array is two leaves of the state: its memory could not be donated twice."""
     if len(set(map(id, arrays))) == len(arrays):
         return
     seen: dict[int, Any] = {}
@@ -117,7 +117,7 @@ def _name(path):
 
 
 def _register(cls):
-    """Register a class of states with `flax.serialization`, whose format has no typed keys and no states of NNX."""
+    """Register a class of states with `flax.serialization`, whose format has no typed keys and no NNX states."""
     data = [field.name for field in dataclasses.fields(cls) if field.metadata.get("pytree_node", True)]
 
     def to_state_dict(state):
@@ -144,7 +144,7 @@ def _register(cls):
 
 
 def _nested(tree):
-    """The tree with dictionaries of arrays, by names, in place of the states of NNX."""
+    """The tree with dictionaries of arrays, by name, in place of NNX states."""
 
     def nested(node):
         if not _is_nnx(node):
@@ -162,7 +162,7 @@ def _nested(tree):
 
 
 def _filled(own, new):
-    """`new`, as a state of NNX if the own one is: then `new` is what `_nested` makes of such a state."""
+    """`new`, as an NNX state if `own` is one; `new` is then what `_nested` makes of such a state."""
     if not _is_nnx(own):
         return new
     paths, treedef = jax.tree_util.tree_flatten_with_path(own)

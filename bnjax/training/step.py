@@ -53,7 +53,7 @@ def save_statistics(prim: Any, *args: Any, **params: Any) -> Any:
 class Model:
     """The model with its variables, which a loss calls. Each call reads the running statistics of the call before.
 
-    A loss may not call it inside a transformation of its own (`jax.checkpoint`, `lax.scan`): the updated variables
+    A loss must not call it inside a transformation of its own (`jax.checkpoint`, `lax.scan`): the updated variables
     would be tracers that leave the transformation, which is an error.
     """
 
@@ -80,8 +80,8 @@ def train_step(
 
         gradient = sum_i gradient_i / accumulate
 
-    Scale and bias of layers with `frozen_params=True` stay as they are under every optimizer. To weight decay, their
-    gradient is 0, and it would shrink them.
+    Scale and bias of layers with `frozen_params=True` stay unchanged under every optimizer; a gradient of 0 would not
+    keep weight decay from shrinking them.
 
     Args:
       loss: `loss(model, batch, train)` calls `model` like the module and returns the loss, or the loss and a dictionary
@@ -91,17 +91,17 @@ def train_step(
         micro-batches; a layer that is called several times in a forward pass is updated once per call, by the moments
         merged so far. Every array of the batch is divided along its first axis, whose size must be a multiple of
         `accumulate`. Micro-batch i has the rows i, i + accumulate, ...; contiguous rows would move data between devices
-        if the batch is sharded.
-        Metrics of any shape are combined by their dtype. Floating and complex metrics are averaged over micro-batches,
-        like the loss; integer metrics are counts, which are summed in 32 bits or more. So return a mean as a floating
-        number and a sum over examples as an integer. A boolean metric is an error, and so is one with a batch axis.
+        if the batch is sharded. Metrics of any shape are combined by their dtype. Floating and complex metrics are
+        averaged over micro-batches, like the loss; integer metrics are counts, which are summed in 32 bits or more. So
+        return a mean as a floating number and a sum over examples as an integer. A metric that is boolean or has a
+        batch axis is an error.
       policy: policy of `jax.checkpoint` for the whole loss, such as `save_statistics`.
-      donate: whether the new state reuses the memory of the old one, which is then deleted, and with it every other
-        name of its arrays, such as `ema = state.params`. Copy what is kept, `jax.tree.map(jnp.copy, state.params)`.
+      donate: whether the new state reuses the memory of the old one. The old arrays are then deleted, also under other
+        names such as `ema = state.params`. Copy what is kept, `jax.tree.map(jnp.copy, state.params)`.
 
     Returns:
       `step(state, batch)`, which returns the new state and `{"loss": ..., **metrics}`. With sharded arrays the result
-      is the global batch's.
+      is that of the global batch.
 
     Raises:
       TypeError, ValueError: if `accumulate` is not positive. In a call: for a state that an earlier step deleted, and
@@ -218,7 +218,7 @@ def eval_step(loss: Loss) -> Callable[[TrainState, Any], dict[str, Array]]:
 
 
 class _Step:
-    """A compiled step, which first checks that the arrays of its state are there: XLA's own error names no state."""
+    """A compiled step, which first checks that the arrays of its state exist: XLA's own error names no state."""
 
     def __init__(self, call: str, compiled: Any, donate: bool = False):
         self._call, self._compiled, self._donate = f"{call}(...)(state=...)", compiled, donate
@@ -232,7 +232,7 @@ class _Step:
         return self._compiled(state, batch)
 
     def __getattr__(self, name: str) -> Any:  # of the compiled function: lower, trace, clear_cache
-        if name == "_compiled":  # not there while copied or unpickled
+        if name == "_compiled":  # missing while copied or unpickled
             raise AttributeError(name)
         return getattr(self._compiled, name)
 

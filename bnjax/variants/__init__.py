@@ -1,4 +1,4 @@
-"""Variants of batch normalization, each for one of its known limits, as pure functions with the call of `bn_apply`.
+"""Variants of batch normalization, each for one of its known limits, as pure functions called like `bn_apply`.
 
     adaptive      evaluation by running and batch statistics                 Schneider et al. (2020)
     ghost         separate statistics for each group of examples             Hoffer, Hubara & Soudry (2017)

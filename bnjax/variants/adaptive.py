@@ -1,7 +1,7 @@
-"""Test-time adaptation of batch normalization: running statistics that give way to those of the data at hand.
+"""Test-time adaptation of batch normalization: running statistics averaged with the statistics of the test batch.
 
 Schneider et al. (2020), section 2; with source_weight = 0 prediction-time batch normalization, Nado et al. (2020).
-Nothing is learned and nothing is stored: the state stays as training left it.
+Nothing is learned or stored: the state stays as training left it.
 """
 
 from collections.abc import Sequence
@@ -66,18 +66,18 @@ class AdaptiveBatchNorm(BatchNorm):
         def adapted(running, own):
             running = sharded_as(own, running)
             both = average(running, own, (1 - share, share))
-            # Times a share of 0, a NaN of the batch would still be one.
+            # A NaN of the batch would remain NaN when multiplied by a share of 0.
             return select(share > 0, both, running.astype(both.dtype))
 
         mean, var = adapted(state.mean, moments.mean), adapted(state.var.real, moments.var)
         return self.normalized(x, mean, var, params, mask)
 
     def _examples(self, x, mask, weight):
-        """The number of examples that a feature has in the batch, over the named axes too; `weight` is the moments'."""
+        """The examples of each feature in the batch, over the named axes too; `weight` is that of the moments."""
         axes = tuple(a for a in range(x.ndim) if a not in self.features)
         inner = axes[1:]  # the axes of one example
         shape = tuple(1 if a in inner else n for a, n in enumerate(x.shape))
-        if mask is None:  # the moments know of all devices already
+        if mask is None:  # the moments include all devices already
             examples, elements = (total_weight(s, None, axes, weight.dtype) for s in (shape, x.shape))
             return weight * divided(examples, elements)
         if is_real(mask):
@@ -91,7 +91,7 @@ class AdaptiveBatchNorm(BatchNorm):
         (examples, *_), support = merge_over_axes(counted, self.names, self.axis_index_groups)
         if support is not None:
             examples = divided(examples, support.mean_weight)
-        return jnp.where(weight > 0, examples, 0)  # an image of no pixels is no example
+        return jnp.where(weight > 0, examples, 0)  # an image without pixels is not an example
 
 
 def adaptive_bn_apply(
@@ -106,32 +106,32 @@ def adaptive_bn_apply(
     axis_name: checks.AxisName | None = None,
     axis_index_groups: Sequence[Sequence[int]] | None = None,
 ) -> tuple[Array, BNState]:
-    """Evaluation that adapts to the batch, for data unlike those of training (Schneider et al., 2020, section 2).
+    """Evaluation that adapts to the batch, for data unlike the training data (Schneider et al., 2020, section 2).
 
         mean = (N running mean + n batch mean) / (N + n)          N = source_weight, n = number of examples
         var = (N running var + n batch var) / (N + n)
         y = scale * (x - mean) / sqrt(var + epsilon) + bias
 
-    The running statistics come from the source, the data of training, and the batch from the target, such as images
-    with another camera, noise or contrast. With N = 0 the batch alone counts, which is prediction-time batch
-    normalization (Nado et al., 2020); a large N, or infinity, is evaluation by the running statistics.
+    The running statistics come from the source, the training data, and the batch from the target, such as images with
+    another camera, noise or contrast. With N = 0 only the batch counts, which is prediction-time batch normalization
+    (Nado et al., 2020); a large N, or infinity, is evaluation by the running statistics.
 
     The variance is averaged as in the paper, without the spread of the two means, N n |running mean - batch mean|^2 /
-    (N + n)^2. With it, var would be the variance of source and target put together. A batch of the target alone has not
-    that variance: its output would become the smaller, the farther the two are apart.
+    (N + n)^2. With it, var would be the variance of source and target together. A batch from only the target has less
+    variance than that: the farther apart the two means are, the smaller its output would become.
 
     Args:
       source_weight: how many examples the running statistics count as, >= 0. A number, which may be traced, so that a
         sweep compiles once; a value that is known only at run time is raised to 0. The smaller it is, the more the
-        batch decides; the larger, the less does the noise of a small batch.
-      state: running statistics, which normalize alone where a feature has no valid value in the batch. None is an
+        batch counts; the larger it is, the less noise a small batch adds.
+      state: running statistics. A feature without a valid value in the batch is normalized by only these. None is an
         error, because there would be nothing to adapt.
-      mask: as in `bnjax.bn_apply`. An example counts for a feature if any of its elements is valid, however many are,
-        so that padding has no effect. Real-valued weights count as many examples as would average as well if they were
-        equal, (sum w)^2 / sum w^2 with w the largest weight in an example (Kish, 1965).
+      mask: as in `bnjax.bn_apply`. An example counts for a feature if any of its elements is valid, no matter how many,
+        so that padding has no effect. Real-valued weights count as (sum w)^2 / sum w^2 examples, with w the largest
+        weight in each example (Kish, 1965).
       axis_name: mapped axis, or several, whose devices or examples share statistics. Examples of all of them count.
         Under `vmap` a call with `x` of the features' shape is one example; an example with other axes, such as an
-        image, needs one for the batch: `x[None]`.
+        image, needs a batch axis: `x[None]`.
       params, x, and the rest: as in `bnjax.bn_apply`.
 
     Returns:
@@ -175,5 +175,5 @@ def _checked_weight(call: str, value: Any) -> Any:
             return value if number is None else float(number)
     raise ValueError(
         f"{call}(source_weight={value!r}): expected a number of 0 or more, how many examples the running statistics "
-        "count as. Pass 16, say; 0 normalizes by the batch alone."
+        "count as. Pass 16, say; 0 normalizes by only the batch."
     )

@@ -22,7 +22,7 @@ from bnjax.core.sharding import shards
 
 @dataclass(frozen=True, kw_only=True)
 class GhostBatchNorm(BatchNorm):
-    """Ghost batch normalization as a value: `bnjax.BatchNorm` whose training is that of `bnjax.ghost_bn_apply`.
+    """Ghost batch normalization as a value: `bnjax.BatchNorm` that trains like `bnjax.ghost_bn_apply`.
 
     Args:
       ghost_size: number of examples in a group, > 0.
@@ -50,7 +50,7 @@ class GhostBatchNorm(BatchNorm):
         examples = next((a for a in range(x.ndim) if a not in self.features), None)
         number = 0 if examples is None else x.shape[examples]
         known = isinstance(number, int)  # a symbolic dimension of jax.export is not
-        # Over a named axis even the only group of a device has statistics of its own.
+        # Over a named axis even a device's only group has its own statistics.
         one_group = known and (number == 0 or (self.ghost_size >= number and not self.names))
         if examples is None or one_group:
             return super().train(params, state, x, mask, numbers, stored)
@@ -71,7 +71,7 @@ class GhostBatchNorm(BatchNorm):
         return y, merge_over_axes(batch, self.names, self.axis_index_groups, guess) if self.names else batch
 
     def _train_groups(self, params, x, mask, *, state, examples, size, stored):
-        """Examples in groups of one size: normalized by group, and the moments of all groups together."""
+        """Examples in groups of one size: the output, normalized by group, and the merged moments of all groups."""
 
         def grouped(v):  # a group is one more axis, before the axis of its examples
             if v.shape[examples] == 1:
@@ -93,7 +93,7 @@ class GhostBatchNorm(BatchNorm):
         return y.reshape(shape), merge(batch, (position,))
 
     def _check_groups(self, number, shards):
-        """Groups can be cut: a symbolic batch is a multiple of their size, and a sharded one holds whole groups."""
+        """Check that groups can be cut: a symbolic batch is a multiple of the size, a shard holds whole groups."""
         size = self.ghost_size
         if not isinstance(number, int):
             if number % size != 0:
@@ -104,7 +104,7 @@ class GhostBatchNorm(BatchNorm):
         elif shards > 1 and (number % min(size, number) or number // min(size, number) % shards):
             raise ValueError(
                 f"{self.call}(x=...): the batch of {number} is explicitly sharded over {shards} devices, which do not "
-                f"hold groups of ghost_size={size} as a whole. Pass a ghost_size that divides {number // shards}, or "
+                f"hold whole groups of ghost_size={size}. Pass a ghost_size that divides {number // shards}, or "
                 "reshard x so that each device holds the whole axis."
             )
 
@@ -134,7 +134,7 @@ def ghost_bn_apply(
 
     Args:
       ghost_size: number of examples in a group, > 0. If it is the size of the batch or more, the function is
-        `bn_apply`; if an axis is named, each device is then one group.
+        `bn_apply`; with an axis_name, each device is then one group.
       axis_name: mapped axis, or several, over which the running statistics are merged. Groups do not extend over
         devices.
       params, state, x, train and the rest: as in `bnjax.bn_apply`.

@@ -2,7 +2,7 @@
 
 Timesteps: Cooijmans et al. (2017), section 3. Domains: Chang et al. (2019). Clean and adversarial examples: Xie et al.
 (2020). With one index for the batch the computation is `bn_apply` on the state that the index selects. With an index
-for each example it is the same steps as `bn_apply`, on the moments of each index's examples.
+for each example the steps are those of `bn_apply`, on the moments of each index's examples.
 """
 
 from collections.abc import Sequence
@@ -63,10 +63,10 @@ class IndexedBatchNorm(BatchNorm):
 
         return jax.tree.map(stacked, params) if self.indexed_params else params, jax.tree.map(stacked, state)
 
-    def apply(  # pyright: ignore[reportIncompatibleMethodOverride]  what has no index is no such layer
+    def apply(  # pyright: ignore[reportIncompatibleMethodOverride] a call needs an index
         self, params: BNParams, state: BNState, x: Array, train: bool, mask: Array | None = None, *, index: Any
     ) -> tuple[Array, BNState]:
-        """y and the new state, as from `bnjax.indexed_bn_apply`, whose arguments these are."""
+        """y and the new state, as from `bnjax.indexed_bn_apply` with the same arguments."""
         return self.apply_part(params, state, x, train, mask, moments=False, index=index)[:2]
 
     def numbers(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -74,7 +74,7 @@ class IndexedBatchNorm(BatchNorm):
     ) -> dict[str, Any]:
         _check_state(self.call, state, self.num_indices)
         _check_index(self.call, index, self.num_indices)
-        # A count for each index, of all of its features, has the rank of the state, as a schedule's result has to have.
+        # A count for each index, for all of its features, gets the rank of the state, which a schedule's result needs.
         count = jnp.expand_dims(state.count, tuple(range(np.ndim(state.count), np.ndim(state.mean))))
         at = _clamped(index, self.num_indices)
         if not at.ndim:
@@ -109,7 +109,7 @@ class IndexedBatchNorm(BatchNorm):
             batch = put(none if earlier is None else earlier, batch)
         return y, put(state, new) if train else state, batch
 
-    # What follows is for an index for each example: statistics are tables with a row for each index.
+    # The methods below also serve an index for each example: statistics are then tables with a row for each index.
 
     def check(self, params: Any, state: Any, x: Array, mask: Array | None, train: bool) -> None:
         shape = np.shape(state.mean)
@@ -139,13 +139,13 @@ class IndexedBatchNorm(BatchNorm):
         return self._normalized_by_rows(x, state.mean, state.var.real, params, mask, numbers["index"])
 
     def _domains(self, x, index, mean):
-        """The axis of the examples, and the domain of each: its index. The running mean is a guess of each's mean."""
+        """The axis of the examples, and each example's domain: its index. The running mean is a guess of the mean."""
         examples = next(a for a in range(x.ndim) if a not in self.features)
         sharding = row_sharding(x, (examples, *self.features))
         return examples, Domains(index, mean, self.num_indices, sum(a < examples for a in self.features), sharding)
 
     def _normalized_by_rows(self, x, mean, var, params, mask, index):
-        """The formula by each example's rows of the tables."""
+        """The formula, with each example's rows of the tables."""
         examples, domains = self._domains(x, index, mean)
         inner = [a for a in range(x.ndim) if a not in self.features and a != examples]
 
@@ -217,26 +217,26 @@ def indexed_bn_apply(
 
     With an index for each example, `x` is read once for its statistics, each example around the mean of its own first
     sixteenth, and twice under a mask. The examples' moments are then merged by index (Chan, Golub & LeVeque, 1983) in
-    six sums over arrays of batch x features numbers, whatever num_indices is. If `x` has no other axes these arrays are
+    six reductions of arrays of batch x features numbers, for any num_indices. If `x` has no other axes these arrays are
     as large as `x`. Over axis_name the collectives are as in `bnjax.bn_apply`, of num_indices x features numbers.
 
     Args:
       params, state: the variables from `indexed_bn_init`. A scale or bias of the state's shape has a row for each
-        index. (A conditional scale or bias of that very shape needs one more axis, to tell it apart.) A count of shape
+        index. (To tell it apart, a conditional scale or bias of that very shape needs one more axis.) A count of shape
         (num_indices,) counts the updates of an index for all of its features.
-      index: an integer; or an integer array, which may be traced, that is a scalar or has shape (batch,), with an index
-        for each example. Arrays are clamped to [0, num_indices), so that timesteps past the last one use the statistics
-        of the last one. The batch axis is the first axis of x that is not a feature axis. A scalar is the index of all
-        examples of all devices or examples of axis_name; where they differ, pass the vector.
+      index: an integer; or an integer array, which may be traced: a scalar, or of shape (batch,), with an index for
+        each example. Arrays are clamped to [0, num_indices), so that timesteps past the last one use its statistics.
+        The batch axis is the first axis of x that is not a feature axis. A scalar is the index of all examples, on all
+        devices of axis_name; if they differ, pass an array.
       x, train and the rest: as in `bnjax.bn_apply`.
 
     Returns:
-      y and the state, which may differ from the given one at `index` alone. An index with fewer than two valid values
-      keeps its state and count.
+      y and the state, which differs from the given one only at `index`. An index with fewer than two valid values keeps
+      its state and count.
 
     Raises:
-      TypeError, ValueError: as `bnjax.bn_apply`, and for an index that is no integer, of another shape, or a Python
-        integer out of range.
+      TypeError, ValueError: as `bnjax.bn_apply`, and for an index that is not an integer, has another shape, or is a
+        Python integer out of range.
 
     Example:
       >>> import jax.numpy as jnp
@@ -252,7 +252,7 @@ def indexed_bn_apply(
       >>> y[:, 0].round(3).tolist(), state.mean[:, 0].tolist()
       ([-1.0, 1.0, -1.0, 1.0], [2.0, 2.0, 20.0])
     """
-    number = getattr(state, "mean", np.zeros(1)).shape[:1] or (1,)  # of a state that is none an error will tell
+    number = getattr(state, "mean", np.zeros(1)).shape[:1] or (1,)  # `numbers` rejects what is not a state
     layer = IndexedBatchNorm(
         axis=axis,
         momentum=momentum,
@@ -267,14 +267,14 @@ def indexed_bn_apply(
 
 
 def _tables(params, shape, row):
-    """The parameters, with `row` of those that are tables of this shape, with a row for each index."""
+    """The parameters, with `row` applied to tables of this shape, which have a row for each index."""
     if not isinstance(params, BNParams):
-        return params  # `check` will tell
+        return params  # `check` rejects it
     return BNParams(*(row(v) if v is not None and np.shape(v) == shape else v for v in params))
 
 
 def _varying(v, x):
-    """`v` typed as varying over the mesh like `x`: its derivative is then summed over the examples before devices."""
+    """`v` typed as varying over the mesh like `x`, so that its derivative is summed over examples before devices."""
     return v if v is None or not mesh_axes() else v + lax.full_like(x, 0, v.dtype, shape=v.shape)
 
 
@@ -286,19 +286,19 @@ def _taken(values, at):
 
 
 def _put(values, row, at):
-    """`values` with another row `at`."""
+    """`values` with the row `at` replaced."""
     if not is_explicit(values):
         return lax.dynamic_update_index_in_dim(values, row, at, 0)
     return jnp.where(_is_row(values, at), sharded_as(values, row[None]), values)
 
 
 def _is_row(values, at):
-    """Where the index is `at`, of the shape of `values`: explicit sharding has no slices of an axis that may be cut."""
+    """Where the index is `at`, of the shape of `values`: explicit sharding has no slices of a sharded axis."""
     return lax.broadcasted_iota(jnp.int32, values.shape, 0, out_sharding=jax.typeof(values).sharding) == at
 
 
 def _check_state(call, state, number):
-    """The state has a row for each index, and each index counts its own updates, of each feature or of all of them."""
+    """Check that the state has a row for each index, which counts its own updates, per feature or for all features."""
     if not isinstance(state, BNState):
         raise TypeError(f"{call}(state=...): expected the state of indexed_bn_init, got {type(state).__name__}.")
     shape, got = np.shape(state.mean), np.shape(state.count)
@@ -310,12 +310,12 @@ def _check_state(call, state, number):
     if got not in (shape, shape[:1]):
         raise ValueError(
             f"{call}(state=...): state.count has shape {got}, but each of the {shape[0]} indices counts its own "
-            f"updates, in shape {shape} or {shape[:1]}. Pass jnp.broadcast_to(count, {shape}), if all had as many."
+            f"updates, in shape {shape} or {shape[:1]}. Pass jnp.broadcast_to(count, {shape}) if all have the same."
         )
 
 
 def _check_index(call, index, number):
-    """An index is an integer in range, or an integer array."""
+    """Check that an index is an integer in range, or an integer array."""
     if isinstance(index, bool) or not (isinstance(index, int) or hasattr(index, "dtype")):
         raise TypeError(
             f"{call}(index=...): expected an integer or an integer array, got {index!r}. "
@@ -334,7 +334,7 @@ def _check_index(call, index, number):
 
 
 def _check_examples(call, index, x, features):
-    """An index that is no scalar has one for each example."""
+    """Check that an index that is not a scalar has one for each example."""
     rest = [a for a in range(x.ndim) if a not in features]
     if not rest:
         raise ValueError(

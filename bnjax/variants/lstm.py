@@ -4,8 +4,8 @@
     c' = sigmoid(f) * c + sigmoid(i) * tanh(g)                                                              (7)
     h' = sigmoid(o) * tanh(BN(c'; gamma_c, beta_c))                                                         (8)
 
-The input and the recurrent term are normalized separately, and every timestep by statistics of its own; timesteps after
-the last one with statistics use that one's. The scales start at 0.1: with 1 the gradient of tanh vanishes (section 4).
+The input and the recurrent term are normalized separately, and every timestep by its own statistics; timesteps past the
+last one use its statistics. The scales start at 0.1: with 1 the gradient of tanh vanishes (section 4).
 """
 
 from collections.abc import Callable, Sequence
@@ -34,24 +34,23 @@ def orthogonal(key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> 
 
 @serializable
 class BNLSTMParams(NamedTuple):
-    """Kernels of shapes (inputs, 4 features) and (features, 4 features), with columns in the order f, i, o, g; the bias
-    of shape (4 features,); and the parameters of the three normalizations."""
+    """Kernels and bias, whose columns are in the order f, i, o, g, and the parameters of the three normalizations."""
 
-    input_kernel: Array
-    recurrent_kernel: Array
-    bias: Array
-    input_bn: BNParams
-    recurrent_bn: BNParams
-    cell_bn: BNParams
+    input_kernel: Array  # (inputs, 4 features)
+    recurrent_kernel: Array  # (features, 4 features)
+    bias: Array  # (4 features,)
+    input_bn: BNParams  # of x @ input_kernel, without a bias
+    recurrent_bn: BNParams  # of output @ recurrent_kernel, without a bias
+    cell_bn: BNParams  # of the cell
 
 
 @serializable
 class BNLSTMState(NamedTuple):
-    """Running statistics of the three normalizations, each of shape (num_steps, features of the normalization)."""
+    """Running statistics of the three normalizations, which have a leading axis of timesteps."""
 
-    input_bn: BNState
-    recurrent_bn: BNState
-    cell_bn: BNState
+    input_bn: BNState  # (num_steps, 4 features)
+    recurrent_bn: BNState  # (num_steps, 4 features)
+    cell_bn: BNState  # (num_steps, features)
 
 
 def norm_layers(features: int) -> list[tuple[str, int, float | None]]:
@@ -61,13 +60,12 @@ def norm_layers(features: int) -> list[tuple[str, int, float | None]]:
 
 @serializable
 class BNLSTMCarry(NamedTuple):
-    """Cell and output of shape (batch, features), the timestep as a scalar, and the length of each sequence, of shape
-    (batch,). The length is None if every sequence has all timesteps."""
+    """The values that one timestep passes to the next."""
 
-    cell: Array
-    output: Array
-    step: Array
-    length: Array | None
+    cell: Array  # (batch, features)
+    output: Array  # (batch, features)
+    step: Array  # (), the timestep
+    length: Array | None  # (batch,), the number of timesteps of each sequence; None if every sequence has all of them
 
 
 def bn_lstm_init(
@@ -78,8 +76,8 @@ def bn_lstm_init(
     Args:
       key: a jax.random key.
       inputs, features: number of inputs and of units.
-      num_steps: number of timesteps with statistics of their own, > 0.
-      dtype: floating dtype of the parameters. Statistics are kept in it widened to 32 bits at least.
+      num_steps: number of timesteps with their own statistics, > 0.
+      dtype: floating dtype of the parameters. Statistics have it, widened to at least 32 bits.
 
     Returns:
       BNLSTMParams and BNLSTMState.
@@ -120,7 +118,7 @@ def bn_lstm_carry(
       batch, features: shape of the cell and of the output.
       length: number of timesteps of each sequence, of shape (batch,), or None for all timesteps.
       dtype: floating dtype of the cell and of the output.
-      like: an input. Under a shard_map that checks varying axes, the carry must vary over the same mesh axes as it.
+      like: an input, over whose mesh axes the carry then varies, as a shard_map that checks varying axes requires.
 
     Returns:
       BNLSTMCarry of zeros.
@@ -146,7 +144,7 @@ def bn_lstm_carry(
             f"bn_lstm_carry(length=...): expected an array of shape ({batch},), got "
             f"{getattr(length, 'shape', type(length).__name__)}. Pass the number of timesteps of each sequence."
         )
-    # Two arrays, since a buffer that both share could not be donated.
+    # Two arrays, because a buffer that both share could not be donated.
     cell, output = (jnp.zeros((batch, features), dtype) for _ in range(2))
     if like is not None:
         cell, output = (v + lax.full_like(like, 0, dtype, shape=v.shape) for v in (cell, output))
@@ -250,8 +248,8 @@ def check_step(call: str, inputs: int, features: int, carry: BNLSTMCarry, x: Arr
     """Check that the shapes of the inputs of one timestep and of a carry fit the cell and each other."""
     if np.ndim(x) != 2 or x.shape[1] != inputs:
         raise ValueError(
-            f"{call}(x=...): expected shape (batch, {inputs}), got {np.shape(x)}. Pass the inputs of one timestep, as "
-            "many as the input kernel has rows."
+            f"{call}(x=...): expected shape (batch, {inputs}), got {np.shape(x)}. Pass the inputs of one timestep, one "
+            "for each row of the input kernel."
         )
     batch = x.shape[0]
     expected = {"cell": (batch, features), "output": (batch, features), "step": (), "length": (batch,)}

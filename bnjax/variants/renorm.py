@@ -23,13 +23,13 @@ RENORM_R_MAX = linear_ramp(1.0, 3.0, 5_000, 40_000)
 """The schedule of `r_max` of Ioffe (2017, section 4): 1, which is batch normalization, for 5000 updates; then to 3."""
 RENORM_D_MAX = linear_ramp(0.0, 5.0, 5_000, 25_000)
 """The schedule of `d_max` of Ioffe (2017, section 4): 0, which is batch normalization, for 5000 updates; then to 5."""
-# The least bounds of renormalization, which make it batch normalization.
+# The smallest bounds, with which batch renormalization is batch normalization.
 LEAST = {"r_max": 1, "d_max": 0}
 
 
 @dataclass(frozen=True, kw_only=True)
 class RenormBatchNorm(BatchNorm):
-    """Batch renormalization as a value: `bnjax.BatchNorm` whose training is that of `bnjax.renorm_bn_apply`.
+    """Batch renormalization as a value: `bnjax.BatchNorm` that trains like `bnjax.renorm_bn_apply`.
 
     Args:
       r_max, d_max: bounds of the correction, numbers or functions of the number of updates; by default the paper's
@@ -119,18 +119,18 @@ def renorm_bn_apply(
         r = clip(std / running std, 1 / r_max, r_max)     d = clip((mean - running mean) / running std, -d_max, d_max)
         y = scale * ((x - mean) / std * r + d) + bias
 
-    where r and d are constants to the gradient. Where nothing is clipped, y is the output of evaluation, in which the
-    function is `bn_apply`. The running mean is averaged as there. Of the running variance the paper averages the
-    STANDARD DEVIATION (`average="std"`): the state holds var = max(running std^2 - epsilon, 0), so that a variance far
-    below epsilon has the rounding error of epsilon. Other implementations average the variance itself, as `bn_apply`
-    does (`average="var"`).
+    where r and d are treated as constants when differentiating. Where nothing is clipped, y is the output of
+    evaluation, in which the function is `bn_apply`. The running mean is averaged as in `bn_apply`. Instead of the
+    running variance, the paper averages the running STANDARD DEVIATION (`average="std"`): the state holds var =
+    max(running std^2 - epsilon, 0), so that a variance far below epsilon has the rounding error of epsilon. Other
+    implementations average the variance itself, as `bn_apply` does (`average="var"`).
 
     Args:
-      r_max: bound of r, >= 1; with 1 and d_max = 0 the function is batch normalization. A number, or a function of
-        `state.count`. A value that is known only at run time is raised to 1.
+      r_max: bound of r, >= 1, a number or a function of `state.count`. With 1 and d_max = 0 the function is batch
+        normalization. A value that is known only at run time is raised to 1.
       d_max: bound of d, >= 0, likewise; a value known only at run time is raised to 0. `bnjax.RENORM_R_MAX` and
         `bnjax.RENORM_D_MAX` are the paper's schedule.
-      average: what the running variance is an average of: "std", as in the paper, or "var".
+      average: what is averaged: "std", as in the paper, or "var".
       state: running statistics. None is an error, because there would be nothing to correct towards.
       params, x, train and the rest: as in `bnjax.bn_apply`; `x` is real.
 
@@ -138,7 +138,7 @@ def renorm_bn_apply(
       y and the state, as from `bnjax.bn_apply`.
 
     Raises:
-      TypeError, ValueError: as `bnjax.bn_apply`, and for a state that is None, complex `x`, r_max < 1, d_max < 0 or
+      TypeError, ValueError: as `bnjax.bn_apply`, and for a state that is None, a complex `x`, r_max < 1, d_max < 0 or
         another `average`.
 
     Example:
@@ -166,7 +166,7 @@ def renorm_bn_apply(
 
 
 def _at_least(call, name, limit, std) -> Any:
-    """A bound, known or not, as an array with a number for all features or one for each."""
+    """A bound, known or not, as an array with one number for all features or one for each."""
     value = jnp.asarray(limit).astype(std.dtype)
     if value.shape not in ((), std.shape):
         raise ValueError(

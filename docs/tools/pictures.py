@@ -20,7 +20,7 @@ LAYERS = 6
 
 
 class Network(nn.Module):
-    """Dense layers with batch normalization and ReLU; with `dead`, one ReLU puts out zeros alone."""
+    """Dense layers with batch normalization and ReLU; with `dead`, one ReLU outputs only zeros."""
 
     momentum: float = 0.9
     dead: bool = False

@@ -1,7 +1,7 @@
-"""Tables of the files under experiments/results, as Markdown, so that no page states a number that no run has.
+"""Tables of the files under experiments/results, as Markdown, so that every number on a page comes from a run.
 
-Each function reads the results as they are when the site is built. What a number means is said by the experiment's own
-functions (`bench.least`, `compiled.added`), which are used here too.
+Each function reads the results as they are when the site is built. The experiment's own functions (`bench.least`,
+`compiled.added`) define what a number means.
 """
 
 import itertools
@@ -19,7 +19,7 @@ from experiments.harness import records, report
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "experiments" / "results"
 VARIANTS = ("batch-size", "recurrent", "noise", "cost")
-"""Experiments that the choice of a variant rests on."""
+"""Experiments for the choice of a variant."""
 BLOCKS = {"bn": "BN", "bn_relu": "BN + ReLU", "bn_add_relu": "BN + add + ReLU"}
 DIRECTIONS = {"forward": "forward", "backward": "forward and backward"}
 FLAX = ("bnjax", "Flax Linen", "Flax Linen, two reads")
@@ -43,19 +43,13 @@ def claims() -> list[report.Claim]:
 
 
 def verdicts(names: Sequence[str] = (), page: str = "results/report.html") -> str:
-    """Each claim with its verdicts and measurements on all data sets; of these experiments alone if any are named."""
+    """The list of claims with which the report opens; or only these claims, with the measured numbers."""
     chosen = [claim for claim in claims() if not names or claim.id in names]
-    rows: list[list[str]] = []
-    for claim in chosen:
-        found = [f"{result.verdict} on {result.dataset}" for result in claim.results]
-        measured = [f"{result.dataset}: {result.measured}" for result in claim.results]
-        rows.append([f"[{claim.id}]({page}#{claim.id})", claim.claim, "<br>".join(found), "<br>".join(measured)])
-    text = table(["experiment", "claim", "verdict", "measured"], rows)
-    return f'<div class="verdicts" markdown>\n\n{text}\n\n</div>'
+    return f"<style>\n{report.style()}</style>\n\n{report.listed(chosen, page, measured=bool(names))}"
 
 
 def tally() -> str:
-    """How many claims have which verdict on each data set, in sentences."""
+    """How many claims have which verdict on each data set, and how many parts are decided, in sentences."""
     return report.tally(claims())
 
 
@@ -187,8 +181,33 @@ def _times() -> dict[str, list[dict[str, Any]]]:
     return bench.read(RESULTS / "bench")
 
 
+def performance() -> str:
+    """What the measurements amount to, in four sentences."""
+    results = device_tables.read(RESULTS / "device")
+    head, steps = device_tables.resnet(results)
+    step = {row[0]: dict(zip(head, row, strict=True)) for row in steps}
+    head, layers = device_tables.layer(results)
+    layer = {row[0]: dict(zip(head, row, strict=True)) for row in layers}
+    ours, flax = step["bnjax"], step["Flax Linen"]
+    forward, both = layer["BN, forward, bfloat16"], layer["BN, forward and backward, bfloat16"]
+    facts = {"layout": "last", "dtype": "float32", "block": "bn", "direction": "backward"}
+    entries = [e for e in _times()["libraries"] if all(e[k] == v for k, v in facts.items())]
+    cpu = [bench.least(e)["Flax Linen"] / bench.least(e)["bnjax"] for e in entries]
+    return (
+        f"A training step of ResNet-50 on one H100 takes {ours['ms a step']} ms with bnjax and {flax['ms a step']} ms "
+        "with Flax Linen.\n"
+        f"One layer on that GPU, forward and backward in bfloat16, is {both['Flax Linen / bnjax']} times as fast as "
+        f"Flax's and {both['PyTorch / bnjax']} times as fast as PyTorch's, but its forward pass has only "
+        f"{forward['Flax Linen / bnjax']} times the speed of Flax's.\n"
+        f"On a CPU one layer, forward and backward in float32, is {bench.geometric_mean(cpu):.2f} times as fast as "
+        "Flax's.\n"
+        "Nothing was timed on TPUs or on several devices: in compiled programs a synchronized layer has one collective "
+        "forward and one backward, as in Flax."
+    )
+
+
 def libraries() -> str:
-    """How many times as fast as each library, by the least times, geometric mean over the shapes."""
+    """How many times as fast as each library, by minimum times, geometric mean over the shapes."""
     entries = _times()["libraries"]
     names = [name for name in entries[0]["seconds"] if not name.startswith("copy") and name != "bnjax"]
     keys = [tuple(e[k] for k in ("layout", "dtype", "block", "direction")) for e in entries]
@@ -213,8 +232,8 @@ def bench_facts() -> str:
     shapes = ", ".join(shape.replace("x", " x ") for shape in config["config"]["shapes"])
     rounds = config["config"]["rounds"]
     return (
-        f"The committed run compares the least of {rounds} times of each call, on {config['cores']} shared CPU cores, "
-        f"with jax {config['jax']}, {found}. Means are geometric, over the shapes {shapes}."
+        f"The committed run compares the minimum of {rounds} times of each call, on {config['cores']} shared CPU "
+        f"cores, with jax {config['jax']}, {found}. Means are geometric, over the shapes {shapes}."
     )
 
 
@@ -243,30 +262,28 @@ def device(name: str, folder: Path = RESULTS / "device") -> str:
     return device_tables.facts(results) if name == "facts" else table(*device_tables.TABLES[name](results))
 
 
-COMPARED = ("bnjax", "Flax Linen", "Haiku", "Equinox", "Keras on JAX", "PyTorch")
+COMPARED = ("bnjax", "Flax Linen", "Flax Linen, two reads", "Haiku", "Equinox")
+"""Libraries of README's table."""
 
 
 def comparison() -> str:
-    """The measured rows of README's table: errors, passes over memory and times beside the other libraries."""
+    """The measured rows of README's table: errors, and passes over memory, beside other libraries for JAX."""
     found = exactness.by_library(exactness.read(RESULTS / "exactness"), "y")
     errors = [found[name][1e4] for name in COMPARED]
     rows = [
         [
-            "largest error of the output at \\|mean\\|/std = 10⁴, float32",
-            *("not finite" if error is None else f"{error:.1e}" for error in errors),
+            "largest error of y at \\|mean\\|/std = 10⁴, float32",
+            *("not finite" if error is None else f"{error:,.0f}" if error >= 1 else f"{error:.1g}" for error in errors),
         ]
     ]
-    facts: dict[str, Any] = {"part": "layer", "variant": None, "block": "bn", "direction": "backward"}
-    for target, what in (("v5e", "passes over memory, TPU v5e¹"), ("h100", "passes over memory, H100¹")):
-        row = compiled.of(_programs(), target=target, dtype="bfloat16", **facts)
-        rows.append([what, *(f"{row[name]['passes']:.1f}" if name in row else "" for name in COMPARED)])
-    results = device_tables.read(RESULTS / "device")
-    beside = device_tables.times_beside(results, "bn", "backward", "bfloat16")
-    rows.append(["time on an H100, in multiples of bnjax's²", *(beside.get(name, "") for name in COMPARED)])
-    facts = {"layout": "last", "dtype": "float32", "block": "bn", "direction": "backward"}
-    entries = [e for e in _times()["libraries"] if all(e[k] == v for k, v in facts.items())]
-    times = [bench.geometric_mean(bench.least(e)[n] / bench.least(e)["bnjax"] for e in entries) for n in COMPARED]
-    rows.append(["time on CPU, in multiples of bnjax's²", *(f"{value:.2f}" for value in times)])
+    for part, target, what in (
+        ("layer", "v5e", "passes over memory, TPU v5e"),
+        ("layer", "h100", "passes over memory, H100"),
+        ("small", "h100", "the same of a small layer"),
+    ):
+        facts = {"part": part, "target": target, "variant": None, "block": "bn", "direction": "backward"}
+        row = compiled.of(_programs(), dtype="bfloat16", **facts)
+        rows.append([what, *(f"{row[name]['passes']:.1f}" for name in COMPARED)])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
@@ -285,6 +302,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "small": small,
     "variants-compiled": variants_compiled,
     "networks": networks,
+    "performance": performance,
     "libraries": libraries,
     "bench-facts": bench_facts,
     "device-facts": lambda: device("facts"),

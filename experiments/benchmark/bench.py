@@ -1,11 +1,11 @@
 """The cost of batch normalization in bnjax and in other libraries, relative to the machine's speed of copying.
 
 All calls that are compared run in one process, interleaved. Before each there is a rest, because the threads of another
-library may still spin (those of PyTorch for about 20 ms), then a warm-up call, then the timed call. glibc returns large
-blocks to the system, and paging them in again can take longer than the layer, so `keep_memory` makes it keep them. On a
-shared machine other programs can only add to a time, most to that of PyTorch, whose threads spin at barriers. A call is
-therefore represented by its least time, with the spread of its times beside it. Results are ratios, because absolute
-times depend on the machine.
+library may still spin (PyTorch's for about 20 ms), then a warm-up call, then the timed call. glibc returns large blocks
+to the system, and paging them in again can take longer than the layer, so `keep_memory` makes it keep them. On a shared
+machine other programs can only add to a time, most to PyTorch's, whose threads spin at barriers. A call is therefore
+represented by its minimum time, reported with the spread of its times. Results are ratios, because absolute times
+depend on the machine.
 
 A pass is one read or write of an array of x's size. The forward pass needs 3 (read x for the statistics, read x, write
 y), forward and backward pass together 8 (read x and dy for the two sums, read both again, write dx), a copy 2.
@@ -38,7 +38,7 @@ from experiments.harness import data, plot, records
 
 Part = Literal["libraries", "growth", "small", "vmap", "variants", "network", "folded"]
 
-# The least number of passes that a block needs.
+# The minimum number of passes that a block needs.
 PASSES = {
     ("bn", "forward"): 3,
     ("bn", "backward"): 8,
@@ -62,11 +62,11 @@ class Bench:
     shapes: tuple[str, ...] = ("32x56x56x64", "64x28x28x128", "256x7x7x512", "8192x256")
     """shapes of x, channels last"""
     blocks: tuple[Block, ...] = get_args(Block)
-    """batch normalization alone, with ReLU, or with the addition of another branch and ReLU"""
+    """only batch normalization, with ReLU, or with the addition of another branch and ReLU"""
     directions: tuple[Direction, ...] = get_args(Direction)
-    """forward alone, or forward with backward"""
+    """only forward, or forward with backward"""
     dtypes: tuple[Dtype, ...] = get_args(Dtype)
-    """dtypes of x; those after the first are timed in the first layout alone"""
+    """dtypes of x; dtypes after the first are timed only in the first layout"""
     layouts: tuple[Layout, ...] = get_args(Layout)
     """channels last or first"""
     libraries: tuple[str, ...] = tuple(contenders.CONTENDERS)
@@ -231,7 +231,7 @@ def _folded(config: Bench) -> Iterator[dict[str, Any]]:
 
 
 def variants(shape: tuple[int, ...], ghost_size: int) -> dict[str, tuple[Callable[..., Any], tuple[Any, Any]]]:
-    """Functions with the call `bn_apply(params, state, x, train)`, and their variables."""
+    """Functions called like `bn_apply(params, state, x, train)`, and their variables."""
     features = shape[-1]
     plain, indexed = bnjax.bn_init(features), bnjax.indexed_bn_init(features, 10)
     classes = jax.tree.map(lambda v: jnp.broadcast_to(v, (10, features)), plain[0])
@@ -284,7 +284,7 @@ MEASURES: dict[str, Callable[[Bench], Iterator[dict[str, Any]]]] = {
 
 
 def least(entry: dict[str, Any]) -> dict[str, float]:
-    """The least time of each call, with the fastest copy under the name `copy`."""
+    """The minimum time of each call, with the fastest copy under the name `copy`."""
     found = {name: min(seconds) for name, seconds in entry["seconds"].items()}
     copied = [found.pop(name) for name in list(found) if name.startswith("copy by")]
     return {**found, "copy": min(copied)} if copied else found
@@ -308,7 +308,7 @@ def spread(entry: dict[str, Any], name: str) -> float:
 
 
 def disturbed(entry: dict[str, Any]) -> list[str]:
-    """The calls whose median exceeds the least time by more than half, which other programs on the machine cause."""
+    """The calls whose median exceeds the minimum time by more than half, which other programs on the machine cause."""
     return [name for name in entry["seconds"] if spread(entry, name) > 0.5]
 
 
@@ -343,8 +343,8 @@ def report(results: dict[str, Any]) -> None:
     """Print the tables."""
     if entries := results.get("libraries"):
         names = [name for name in entries[0]["seconds"] if not name.startswith("copy")]
-        print("\nThe time of each library divided by bnjax's (least times, geometric mean over shapes); bnjax's time")
-        print("divided by that of the passes at the speed of copying (limit); (median - least) / least (spread).\n")
+        print("\nThe time of each library divided by bnjax's (minimum times, geometric mean over shapes); bnjax's time")
+        print("divided by that of the passes at the speed of copying (limit); (median - minimum) / minimum (spread).\n")
         print(f"{'':34}" + "".join(f"{name:>14}" for name in names[1:]) + f"{'limit':>8}{'spread':>8}")
         keys = [tuple(e[k] for k in ("layout", "dtype", "direction", "block")) for e in entries]
         for key in dict.fromkeys(keys):
@@ -355,10 +355,8 @@ def report(results: dict[str, Any]) -> None:
             label = f"{key[3]:12}{key[2]:9}{key[1]:9} {key[0]}"
             print(f"{label:34}" + "".join(f"{r:>14.2f}" for r in ratios) + f"{limit:>8.2f}{wide:>8.0%}")
         if names := sorted({name for e in entries for name in disturbed(e)}):
-            print(
-                f"\nDisturbed, medians more than half above the least for: {', '.join(names)}. Run it again, or compare"
-            )
-            print("the least times alone.")
+            print(f"\nDisturbed, medians more than half above the minimum for: {', '.join(names)}. Run it again, or")
+            print("compare only the minimum times.")
     for part, title in ("growth", "Growth: ns for each value"), ("small", "A small batch: microseconds"):
         for i, e in enumerate(results.get(part, [])):
             found = least(e)

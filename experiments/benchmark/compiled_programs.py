@@ -1,7 +1,7 @@
 """The programs that `compiled` compiles: layers, their variants, and training steps of networks.
 
-The functions return each as the facts that name it, a function, its variables, and its case or its images. For layers
-the function is `contenders.step`.
+The functions return each program as the facts that name it, a function, its variables, and its case or its images. For
+layers the function is `contenders.step`.
 """
 
 import itertools
@@ -27,7 +27,7 @@ NONE = "none"
 SHAPE = (128, 56, 56, 256)
 """shapes of x on one device, larger than the on-chip memory of a TPU"""
 WIDE = (256, 14, 14, 2048)
-"""shapes of x on one device for the part `synchronized`: as large, with the features of a ResNet-50's last layers"""
+"""shapes of x on one device for the part `synchronized`: of that size, with the features of ResNet-50's last layers"""
 SMALL = (32, 7, 7, 2048)
 """shapes of x on one device for the part `small`: of a ResNet-50's last layers, whose reductions XLA does not split"""
 
@@ -76,8 +76,8 @@ def small(devices: int) -> Iterator[tuple[dict[str, Any], Callable[..., Any], An
         layer = contenders.LAYERS[library][1](case)
         variants = {None: layer} | ({"masked": (_masked_layer, *layer[1:])} if library == "bnjax" else {})
         for variant, each in variants.items():
-            facts, *program = _layer(case, library, each, variant)
-            yield {**facts, "part": "small", "shape": SMALL}, *program
+            facts, f, variables, case = _layer(case, library, each, variant)
+            yield {**facts, "part": "small", "shape": SMALL}, f, variables, case
 
 
 def mapped(mesh: Any, f: Callable[..., Any], direction: Direction) -> Callable[..., Any]:
@@ -93,7 +93,7 @@ def _known() -> list[str]:
 
 
 def variants(shape: tuple[int, ...]) -> dict[str, tuple[Callable[..., Any], Any]]:
-    """Functions with the call `bn_apply(params, state, x)`, and their variables."""
+    """Functions called like `bn_apply(params, state, x)`, and their variables."""
     calls = bench.variants(shape, 16)
     calls |= {
         "without a state": (

@@ -1,4 +1,4 @@
-"""JAX's compilers for TPUs and GPUs that this machine does not have, which need a description of the device alone.
+"""JAX's compilers for TPUs and GPUs that this machine does not have, which need only a description of the device.
 
 libtpu contains the compiler for TPUs, the CUDA plugin and its PJRT library the compiler for GPUs. Neither needs the
 device or NVIDIA's libraries. A process compiles for one target, and its environment must be set before JAX starts.
@@ -37,7 +37,7 @@ class Target:
         """The environment variables of a process that compiles for the target."""
         shared = {k: v for k, v in os.environ.items() if k not in ("JAX_PLATFORMS", "XLA_FLAGS")}
         if self.platform == "tpu":
-            # Several processes may load libtpu at once, since none of them opens a TPU.
+            # Several processes may load libtpu at once, because none of them opens a TPU.
             return shared | {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
         return shared | {
             "CUDA_VISIBLE_DEVICES": "-1",

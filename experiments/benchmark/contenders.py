@@ -169,7 +169,7 @@ def _keras(case):
 
 
 def torch_block(case: Case, x: Any, other: Any, cotangent: Any) -> Callable[[], Any]:
-    """The block in PyTorch, of tensors in the layout of the case; on a GPU its call returns before the work is done."""
+    """The block in PyTorch, with tensors in the case's layout; on a GPU its call returns before the work is done."""
     import torch  # pyright: ignore[reportMissingImports]
 
     if case.layout == "last" and x.ndim == 4:  # PyTorch's channels_last: NCHW in shape, NHWC in memory

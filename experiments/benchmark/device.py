@@ -1,17 +1,17 @@
-"""Batch normalization timed on the device that is here, such as a GPU: `python -m experiments.benchmark.device`.
+"""Batch normalization timed on this machine's device, such as a GPU: `python -m experiments.benchmark.device`.
 
-Calls that are compared run in one process, in turn, after a warm-up, and each is represented by its least time. Where
-a GPU's driver is here, it reports the clocks before, during and after the measurements. What each part compares:
+Calls that are compared run in one process, in turn, after a warm-up, and each is represented by its minimum time. The
+driver of an NVIDIA GPU reports the clocks before, during and after the measurements. What each part compares:
 
-* `copy`: the speed of copying a large array, the limit for all else.
+* `copy`: the speed of copying a large array, the limit for everything else.
 * `exact`: errors of mean, variance, output and gradient against float64, for data far from 0.
-* `layer`: the layer, alone and with what follows it, against Flax and PyTorch, with the bandwidth that it reaches.
+* `layer`: the layer, by itself and with what follows it, against Flax and PyTorch, with the bandwidth that it reaches.
 * `guard`: the layer as it is, with a guard, after the guard sent x to be read again, and without a guard; one layer,
   and a chain of layers with nothing between. Calls are issued one at a time and several at once.
 * `resnet`: a training step of ResNet-50, and the part of it that normalization adds: (step - none) / (Flax - none).
-* `pytorch`: that step of torchvision's ResNet-50, in turn with those of `resnet`.
+* `pytorch`: the same step of torchvision's ResNet-50, in turn with the steps of `resnet`.
 
-The module needs no parser of command lines beyond Python's own.
+For its command line the module needs only Python's own parser.
 """
 
 import argparse
@@ -38,13 +38,13 @@ class Device:
     """The configuration of the measurements. Its fields are the flags of the command line."""
 
     parts: tuple[Part, ...] = get_args(Part)
-    """what to measure; the speed of copying is always measured where it is not in the results yet"""
+    """what to measure; the speed of copying is always measured if it is not in the results yet"""
     shapes: tuple[str, ...] = ("256x56x56x64", "256x28x28x512", "128x14x14x1024", "65536x1024", "64x64")
-    """shapes of x for the layer, channels last; the last is so small that its time is that of issuing a call"""
+    """shapes of x for the layer, channels last; the last is so small that its time is the time to issue a call"""
     dtypes: tuple[Dtype, ...] = ("bfloat16", "float32")
-    """dtypes of x; those after the first are timed for the first block alone"""
+    """dtypes of x; dtypes after the first are timed only for the first block"""
     blocks: tuple[Block, ...] = get_args(Block)
-    """batch normalization alone, with ReLU, or with the addition of another branch and ReLU"""
+    """only batch normalization, with ReLU, or with the addition of another branch and ReLU"""
     libraries: tuple[str, ...] = ("bnjax", "Flax Linen", "PyTorch")
     """libraries to time; one that is not installed is left out"""
     guard_shapes: tuple[str, ...] = ("256x56x56x64", "64x14x14x256")
@@ -70,7 +70,7 @@ class Device:
     threads: int = 8
     """programs that are compiled at once"""
     limit_seconds: float = 600.0
-    """time after which what remains is left out by name"""
+    """time after which the remaining measurements are left out, by name"""
     out: Path = Path("results")
     """folder for config.json and device.json, in a folder of their own"""
 
@@ -85,7 +85,7 @@ class Device:
 
 
 def run(config: Device) -> None:
-    """Times of the layer and of a ResNet-50 on the device that is here, its bandwidth, and the guard's cost."""
+    """Times of the layer and of a ResNet-50 on this machine's device, its bandwidth, and the guard's cost."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # otherwise PyTorch would find no memory
     folder = config.out / "device"
     records.write_config(folder, config)

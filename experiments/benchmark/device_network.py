@@ -1,8 +1,8 @@
 """The measurement of `device` on a network: a training step of ResNet-50, in bfloat16, on one device.
 
 Each step starts from the same variables and has the same batch, so that every timed step does the same work. The
-running statistics are those of that batch, as if they had settled on it, so that the guard finds every running mean
-near.
+running statistics are those of that batch, as if they had converged to it, so that the guard accepts every running
+mean.
 """
 
 from collections.abc import Callable
@@ -42,7 +42,7 @@ def networks(libraries: tuple[str, ...]) -> dict[str, resnet50.Norm]:
 
 
 def of_batch(before: Any, after: Any) -> Any:
-    """By layer, the batch's mean and variance, which lead from the running ones before a step to those after it."""
+    """By layer, the batch's mean and variance, from the running statistics before and after a step."""
 
     def layer(old, new):
         wide = {k: (np.asarray(old[k], np.float64), np.asarray(new[k], np.float64)) for k in ("mean", "var")}
@@ -137,7 +137,7 @@ def _prepared(name, program, carry, *batch):
 def beside_torch(
     record: Record, steps: dict[str, Callable[[], Any]], libraries: tuple[str, ...], images: int, size: int, rounds: int
 ) -> None:
-    """Times of PyTorch's training step, in turn with those of bnjax's and Flax's."""
+    """Times of PyTorch's training step, in turn with bnjax's and Flax's."""
     beside = parts.torch_on_device() if "PyTorch" in libraries else None
     if beside is None or not steps:
         record.leave_out("PyTorch", "no PyTorch for this device" if beside is None else "the part resnet did not run")

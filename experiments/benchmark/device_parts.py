@@ -1,7 +1,7 @@
 """The measurements of `device` on one layer: the speed of copying, the layer's time, the guard's cost, its exactness.
 
 The guard decides, in each call in training, whether the statistics that were taken around the running mean are exact;
-if not, x is read twice again. On one GPU there is none: the statistics are taken around the mean of a part of x. The
+if not, x is read twice more. On one GPU there is no guard: the statistics are taken around the mean of a part of x. The
 same layer is therefore traced in two more ways, with the guard, and around the running mean without it.
 """
 
@@ -31,7 +31,7 @@ NEAR = "bnjax, guard, running mean near"
 FAR = "bnjax, guard, running mean far"
 FLAX = ("Flax Linen", "Flax Linen, two reads")
 DISTANCE = 10.0
-"""of a far running mean from the mean, in standard deviations; the guard allows sqrt(8)"""
+"""distance of a far running mean from the mean, in standard deviations; the guard allows sqrt(8)"""
 RATIOS = (0.0, 10.0, 1e3, 1e4)
 """|mean| / std of the data for exactness"""
 
@@ -46,12 +46,12 @@ def unguarded(x: Array, shift: Array, *, axes: tuple[int, ...]) -> tuple[Array, 
 
 
 READ_BY: dict[str, Any] = {NO_GUARD: unguarded, NEAR: reading.guarded_look}
-"""Other ways to take the statistics of a device's array than that of the library, by name."""
+"""Other ways than the library's to take the statistics of a device's array, by name."""
 
 
 @contextlib.contextmanager
 def read_by(name: str) -> Generator[None]:
-    """Here bnjax is traced with the statistics of this name; with any other name, as the library has it.
+    """A context in which bnjax is traced with the statistics of this name; with any other name, with its own.
 
     Programs traced before or after are not affected.
     """
@@ -84,7 +84,7 @@ def _normal(shape, dtype):
 
 
 def torch_on_device() -> Any:
-    """PyTorch, and its device beside JAX's: a GPU, or the CPU if JAX has no GPU. None if it has no such device."""
+    """PyTorch, and its device like JAX's: a GPU, or the CPU if JAX has no GPU. None if it has no such device."""
     if "PyTorch" not in contenders.installed():
         return None
     import torch  # pyright: ignore[reportMissingImports]
@@ -103,7 +103,7 @@ def torch_call(call: Callable[[], Any], torch: Any, device: str) -> Callable[[],
 
 
 def copy_speed(record: Record, mebibytes: int, rounds: int) -> None:
-    """Bytes read and written in a second by x * c, with x in bfloat16 and c known at run time alone."""
+    """Bytes read and written in a second by x * c, with x in bfloat16 and c known only at run time."""
     x = jnp.ones(mebibytes * 2**19, jnp.bfloat16)
     program = jax.jit(jnp.multiply).lower(x, jnp.bfloat16(1)).compile()
     found = times({"copy": partial(program, x, jnp.bfloat16(1))}, rounds, 5)
@@ -111,13 +111,13 @@ def copy_speed(record: Record, mebibytes: int, rounds: int) -> None:
 
 
 def speed(results: dict[str, Any]) -> float:
-    """The speed of copying in bytes a second, by the least time."""
+    """The speed of copying in bytes a second, by the minimum time."""
     entry = results["parts"]["copy"][0]
     return entry["bytes"] / min(entry["seconds"]["copy"])
 
 
 def bandwidth(entry: dict[str, Any], name: str) -> float:
-    """Bytes a second of a library: the least number of passes of the block, over the least time."""
+    """Bytes a second of a library: the minimum number of passes of the block, over the minimum time."""
     bytes_ = math.prod(entry["shape"]) * dtype_of(entry["dtype"]).itemsize
     return bench.PASSES[entry["block"], entry["direction"]] * bytes_ / min(entry["seconds"][name])
 
@@ -126,7 +126,7 @@ def bandwidth(entry: dict[str, Any], name: str) -> float:
 
 
 def cases(shapes: tuple[str, ...], dtypes: tuple[str, ...], blocks: tuple[str, ...]) -> list[Case]:
-    """What to time. Dtypes after the first are combined with the first block alone."""
+    """What to time. Dtypes after the first are combined only with the first block."""
     found: list[Any] = [
         (bench.sizes(shape), block, direction, dtype)
         for shape, dtype, block, direction in itertools.product(shapes, dtypes, blocks, get_args(Direction))
@@ -183,7 +183,7 @@ def _made(name, case):
 
 
 def _torch_layer(case, torch, device):
-    """The block in PyTorch, after a first call, so that a failure is PyTorch's alone."""
+    """The block in PyTorch, after a first call, so that a failure affects only PyTorch."""
     options = {"device": device, "dtype": getattr(torch, case.dtype)}
     tensors = [torch.randn(case.shape, **options) for _ in range(3)]
     call = torch_call(contenders.torch_block(case, *tensors), torch, device)
@@ -241,7 +241,7 @@ def _guard_program(name, case, number):
 
 
 def _chain(apply, layers):
-    """So many layers, one after another, with nothing between."""
+    """This many layers, one after another, with nothing between."""
 
     def call(params, state, x):
         kept: list[Any] = []
@@ -257,7 +257,7 @@ def _chain(apply, layers):
 
 
 def exact(record: Record, rows: int, features: int) -> None:
-    """Errors against float64 for data far from 0, and the second derivative against the one of the plain formula."""
+    """Errors against float64 for data far from 0, and the second derivative against that of the plain formula."""
     case = Case((rows, features), "bn", "backward", "float32")
     params, state = bnjax.bn_init(features)
 

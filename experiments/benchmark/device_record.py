@@ -1,7 +1,7 @@
-"""The results of `device` while they are made, and the clocks that the driver of an NVIDIA GPU reports meanwhile.
+"""The results of `device` as they are measured, and the clocks that the driver of an NVIDIA GPU reports meanwhile.
 
-A device may be at hand for a few minutes alone. Results are therefore written after each measurement, a measurement
-that fails does not end the others, and what the time limit leaves no room for is named in the results.
+A device may be available for only a few minutes. Results are therefore written after each measurement, a measurement
+that fails does not end the others, and what exceeds the time limit is named in the results.
 """
 
 import json
@@ -39,11 +39,11 @@ def driver(fields: tuple[str, ...]) -> dict[str, str] | None:
 
 
 class Record:
-    """The results, in a file that is written anew after each change, and the time that is left.
+    """The results, in a file that is rewritten after each change, and the time that is left.
 
     Args:
       path: the file. Parts that an earlier run left in it stay until they are measured again.
-      limit_seconds: the time after which `late` says so.
+      limit_seconds: the time after which `late` is true.
     """
 
     def __init__(self, path: Path, limit_seconds: float):
@@ -111,7 +111,7 @@ class Record:
             return None
         try:
             return call()
-        except Exception as error:  # whatever it is, what comes after it is measured
+        except Exception as error:  # whatever it is, the measurements after it run
             traceback.print_exc()
             self.leave_out(name, f"{type(error).__name__}: {error}"[:500])
             return None
@@ -126,7 +126,7 @@ class Record:
         return {name: program for name, program in done.items() if program is not None}
 
     def write(self) -> None:
-        """Write the file, as a whole."""
+        """Write the whole file."""
         draft = self.path.with_suffix(".part")
         draft.write_text(json.dumps(self.results, indent=1) + "\n")
         draft.replace(self.path)
@@ -145,8 +145,8 @@ class Record:
 def times(calls: Mapping[str, Callable[[], Any]], rounds: int, repeats: int) -> dict[str, list[float]]:
     """The seconds of each call, with the calls in turn.
 
-    A timing issues `repeats` calls, waits for the last one, and is divided by their number, so that the time to issue
-    a call hides behind the work of the one before it. A device does the work of one process in the order of issue.
+    A timing issues `repeats` calls, waits for the last one, and is divided by their number, so that the time to issue a
+    call overlaps with the work of the call before it. A device does the work of one process in the order of issue.
     """
     for call in calls.values():
         for _ in range(3):

@@ -13,7 +13,7 @@ Table = tuple[list[str], list[list[str]]]
 BLOCKS = {"bn": "BN", "bn_relu": "BN + ReLU", "bn_add_relu": "BN + add + ReLU"}
 DIRECTIONS = {"forward": "forward", "backward": "forward and backward"}
 SMALL = 2**20
-"""values of x below which a time is that of issuing the call"""
+"""values of x below which a time is the time to issue the call"""
 
 
 def read(folder: Path) -> dict[str, Any]:
@@ -39,12 +39,12 @@ def names(every: Iterable[dict[str, Any]]) -> list[str]:
 
 
 def ratio(found: Iterable[dict[str, Any]], of: str, to: str) -> float:
-    """The least time of one call over that of another, the geometric mean over entries."""
+    """The minimum time of one call over that of another, the geometric mean over entries."""
     return bench.geometric_mean(min(e["seconds"][of]) / min(e["seconds"][to]) for e in found)
 
 
 def layer(results: dict[str, Any]) -> Table:
-    """By block: how many times as fast as each library bnjax is, and each library's part of the speed of copying.
+    """By block: how many times as fast as each library bnjax is, and each library's fraction of the speed of copying.
 
     Both are geometric means over the shapes; a library that failed for one of the shapes is left out there.
     """
@@ -78,7 +78,7 @@ def times_beside(results: dict[str, Any], block: str, direction: str, dtype: str
 
 
 def layer_times(results: dict[str, Any]) -> Table:
-    """By case: the least time of each call in microseconds, and the spread (median / least - 1) of bnjax's times."""
+    """By case: the minimum time of each call in microseconds, and the spread (median / minimum - 1) of bnjax's."""
     every = entries(results, "layer")
     libraries = names(every)
     rows = [
@@ -94,7 +94,7 @@ def layer_times(results: dict[str, Any]) -> Table:
 
 
 def guard(results: dict[str, Any]) -> Table:
-    """By shape: the least time of a layer in microseconds, for one layer and in a chain, and what the guard adds."""
+    """By shape: the minimum time of a layer in microseconds, for one layer and in a chain, and what the guard adds."""
     every = entries(results, "guard")
     timed = names(every)
     rows: list[list[str]] = []
@@ -110,7 +110,7 @@ def guard(results: dict[str, Any]) -> Table:
 
 
 def resnet(results: dict[str, Any]) -> Table:
-    """By normalization: the least time of a step, images a second, and what normalization adds in parts of Flax's."""
+    """By normalization: the minimum time of a step, images a second, and its cost as a fraction of Flax's."""
     rows: list[list[str]] = []
     for e in [*entries(results, "resnet"), *entries(results, "pytorch")]:
         least = {name: min(seconds) for name, seconds in e["seconds"].items()}
@@ -174,7 +174,7 @@ def facts(results: dict[str, Any]) -> str:
 
 
 def load(results: dict[str, Any]) -> str:
-    """The range of the readings while the GPU was at work at least half of the time; the text is empty without any."""
+    """The range of the readings while the GPU was busy at least half of the time; the text is empty without any."""
     readings = [r for part in results["clocks"].values() for r in part]
     busy = [r for r in readings if _number(r["utilization.gpu"]) >= 50]
     if not busy:
@@ -212,7 +212,7 @@ TABLES = {"layer": layer, "layer_times": layer_times, "guard": guard, "resnet": 
 
 
 def report(results: dict[str, Any]) -> str:
-    """All that there is to say, in Markdown."""
+    """The whole report, in Markdown."""
     parts = [facts(results)]
     parts += [markdown(table(results)) for name, table in TABLES.items() if entries(results, name.partition("_")[0])]
     second = [e["second derivative"] for e in entries(results, "exact") if "second derivative" in e]

@@ -1,11 +1,11 @@
-"""How exact batch normalization is where the mean is far from 0, in this and in other libraries.
+"""How exact batch normalization is where the mean is far from 0, in bnjax and in other libraries.
 
 The data are float32 normal numbers around a mean of many standard deviations. Float64 computes what the layer should
-give for these float32 numbers, so that an error is the library's own. What a library cannot help is measured beside it:
-rounding the data to float32 moves the exact output already, by a number that grows with |mean| / std.
+give for these float32 numbers, so that an error is the library's own. The unavoidable error is measured too: rounding
+the data to float32 already changes the exact output, by a number that grows with |mean| / std.
 
-Errors are of the output, which has a standard deviation of 1, and of the gradient with respect to x, in parts of its
-largest value: the largest of all elements and seeds.
+Errors are the largest of all elements and seeds: of the output, which has a standard deviation of 1, and of the
+gradient with respect to x, as a fraction of its largest value.
 """
 
 import json
@@ -23,12 +23,12 @@ from experiments.benchmark import contenders
 from experiments.harness import data, plot, records
 
 ROUNDING = "rounding x to float32"
-"""What no library can help; an entry beside the libraries."""
+"""The unavoidable error, an entry like the libraries."""
 EPSILON = {"Keras on JAX": 1e-3}
-"""of the libraries whose default is another than 1e-5"""
+"""epsilon of the libraries whose default is not 1e-5"""
 LIBRARIES = (*contenders.LAYERS, "PyTorch")
 WIDTHS = {"Flax Linen": 5.0, "Flax NNX": 2.8, "Flax Linen, two reads": 4.0, "bnjax": 2.4}
-"""of lines that lie on each other: the wider one is drawn behind"""
+"""widths of lines that lie on each other: the wider one is drawn behind"""
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def errors_at(ratio: float, config: Exactness, calls: dict[str, Call]) -> dict[s
             epsilon = EPSILON.get(name, 1e-5)
             found.setdefault(name, []).append(_distance(call(x, cotangent), oracle(x, cotangent, epsilon)))
         found.setdefault(ROUNDING, []).append(_distance(oracle(x, cotangent), oracle(exact, cotangent)))
-    worst = {name: np.max(errors, axis=0).tolist() for name, errors in found.items()}  # nan if one is
+    worst = {name: np.max(errors, axis=0).tolist() for name, errors in found.items()}  # nan if any is
     return {
         name: {key: value if np.isfinite(value) else None for key, value in zip(("y", "dx"), values, strict=True)}
         for name, values in worst.items()
@@ -175,7 +175,7 @@ FIGURES = {
 def figures(folder: Path, entries: list[dict[str, Any]]) -> None:
     """Draw errors against |mean| / std, a line for each library, in a figure for the output and one for the gradient.
 
-    Each figure is narrow, so that two of them stand side by side on a desktop, and one fills a phone.
+    Each figure is narrow, so that two fit side by side on a desktop, and one fills a phone.
     """
     for file, (quantity, title) in FIGURES.items():
         with plot.figure(folder / f"{file}.png", title, width=5.2, height=4.4) as axes:

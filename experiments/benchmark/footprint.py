@@ -104,7 +104,7 @@ def report(entries: list[dict[str, Any]]) -> None:
 
 
 def times(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-    """The least seconds of each call over `rounds` interleaved calls, after a call that is not counted."""
+    """The minimum seconds of each call over `rounds` interleaved calls, after a call that is not counted."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds + 1):  # the first is not counted
         for name, call in calls.items():

@@ -1,9 +1,9 @@
 """The traffic of a compiled program, read from its text: bytes to and from main memory, collectives, conditionals.
 
 Each instruction of the entry computation reads its operands and writes its result once; of an operand that a fusion
-takes slices of, and nothing else, it reads these. Instructions that only name or view an array are not counted, and
-neither are arrays in on-chip memory (memory space S(1) of a TPU). Of a conditional the cheapest branch counts, which is
-the usual one; the body of a loop counts once.
+only takes slices of, it reads the slices. Instructions that only name or view an array are not counted, and neither are
+arrays in on-chip memory (memory space S(1) of a TPU). For a conditional the cheapest branch counts, which is the usual
+one; the body of a loop counts once.
 """
 
 import re
@@ -84,7 +84,7 @@ class Program:
                 yield from self._usual(called)
 
     def _called(self, operation: str, rest: str) -> str | None:
-        """The computation that an instruction calls. Of a conditional, the cheapest branch."""
+        """The computation that an instruction calls; for a conditional, the cheapest branch."""
         if operation == "conditional":
             found = _BRANCHES.findall(rest)
             branches = [b.strip().lstrip("%") for many, one in found for b in (many or one).split(",")]
@@ -129,7 +129,7 @@ class Program:
         return total
 
     def _slices(self, computation: str) -> dict[int, int]:
-        """By place of a parameter that a computation takes slices of, and uses for nothing else, their bytes."""
+        """By position of a parameter that a computation only takes slices of, the bytes of the slices."""
         places: dict[str, int] = {}
         slices: dict[int, int] = {}
         other: set[int] = set()
@@ -139,7 +139,7 @@ class Program:
                 places[name] = int(arguments)
             for operand in set(re.findall(r"%([\w.\-]+)", arguments)) & places.keys():
                 place = places[operand]
-                # The operands of a dynamic slice are the array and scalars, which say where it begins.
+                # The operands of a dynamic slice are the array and the scalars that say where it begins.
                 if operation in ("slice", "dynamic-slice"):
                     slices[place] = slices.get(place, 0) + sum(size for size, _ in _arrays(kind))
                 else:

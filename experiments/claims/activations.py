@@ -8,7 +8,7 @@ Santurkar et al. (2018, definition 2.1) ask for what the shift was feared for. L
 respect to a layer's parameters, and G' the same gradient after all layers before it have been updated by a step, on the
 same batch. If the layer's problem changes much by these updates, G' differs from G. The measures are |G - G'| / |G| and
 the cosine between G and G'. The paper compares |G - G'|, which depends on the scale of the gradients, and so on the
-parametrization; the relative change does not. Kernels alone are compared, because both arms have them.
+parametrization; the relative change does not. Only kernels are compared, because both arms have them.
 """
 
 from dataclasses import dataclass
@@ -20,7 +20,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.claims.common import ACTIVATIONS, GRIDS, NETWORKS, Observed, build
-from experiments.harness import curves, distributions, lab, plot, protocol, records, report, runs, study, train
+from experiments.harness import (
+    curves,
+    distributions,
+    headline,
+    lab,
+    plot,
+    protocol,
+    records,
+    report,
+    runs,
+    study,
+    train,
+)
 
 ARMS = ("plain", "batch normalization")
 RATES = ("same rate", "own best rate")
@@ -51,6 +63,7 @@ def _parts():
             "less shift means a smaller drift or change" if ratio else "less shift means a larger cosine",
             "ratio" if ratio else "difference",
             paper=paper[measure],
+            margin=protocol.TENTH if ratio else None,
         )
 
 
@@ -97,8 +110,15 @@ class Activations(Observed):
 
     NAME = "activations"
     CLAIM = "batch normalization reduces internal covariate shift: it steadies the distributions of a layer's inputs"
+    # The paper's network and its measure, figures 1b and 1c.
+    HEADLINE = headline.Headline(
+        "sigmoid, same rate, drift",
+        "{} drift of a layer's inputs with batch normalization",
+        "batch normalization",
+        "amount",
+    )
     QUESTION = (
-        "Do the distributions of a layer's inputs move less, and does a layer's gradient change less when the layers "
+        "Do the distributions of a layer's inputs change less, and does a layer's gradient change less when the layers "
         "before it are updated?"
     )
     SOURCE = "Ioffe & Szegedy (2015), sections 2 and 4.1, figures 1b and 1c; Santurkar et al. (2018), section 2.2"
@@ -107,9 +127,10 @@ class Activations(Observed):
         "over the curve. The drift is the standard deviation, over all steps of training, of the median of a unit's "
         "input in the last hidden layer on fixed training images, divided by the input's own standard deviation. It is "
         "nearly true by definition that normalization makes it smaller. Therefore the measure of Santurkar et al. is "
-        "added: how much a layer's gradient on a batch changes, and the cosine, when the layers before it are updated "
-        "by a step on this batch, averaged over layers. Both arms are compared at equal loss of this batch: on average "
-        "over losses from 0.75 to 0.25 of log(classes), which lie between guessing and the target of the training loss."
+        "added: how much a layer's gradient on a batch changes, and the cosine between the gradients, when a step on "
+        "this batch updates the layers before it, averaged over layers. Both arms are compared at equal loss of this "
+        "batch: on average over losses from 0.75 to 0.25 of log(classes), which lie between guessing and the target of "
+        "the training loss."
     )
     WOULD_CHANGE = (
         "The paper of Santurkar et al. compares differences of gradients that are not divided by the gradient's norm, "
@@ -120,9 +141,10 @@ class Activations(Observed):
     CHANGES = (
         report.Change(
             "2026-11-27",
-            "The drift alone, which normalization makes smaller nearly by definition, at one learning rate that was "
-            "chosen for the plain network and with a threshold of 2 that no publication states. Added were the change "
-            "of gradients by the update of earlier layers (Santurkar et al.), tuned rates and a convolutional network.",
+            "Only the drift was measured, which normalization makes smaller nearly by definition, at one learning rate "
+            "chosen for the plain network and with a threshold of 2 that no publication states. The change of "
+            "gradients by the update of earlier layers (Santurkar et al.), tuned rates and a convolutional network "
+            "were added.",
             "1000 to 1009",
         ),
         study.again(),
@@ -217,7 +239,7 @@ class Activations(Observed):
         with plot.figure(path, title, panels=1 + len(self.networks)) as panels:
             series = {arm: each for arm, (_, each) in self._series(metrics, self.networks[0], RATES[0]).items()}
             for arm, each in series.items():
-                # Of the first seed alone: units of different seeds have nothing in common.
+                # Only of the first seed: units of different seeds have nothing in common.
                 median, spread = (each[name][0, :, 0] for name in ("median", "spread"))
                 colour = plot.COLOURS[arm]
                 panels[0].fill_between(each.steps, median - spread, median + spread, color=colour, alpha=0.25, lw=0)

@@ -20,7 +20,7 @@ import jax
 import numpy as np
 
 from experiments.benchmark import footprint
-from experiments.harness import lab, plot, protocol, records, report, runs, study
+from experiments.harness import headline, lab, plot, protocol, records, report, runs, study
 
 PLAIN, NORMALIZED, SAVING = "plain", "batch normalization", "save_statistics"
 ARMS = {PLAIN: ("never had it", False), NORMALIZED: ("bnjax", False), SAVING: ("bnjax", True)}
@@ -59,25 +59,29 @@ class Cost(study.Study):
 
     NAME = "cost"
     CLAIM = "batch normalization costs time, memory and parameters"
-    QUESTION = "How many times as much of each does a network take with batch normalization?"
+    # What a user notices first.
+    HEADLINE = headline.Headline(
+        "time", "{} time for loss and gradient with batch normalization", "batch normalization", "amount"
+    )
+    QUESTION = "How many times as much of each does a network need with batch normalization?"
     SOURCE = "common knowledge; Gitman & Ginsburg (2017) on time, Rota Bulò et al. (2018) on memory"
     PROTOCOL = (
         "A network of twelve blocks of convolution, batch normalization or a bias, and ReLU is timed on a batch of "
-        "normal numbers, which are those of no data set. A seed is a round of timing with its own variables, batch and "
-        "order of the arms. In each round the calls of the arms are interleaved, and the least time of each counts."
+        "random normal numbers, not on a data set. A seed is a round of timing with its own variables, batch and order "
+        "of the arms. In each round the calls of the arms are interleaved, and the minimum time of each counts."
     )
     WOULD_CHANGE = (
-        "Times are those of one machine. A device whose memory is slow in comparison with its arithmetic, or a network "
+        "Times are from one machine. A device whose memory is slow in comparison with its arithmetic, or a network "
         "with cheaper layers between the normalizations, makes the share of the normalization larger. A compiler that "
-        "merges the normalization with its neighbours makes it smaller."
+        "fuses the normalization with its neighbours makes it smaller."
     )
     PARTS = PARTS
     CHANGES = (
         report.Change(
             "2026-11-27",
-            "The time of an evaluation, even when folded, is a part no more, because nobody claims it. The spread was "
-            "over repetitions of one timing; now each has its own variables, batch and order. The thresholds are the "
-            "same.",
+            "The time of an evaluation, even when folded, is no longer a part, because nobody claims it. The spread "
+            "was over repetitions of one timing; now each has its own variables, batch and order. The thresholds are "
+            "the same.",
             "1000 to 1009",
         ),
         study.again(),
@@ -121,7 +125,7 @@ class Cost(study.Study):
             f"In multiples of the plain network: loss and gradient take {normalized['time']} of the time and save "
             f"{normalized['memory']} of the bytes ({saving['memory']} with save_statistics, which takes "
             f"{saving['time']} of the time); parameters and statistics are {normalized['parameters']}. "
-            f"Times are the least of {self.rounds} calls, in {len(metrics[PLAIN].seeds)} rounds.",
+            f"Times are the minimum of {self.rounds} calls, in {len(metrics[PLAIN].seeds)} rounds.",
             f"Loss and gradient take {ratios['time'][NORMALIZED].mean():.2f} times as long as without, and save "
             f"{ratios['memory'][NORMALIZED].mean():.2f} times as much",
             [

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 import optax
 
-from experiments.harness import data, lab, plot, protocol, records, report, runs, runtime, study, train
+from experiments.harness import data, headline, lab, plot, protocol, records, report, runs, runtime, study, train
 from experiments.models import networks
 
 ONE, SYNCHRONIZED, OWN = "1 device", "4 devices, synchronized", "4 devices, each its own"
@@ -39,19 +39,21 @@ class Devices(study.Study):
 
     NAME = "devices"
     CLAIM = "statistics synchronized over devices equal those of one big batch"
+    # The other part says only that the test could fail.
+    HEADLINE = headline.Headline("synchronized", "the training loss on 4 devices differs from one device's by {} of it")
     QUESTION = (
         "Does training on 4 devices give the losses of training on one, with synchronized statistics and without?"
     )
     SOURCE = "the definition of batch normalization; Peng et al. (2018), section 3.3, on many devices"
     PROTOCOL = (
         "A network with batch normalization and SiLU is trained from one initialization and on the same batches of 16 "
-        "images: on one device; on 4 devices, each with 4 images of the batch, whose statistics are merged; and on 4 "
-        "devices with statistics of their own 4 images. The effect is the greatest distance over all steps of the "
-        "training loss from that on one device, as a part of it."
+        "images: on one device; on 4 devices with 4 images each, whose statistics are merged; and on 4 devices, each "
+        "with the statistics of its own 4 images. The effect is the largest difference, over all steps, between the "
+        "training loss and the training loss on one device, as a fraction of the latter."
     )
     WOULD_CHANGE = (
-        "With enough images on each device, its own statistics come close to those of the whole batch. A network or a "
-        "rate with chaotic training would enlarge the rounding of the synchronized arm until it is noticed."
+        "With enough images on each device, its own statistics are close to those of the whole batch. A network or a "
+        "rate with chaotic training would amplify the rounding of the synchronized arm until it is noticed."
     )
     PARTS = (
         protocol.Part(

@@ -4,7 +4,7 @@ BN((a W) u) = BN(W u), and the gradient with respect to a W is 1 / a times that 
 weights should matter little. ReLU networks are trained from the initializations of LeCun, of He, and with orthogonal
 kernels, each times scales over six decades, which also multiply the last layer, which is not normalized. A scale trains
 if the mean training loss of the last evaluations is at the fixed target or below it. The width of the range that trains
-is that of the longest series of consecutive scales; one scale alone, or none, has the width 0. If the range with batch
+is that of the longest series of consecutive scales; a single scale, or none, has the width 0. If the range with batch
 normalization ends outside the scales, its width is a lower bound, which does not favour the claim.
 """
 
@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.harness import curves, lab, plot, protocol, records, report, runs, study
+from experiments.harness import curves, headline, lab, plot, protocol, records, report, runs, study
 from experiments.models import networks
 
 ARMS = ("plain", "batch normalization")
@@ -40,6 +40,7 @@ def _parts():
         "plain / batch normalization",
         1.0,
         "mattering less means a smaller ratio",
+        margin=protocol.TENTH,
     )
 
 
@@ -63,16 +64,22 @@ class Initialization(study.Study):
 
     NAME = "initialization"
     CLAIM = "with batch normalization the initialization matters less"
+    # The usual initialization for ReLU.
+    HEADLINE = headline.Headline(
+        "He, range of scales",
+        "{} decades of scales of the initial weights train with batch normalization",
+        "batch normalization",
+    )
     QUESTION = (
         "Over how many decades may the scale of the initial weights be wrong, and how much does their kind matter?"
     )
     SOURCE = "Ioffe & Szegedy (2015), section 3.3"
     PROTOCOL = (
-        "ReLU networks of five hidden layers are trained from kernels of LeCun, of He, and from orthogonal ones, times "
+        "ReLU networks of five hidden layers are trained from LeCun's, He's and orthogonal kernels, multiplied by "
         "scales from 10^-3 to 10^3 in half decades, with a bias or with batch normalization before each nonlinearity. "
-        "Each arm has one learning rate, which is chosen from He's kernels at scale 1. A scale trains if the training "
-        "loss is at the target or below it at the end. The range of these scales is known to half a decade, so that an "
-        "interval without width only says that all seeds agree on that."
+        "Each arm has one learning rate, which is chosen with He's kernels at scale 1. A scale trains if the training "
+        "loss is at the target or below it at the end. The range of these scales is known to half a decade, so an "
+        "interval of width 0 only means that all seeds agree to that precision."
     )
     WOULD_CHANGE = (
         "With a learning rate of its own for each scale, or with an optimizer with a step size for each weight, the "

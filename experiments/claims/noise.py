@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jax import Array
 
 import bnjax
-from experiments.harness import curves, data, lab, plot, protocol, records, report, runs, study, train
+from experiments.harness import curves, data, headline, lab, plot, protocol, records, report, runs, study, train
 from experiments.models import networks
 
 ARMS = ("batch", "population", "population + noise")
@@ -40,7 +40,9 @@ GRID = lab.half_decades(0.001, 3)
 
 
 def _part(name: str, measure: str, arm: str, source: str) -> protocol.Part:
-    return protocol.Part(name, f"{MEASURES[measure]}: population statistics / {arm}", 1.0, source)
+    return protocol.Part(
+        name, f"{MEASURES[measure]}: population statistics / {arm}", 1.0, source, margin=protocol.TENTH
+    )
 
 
 @dataclass(frozen=True)
@@ -49,21 +51,25 @@ class Noise(study.Study):
 
     NAME = "noise"
     CLAIM = "the noise of batch statistics is what regularizes"
+    # The purpose of a regularizer is a lower test loss.
+    HEADLINE = headline.Headline(
+        "test loss without the noise", "{} test loss without the noise", "population statistics", "height"
+    )
     QUESTION = (
-        "Does a network generalize worse if the statistics of its batches lose their noise, and better again if the "
+        "Does a network generalize worse if the noise of its batch statistics is removed, and better again if the "
         "noise is put back by hand?"
     )
     SOURCE = "Ioffe & Szegedy (2015), section 3.4; Luo et al. (2019)"
     PROTOCOL = (
         "A network of two hidden layers of 100 ReLU units is trained by gradient descent in small batches on 200 "
         "images, of which a fifth have a wrong label. It is normalized by the statistics of each batch, by those of "
-        "all training images, or by the latter with the noise of another batch's statistics, which is drawn apart from "
-        "the images that are normalized. Nothing else differs, and in evaluation all use the statistics of all "
+        "all training images, or by the latter with the noise of another batch's statistics, which is drawn "
+        "independently of the normalized images. Nothing else differs, and in evaluation all use the statistics of all "
         "training images. Each arm has its own best learning rate for each measure."
     )
     WOULD_CHANGE = (
-        "Larger batches have less noise, and in a batch of all images the three are the same. Without label noise the "
-        "losses in training and in test differ less."
+        "Larger batches have less noise, and in a batch of all images the three arms are the same. Without label noise "
+        "the losses in training and in test differ less."
     )
     PARTS = (
         _part("test loss without the noise", "test loss", "batch statistics", "regularizing means a lower test loss"),
@@ -85,7 +91,7 @@ class Noise(study.Study):
         report.Change(
             "2026-11-27",
             "The arms differed in the memory of their statistics too, one learning rate served all, and the gap was "
-            "1 - test accuracy. Now they differ in the statistics of training alone, the noise is put back by hand in "
+            "1 - test accuracy. Now they differ only in the statistics of training, the noise is put back by hand in "
             "a third, some labels are wrong, and losses are compared. After a pilot of 4 seeds the rates for the gap "
             "became those of the smallest gap, as in `regularization`.",
             "1000 to 1009",

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.harness import curves, lab, plot, protocol, records, report, runs, study
+from experiments.harness import curves, headline, lab, plot, protocol, records, report, runs, study
 from experiments.models import networks
 
 ARMS = ("plain", "before", "after", "both")
@@ -56,8 +56,14 @@ class Placement(study.Study):
 
     NAME = "placement"
     CLAIM = "batch normalization belongs before the activation, not after it"
+    # The usual kind of network, at a rate that both arms share, so that they differ only in the place.
+    HEADLINE = headline.Headline(
+        "convolutional, same rate, loss",
+        "{} steps with the normalization after the activation, in a convolutional network",
+        "after",
+    )
     QUESTION = "Does a network learn faster, or better, with batch normalization before the activation or after it?"
-    SOURCE = "Ioffe & Szegedy (2015), section 3.2, and PyTorch's usual networks; against them Keras's usual example"
+    SOURCE = "Ioffe & Szegedy (2015), section 3.2, and PyTorch's usual networks; against them, Keras's usual example"
     PROTOCOL = (
         "A fully connected network of 256 and 128 units and a plain network of eight convolutions, both with ReLU and "
         "He's initial weights, are trained by gradient descent with the normalization before the activation, after it, "
@@ -66,9 +72,9 @@ class Placement(study.Study):
         "every step. Steps to two fixed targets are compared, and the test error at the end."
     )
     WOULD_CHANGE = (
-        "Before counts as better only if after needs a tenth more steps, or makes a tenth more errors; with a "
-        "threshold of 1 smaller differences would count. A saturating activation, such as the sigmoid, needs the "
-        "normalization of its input more than ReLU does, and may favour another place."
+        "Before the activation counts as better only if after it needs a tenth more steps, or makes a tenth more "
+        "errors; with a threshold of 1 smaller differences would count. A saturating activation, such as the sigmoid, "
+        "needs the normalization of its input more than ReLU does, and may favour another place."
     )
     PARTS = (*_parts(),)
     CHANGES = (

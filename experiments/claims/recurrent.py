@@ -3,7 +3,7 @@
 Images are read pixel by pixel, in one random order of the pixels, by three networks: an LSTM; the BN-LSTM, whose
 normalizations have running statistics for each timestep; and a BN-LSTM that does not normalize the cell.
 
-Statistics that all timesteps share differ in evaluation alone, so that the trained BN-LSTM is evaluated with both. By
+Statistics that all timesteps share differ only in evaluation, so that the trained BN-LSTM is evaluated with both. By
 the law of total variance the shared ones are those of all images and timesteps together:
 
     mean = avg_t mean_t        var = avg_t var_t + avg_t (mean_t - mean)^2
@@ -23,7 +23,7 @@ from jax import Array
 
 import bnjax
 from bnjax.variants import lstm
-from experiments.harness import curves, lab, plot, protocol, records, report, runs, study, train
+from experiments.harness import curves, headline, lab, plot, protocol, records, report, runs, study, train
 from experiments.models import networks
 
 # By arm, whether the input and recurrent terms are normalized, and whether the cell is.
@@ -49,6 +49,10 @@ class Recurrent(study.Study):
 
     NAME = "recurrent"
     CLAIM = "recurrent networks need their own form of batch normalization"
+    # Statistics for each timestep are what the recurrent form adds.
+    HEADLINE = headline.Headline(
+        "own statistics", "{} test loss with statistics shared over timesteps", "shared over timesteps", "height"
+    )
     QUESTION = (
         "Does an LSTM train faster and generalize better with the BN-LSTM's normalizations, does it need statistics "
         "for each timestep, and does the cell have to be normalized?"
@@ -56,14 +60,14 @@ class Recurrent(study.Study):
     SOURCE = "Cooijmans et al. (2017), sections 3 and 5.1, table 1, figure 2"
     PROTOCOL = (
         "Images of at most 8 x 8 pixels are read pixel by pixel in one random order, the same for all runs. The LSTM, "
-        "the BN-LSTM and the BN-LSTM without normalization of the cell are trained by Adam with a learning "
-        "rate that falls to 0, each at its own best rate, chosen by the validation accuracy at the end. "
-        "Forget gates start open in all of them. The trained BN-LSTM is evaluated with statistics for each timestep "
-        "and with statistics of all timesteps together, which include the spread of the timesteps' means. Speed is "
-        "measured to a training loss alone, since no arm reaches a validation accuracy of 0.9 reliably."
+        "the BN-LSTM and the BN-LSTM without normalization of the cell are trained by Adam with a learning rate that "
+        "falls to 0, each at its own best rate, chosen by the validation accuracy at the end. Forget gates start open "
+        "in all networks. The trained BN-LSTM is evaluated with statistics for each timestep and with statistics of "
+        "all timesteps together, which include the spread of the timesteps' means. Speed is measured only to a "
+        "training loss, since no arm reaches a validation accuracy of 0.9 reliably."
     )
     WOULD_CHANGE = (
-        "If the activations had the same distribution at every timestep, shared statistics would serve as well. Longer "
+        "If the activations had the same distribution at every timestep, shared statistics would be as good. Longer "
         "sequences make the LSTM without normalization harder to train."
     )
     PARTS = (
@@ -74,6 +78,7 @@ class Recurrent(study.Study):
                 1.0,
                 "faster means fewer steps",
                 paper="figure 2: the BN-LSTM is faster, without a number",
+                margin=protocol.TENTH,
             )
             for rate, words in RATES.items()
         ),
@@ -84,6 +89,7 @@ class Recurrent(study.Study):
             "better means more accurate",
             kind="difference",
             paper="95.4% - 90.2% = 0.052 (table 1, permuted MNIST)",
+            margin=protocol.POINT,
         ),
         protocol.Part(
             "own statistics",
@@ -91,6 +97,7 @@ class Recurrent(study.Study):
             1.0,
             "statistics of its own are needed if shared ones have a higher loss",
             paper="section 3: averaging statistics over time severely degrades performance, without a number",
+            margin=protocol.TENTH,
         ),
         protocol.Part(
             "cell",
@@ -98,6 +105,7 @@ class Recurrent(study.Study):
             0.0,
             "the cell has to be normalized if that is more accurate",
             kind="difference",
+            margin=protocol.POINT,
         ),
     )
     CHANGES = (

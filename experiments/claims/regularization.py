@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments.harness import curves, data, lab, plot, protocol, records, report, runs, study, train
+from experiments.harness import curves, data, headline, lab, plot, protocol, records, report, runs, study, train
 from experiments.models import networks
 
 NETWORKS = ("plain", "batch normalization")
@@ -68,6 +68,13 @@ class Regularization(study.Study):
 
     NAME = "regularization"
     CLAIM = "batch normalization regularizes, so that less dropout is needed"
+    # The conclusion that the claim draws.
+    HEADLINE = headline.Headline(
+        "instead of dropout",
+        "{} test loss with batch normalization in place of dropout",
+        "batch normalization alone",
+        "height",
+    )
     QUESTION = (
         "Is the loss on other images closer to the training loss with batch normalization, and does dropout then add "
         "less?"
@@ -81,7 +88,7 @@ class Regularization(study.Study):
     )
     WOULD_CHANGE = (
         "The less noise the labels have and the more images there are, the less there is to regularize. Larger batches "
-        "have less noise in their statistics. Dropout behind the last normalization alone disturbs its statistics less."
+        "have less noise in their statistics. Dropout only after the last normalization disturbs the statistics less."
     )
     PARTS = (
         protocol.Part(
@@ -90,13 +97,16 @@ class Regularization(study.Study):
             f"{ALONE}: plain / batch normalization",
             1.0,
             "regularizing means a smaller gap",
+            margin=protocol.TENTH,
         ),
         protocol.Part(
             "test loss",
             f"{AT_THE_END}, without a regularizer: plain / batch normalization",
             1.0,
             "regularizing means a lower test loss",
+            margin=protocol.TENTH,
         ),
+        # No margin: no publication says how many nats matter.
         protocol.Part(
             "dropout adds less",
             f"what dropout takes off the {AT_THE_END}: of the plain network - of the batch-normalized one",
@@ -104,6 +114,7 @@ class Regularization(study.Study):
             "section 3.4: dropout can be removed or reduced in strength",
             "difference",
         ),
+        # No margin: the claim is "no worse", which no effect would not contradict.
         protocol.Part(
             "instead of dropout",
             f"{AT_THE_END}: plain with dropout / batch normalization alone",

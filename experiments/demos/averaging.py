@@ -1,8 +1,8 @@
-"""Claim: averaged weights need statistics of their own (Izmailov et al., 2018, section 3.2; Wu & Johnson, 2021).
+"""Claim: averaged weights need their own statistics (Izmailov et al., 2018, section 3.2; Wu & Johnson, 2021).
 
 A deep network is trained at a constant learning rate, and `optax.ema` averages its weights. The running statistics come
 from the weights during training; the averaged weights were never run in training mode. The experiment measures accuracy
-and cross-entropy on the test set, of the last weights, of the averaged weights with the running statistics, and of the
+and cross-entropy on the test set for the last weights, the averaged weights with the running statistics, and the
 averaged weights after `bnjax.recalibrate`.
 """
 

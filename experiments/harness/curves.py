@@ -93,6 +93,16 @@ def reached(steps: np.ndarray, values: np.ndarray, target: float, side: str = "a
     return np.where(hit.any(1), np.asarray(steps, float)[hit.argmax(1)], np.nan)
 
 
+def mean_error(series: runs.Series) -> np.ndarray:
+    """By run, the mean of 1 - validation accuracy over all steps, by the trapezoidal rule.
+
+    Unlike the steps to a target it exists for a run that never reaches one. A diverged network is always wrong.
+    """
+    error = 1 - np.nan_to_num(series["validation_accuracy"], nan=0.0)
+    steps = np.asarray(series.steps, float)
+    return np.trapezoid(error, steps, axis=1) / (steps[-1] - steps[0])
+
+
 def times_as_fast(slow: np.ndarray, quick: np.ndarray, last: float) -> np.ndarray:
     """By run, slow / quick, two numbers of steps to a target.
 

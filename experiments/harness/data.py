@@ -232,7 +232,7 @@ def _noisy(labels: np.ndarray, classes: int, train: np.ndarray, seed: int, noise
 def batches(
     number: int, batch_size: int, seed: int, first: int, steps: int, size: int | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The batches of some steps. Every epoch has a new order. A step's batch depends on seed and step alone.
+    """The batches of some steps. Every epoch has a new order. A step's batch depends only on seed and step.
 
     The last batch of an epoch has the remaining examples. Batches are padded to one size by repeating an index.
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from markupsafe import Markup
 
-from experiments.harness import protocol
+from experiments.harness import marks, protocol
 
 TIMES, MINUS = "\N{MULTIPLICATION SIGN}", "\N{MINUS SIGN}"
 
@@ -99,22 +99,15 @@ def _line(part: protocol.Decided, found: Line | None, on: Scale, last: bool) -> 
         if found.high > EDGE:
             shapes.append(_shape(EDGE, "M5 0L-4 -6V6Z"))
         if -EDGE <= found.value <= EDGE:
-            shapes.append(_shape(found.value, _MARKS[part.verdict]))
-    kind = protocol.VERDICTS.index(part.verdict) + 1
+            shapes.append(_shape(found.value, marks.SHAPES[marks.VERDICTS[part.verdict].shape]))
     label = f"{part.verdict}: {numbers(part)}, {limit(part)}"
-    start = Markup('<svg class="line verdict-{}" role="img" aria-label="{}" height="{}" width="100%">')
+    start = Markup('<svg class="line {}" role="img" aria-label="{}" height="{}" width="100%">')
     height = 30 if last and any(on.labels) else 24
-    return start.format(kind, label, height) + Markup("".join(shapes)) + Markup("</svg>")
+    return start.format(marks.classes(part.verdict), label, height) + Markup("".join(shapes)) + Markup("</svg>")
 
 
 _LONG = 'y1="-100" y2="200"'
 _MIDDLE = 12
-_MARKS = {
-    protocol.HOLDS: "M-5 0A5 5 0 0 0 5 0A5 5 0 0 0 -5 0Z",
-    protocol.REFUTED: "M-6 0L0 -6L6 0L0 6Z",
-    protocol.UNDECIDED: "M-4.5 -4.5H4.5V4.5H-4.5Z",
-}
-"""A disk, a diamond and a square, so that verdicts differ without colour too."""
 
 
 def axis() -> Markup:

@@ -89,9 +89,13 @@ def _score(series: runs.Series, classes: int, by: str) -> tuple[float, float]:
         return least(series["loss_step"]), least(series["last_loss"])
     if by in ("loss", "training"):
         return least(curves.smoothed(series["validation_loss" if by == "loss" else "loss"])[:, -1]), 0.0
-    first = 0 if by == "curve" else 1  # the end is of trained networks alone, however few evaluations
+    first = 0 if by == "curve" else 1  # the end is only of trained networks, however few evaluations
     accuracy = np.nan_to_num(curves.smoothed(series["validation_accuracy"][:, first:]), nan=0.0)
     return float((accuracy[:, 1:] if by == "curve" else accuracy[:, -1:]).mean()), 0.0
+
+
+class TimeIsUpError(Exception):
+    """The measurement ends before the next training, because its time is up. What is recorded stays."""
 
 
 class Lab:
@@ -105,16 +109,17 @@ class Lab:
         tuning_seeds: Sequence[int] = TUNING_SEEDS,
         moving: bool = False,
         tell: Callable[[str], None] = lambda remark: None,
+        may_go_on: Callable[[], bool] = lambda: True,
     ) -> None:
         self.dataset, self.record, self.seeds, self.tuning_seeds = dataset, record, seeds, tuning_seeds
-        self.moving, self.tell = moving, tell
+        self.moving, self.tell, self.may_go_on = moving, tell, may_go_on
 
     def fit(
         self,
         names: Sequence[str],
         network: Network,
         *,
-        settings: Sequence[dict[str, float]],
+        settings: Sequence[train.Setting],
         seeds: Sequence[int] | None = None,
         optimizer: Callable[..., optax.GradientTransformation] | None = None,
         splits: Mapping[str, Any] = {},
@@ -126,16 +131,21 @@ class Lab:
         Args:
           names: names of the runs, one for each setting.
           network: the network. Its `init` gets the setting without `rate`.
-          settings: by name, the numbers that init and optimizer are called with.
+          settings: by name, the numbers, or functions of the seed, that init and optimizer are called with.
           seeds: the seeds; by default those that the verdict is based on.
           optimizer: function from a setting as keywords; by default gradient descent with the learning rate `rate`.
           splits: options of `data.splits`.
           summary: what is recorded of a run; by default everything.
           options: options of `train.fit`.
+
+        Raises:
+          TimeIsUpError: if runs are missing and the laboratory may not go on.
         """
         missing = self.record.missing(names, self.seeds if seeds is None else seeds)
         if not missing:
             return
+        if not self.may_go_on():
+            raise TimeIsUpError
         evaluations: list[train.Evaluation] = []
         options = {"moving": self.moving, **options}
         each = train.fit(

@@ -173,7 +173,7 @@ def line_labels(axes: Any, ends: Mapping[str, float], styles: Mapping[str, Mappi
 
 
 def ticks(axes: Any, places: Sequence[float]) -> None:
-    """Set the ticks of a logarithmic x axis to these places alone, as plain numbers."""
+    """Set the ticks of a logarithmic x axis only to these places, as plain numbers."""
     axes.xaxis.set_major_locator(FixedLocator(places))
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.xaxis.set_minor_locator(NullLocator())

@@ -1,17 +1,31 @@
-"""The protocol of the claims: parts with thresholds, intervals over seeds, and verdicts.
+"""The protocol of the claims: parts with thresholds and margins, intervals over seeds, and verdicts.
 
 A claim is a list of parts. A part is an effect, a threshold with its source, and the side of the threshold on which the
 claim is true. The effect of every seed is measured, and its mean has a confidence interval by Student's t over seeds.
-A part holds if its interval lies beyond the threshold on the claim's side, is refuted if it lies beyond it on the other
-side, and is undecided if the interval contains the threshold, if the effect could not be measured in some seed, or if
-there are fewer than `LEAST_SEEDS` seeds.
-A ratio is averaged as its logarithm, so that r and 1 / r are treated alike.
+A ratio is averaged as its logarithm, so that r and 1 / r are treated alike. A part
 
-With several parts, one would be decided by chance alone more often than the stated error allows. Therefore the parts of
-a claim are decided in Holm's order (Holm, 1979): the part with the smallest p-value of m needs p <= ERROR / m, the next
-one p <= ERROR / (m - 1), and so on until one fails, after which none is decided. Each interval is given at the level of
-its own step, so that it excludes the threshold exactly if the part is decided, unless a remark says why the part
-cannot be decided.
+    holds             if its interval lies beyond the threshold on the claim's side,
+    is refuted        if it lies beyond the threshold on the other side,
+    has no effect     if it contains the threshold, but lies within the part's margin around no effect,
+    is undecided      otherwise; or if the effect could not be measured in some seed.
+
+The third is a test of equivalence by two one-sided tests (Schuirmann, 1987). A part without a margin never has it.
+
+A part that is undecided may get more seeds. They are judged at fixed numbers of seeds only, the `LOOKS`, because an
+interval that is looked at after every seed excludes any threshold at last. The part is decided at its first look that
+decides anything, and stays as it is; an undecided part shows its last look. Seeds beyond the last complete look count
+for nothing.
+
+The error is spent in advance: each of m parts has ERROR / m, and of this its look k has the share SPENT[k] (alpha
+spending by fixed shares; Lan & DeMets, 1983). The interval of a look has the level 1 - SPENT[k] ERROR / m. A wrong
+decision of any of the three kinds needs an interval that misses the true effect. By Bonferroni's inequality the
+probability that any interval of any look of any part does so is at most ERROR, however parts and looks depend on each
+other.
+
+Holm's order (1979), which hands on the error of the parts that were decided, is not used. It is valid for one
+hypothesis a part, and a part has two here. A part at its threshold, which is rightly decided as without effect, would
+hand on its error, although it can be decided wrongly itself. With eight parts that are measured precisely, a third of
+the claims without any effect would have a part that holds or is refuted.
 """
 
 import math
@@ -22,16 +36,38 @@ import numpy as np
 import scipy.stats
 
 ERROR = 0.05
-"""The probability, at most, that chance alone decides any of a claim's parts."""
-LEAST_SEEDS = 10
+"""The probability, at most, that any of a claim's parts is decided wrongly at any look, on one data set."""
+LOOKS = (10, 20, 30, 40)
+"""The numbers of seeds at which parts are judged."""
+SPENT = (1 / 2, 1 / 6, 1 / 6, 1 / 6)
+"""The share of a part's error that each look has."""
+LEAST_SEEDS = LOOKS[0]
 """With fewer seeds, nothing is decided."""
+NO_EFFECT_FROM = LOOKS[1]
+"""With fewer seeds, no part is decided as without effect: results of ten seeds were known when margins were fixed."""
 
 HOLDS = "holds"
 IN_PART = "holds in part"
 REFUTED = "refuted"
 REFUTED_IN_PART = "refuted in part"
 UNDECIDED = "undecided"
-VERDICTS = (HOLDS, IN_PART, REFUTED, REFUTED_IN_PART, UNDECIDED)
+NO_EFFECT = "no effect"
+VERDICTS = (HOLDS, IN_PART, REFUTED, REFUTED_IN_PART, UNDECIDED, NO_EFFECT)
+
+
+class Margin(NamedTuple):
+    """The range around no effect in which differences do not matter."""
+
+    size: float
+    """of a ratio, a number above 1: from 1 / size to size; of a difference, above 0: from -size to size"""
+    source: str
+    """the argument or the publication that the size comes from"""
+
+
+TENTH = Margin(1.1, "a tenth, which `placement` called worth a rule before it was measured")
+"""The margin of ratios whose threshold is 1."""
+POINT = Margin(0.01, "one percentage point: the differences in accuracy that the publications report are larger")
+"""The margin of differences of accuracies whose threshold is 0."""
 
 
 class Part(NamedTuple):
@@ -50,6 +86,9 @@ class Part(NamedTuple):
     """the side of the threshold on which the claim is true"""
     paper: str = ""
     """the publication's own number for this effect, if it gives one"""
+    margin: Margin | None = None
+    """the range around no effect that counts as no effect; None if the threshold is not no effect, or if no size of a
+    difference that matters is known"""
 
 
 class Decided(NamedTuple):
@@ -64,9 +103,9 @@ class Decided(NamedTuple):
     """the lower end of the interval; None if there is none"""
     high: float | None
     level: float
-    """the confidence level of the interval, by Holm's order"""
+    """the confidence level of the interval: that of its look"""
     n: int
-    """number of seeds in which the effect was measured"""
+    """number of seeds in which the effect was measured, of those of the look"""
     threshold: float
     side: Literal["above", "below"]
     source: str
@@ -74,14 +113,18 @@ class Decided(NamedTuple):
     verdict: str
     remark: str
     """why the part cannot be decided whatever its effect; empty if it can"""
+    margin: float | None = None
+    """the size of the margin around no effect; None if the part has none"""
+    margin_source: str = ""
 
 
 def decide(parts: Sequence[Part], effects: Mapping[str, np.ndarray], remarks: Mapping[str, str] = {}) -> list[Decided]:
-    """Decide the parts of a claim together.
+    """Decide the parts of a claim.
 
     Args:
       parts: the parts.
-      effects: by name of the part, the effect in each seed; nan where it could not be measured.
+      effects: by name of the part, the effect in each seed, in the order in which seeds were added; nan where it could
+        not be measured.
       remarks: by name of the part, the reason why it cannot be decided whatever its effect, for example a best learning
         rate at the edge of its grid.
 
@@ -89,77 +132,80 @@ def decide(parts: Sequence[Part], effects: Mapping[str, np.ndarray], remarks: Ma
       The parts with effect, interval and verdict, in the order of `parts`.
 
     Raises:
-      ValueError: if names are repeated or an effect is missing, or if a ratio is not positive.
+      ValueError: if names are repeated or an effect is missing, if a ratio is not positive, or if a margin is empty.
     """
     names = [part.name for part in parts]
     if len({*names}) < len(names) or {*names} != {*effects}:
         raise ValueError(f"decide(): parts {names}, effects {[*effects]}. Expected one effect for each part.")
-    measured = {part.name: _Measured.of(part, np.asarray(effects[part.name], float)) for part in parts}
-    reasons = {name: remarks.get(name) or measured[name].remark for name in names}
-    order = sorted(names, key=lambda name: (bool(reasons[name]), measured[name].p))
-    decided, error, stopped = {}, ERROR, False
-    for place, name in enumerate(order):
-        if not stopped:
-            error = ERROR / (len(order) - place)
-        stopped = stopped or bool(reasons[name]) or measured[name].p > error
-        decided[name] = measured[name].decided(error, reasons[name])
-    return [decided[name] for name in names]
+    error = ERROR / len(parts)
+    return [_decide(part, np.asarray(effects[part.name], float), error, remarks.get(part.name, "")) for part in parts]
 
 
 def verdict(parts: Sequence[Decided]) -> str:
     """The verdict on a claim.
 
-    It holds, or is refuted, or is undecided, if all parts are. It holds in part if some of them hold. If none holds,
-    but some are refuted and the others are undecided, it is refuted in part.
+    If all parts have one verdict, it is that. If some hold, the claim holds in part. If none holds, a part without
+    effect contradicts the claim as a refuted one does: if all parts are one or the other, the claim is refuted, and if
+    some of them are undecided, it is refuted in part.
     """
     found = {part.verdict for part in parts}
     if len(found) == 1:
         return found.pop()
-    return IN_PART if HOLDS in found else REFUTED_IN_PART
+    if HOLDS in found:
+        return IN_PART
+    return REFUTED_IN_PART if UNDECIDED in found else REFUTED
 
 
-class _Measured(NamedTuple):
-    """The effect of a part over seeds, on the scale on which it is averaged: of a ratio, the logarithm."""
+def next_look(seeds: int) -> int | None:
+    """The number of seeds of the look after those that so many seeds complete; None after the last one."""
+    return next((look for look in LOOKS if look > seeds), None)
 
-    part: Part
-    mean: float
-    error: float
-    """the standard error of the mean"""
-    n: int
-    p: float
-    """the two-sided p-value of Student's test that the mean is the threshold"""
-    remark: str
-    """why the test decides nothing; empty if it may"""
 
-    @classmethod
-    def of(cls, part: Part, values: np.ndarray) -> "_Measured":
-        if part.kind == "ratio" and (values <= 0).any():
-            raise ValueError(f"decide(): the ratio {part.name!r} has the value {values.min()}. Expected positive ones.")
-        finite = values[np.isfinite(values)]
-        if finite.size < values.size or finite.size < 2:
-            missing = f"could not be measured in {values.size - finite.size} of {values.size} seeds"
-            return cls(part, np.nan, np.nan, finite.size, 1.0, missing if values.size > 1 else "one seed has no spread")
-        few = f"{values.size} seeds; a verdict needs {LEAST_SEEDS}" if values.size < LEAST_SEEDS else ""
-        scaled = np.log(finite) if part.kind == "ratio" else finite
-        threshold = math.log(part.threshold) if part.kind == "ratio" else part.threshold
-        mean, error = float(scaled.mean()), float(scaled.std(ddof=1) / math.sqrt(scaled.size))
-        distance = abs(mean - threshold)
-        if error <= 1e-12 * max(1.0, abs(mean)):  # all seeds agree
-            p = float(distance <= 1e-12)
-        else:
-            p = float(2 * scipy.stats.t.sf(distance / error, scaled.size - 1))
-        return cls(part, mean, error, finite.size, p, few)
+def may_be_decided(part: Decided) -> bool:
+    """Whether more seeds may decide a part: it is undecided only for its interval or for too few seeds."""
+    return part.verdict == UNDECIDED and (not part.remark or part.remark == _few(part.n))
 
-    def decided(self, error: float, reason: str) -> Decided:
-        """The part with its interval at the level 1 - error."""
-        part, ends, found = self.part, (None, None, None), UNDECIDED
-        if np.isfinite(self.mean):
-            back = math.exp if part.kind == "ratio" else float
-            half = float(scipy.stats.t.ppf(1 - error / 2, self.n - 1)) * self.error
-            low, high = back(self.mean - half), back(self.mean + half)
-            ends = (back(self.mean), low, high)
-            if not reason and self.p <= error:
-                found = HOLDS if (ends[0] > part.threshold) == (part.side == "above") else REFUTED
-        value, low, high = ends
-        facts = (part.name, part.effect, part.kind, value, low, high, 1 - error, self.n)
-        return Decided(*facts, part.threshold, part.side, part.source, part.paper, found, reason)
+
+def _few(seeds: int) -> str:
+    return f"{seeds} seeds; a verdict needs {LEAST_SEEDS}"
+
+
+def _decide(part: Part, values: np.ndarray, error: float, remark: str) -> Decided:
+    """The part at its first look that decides it, or else at the last one; `error` is that of all looks together."""
+    if part.kind == "ratio" and (values <= 0).any():
+        raise ValueError(f"decide(): the ratio {part.name!r} has the value {values.min()}. Expected positive ones.")
+    if part.margin is not None and part.margin.size <= (1 if part.kind == "ratio" else 0):
+        raise ValueError(f"decide(): the margin of {part.name!r} has the size {part.margin.size}. Expected a range.")
+    found = _look(part, values[:LEAST_SEEDS], SPENT[0] * error, remark)
+    for seeds, share in zip(LOOKS[1:], SPENT[1:], strict=True):
+        if found.verdict == UNDECIDED and seeds <= values.size:
+            found = _look(part, values[:seeds], share * error, remark)
+    return found
+
+
+def _look(part: Part, values: np.ndarray, error: float, remark: str) -> Decided:
+    """The part at one look, with the interval at the level 1 - error. A mean, its interval and a margin are compared on
+    the scale on which the effect is averaged: of a ratio, the logarithm."""
+    finite = values[np.isfinite(values)]
+    value = low = high = None
+    found = UNDECIDED
+    if finite.size < max(values.size, 2):
+        unmeasured = f"could not be measured in {values.size - finite.size} of {values.size} seeds"
+        remark = remark or (unmeasured if values.size > 1 else "one seed has no spread")
+    else:
+        remark = remark or (_few(values.size) if values.size < LEAST_SEEDS else "")
+        scale, back = (math.log, math.exp) if part.kind == "ratio" else (float, float)
+        scaled = np.array([scale(each) for each in finite])
+        mean, deviation = float(scaled.mean()), float(scaled.std(ddof=1))
+        if deviation <= 1e-12 * max(1.0, abs(mean)):
+            deviation = 0.0  # all seeds agree, up to rounding
+        half = float(scipy.stats.t.ppf(1 - error / 2, finite.size - 1)) * deviation / math.sqrt(finite.size)
+        value, low, high = back(mean), back(mean - half), back(mean + half)
+        distance = mean - scale(part.threshold)
+        if not remark and abs(distance) > max(half, 1e-12):
+            found = HOLDS if (distance > 0) == (part.side == "above") else REFUTED
+        elif not remark and part.margin is not None and values.size >= NO_EFFECT_FROM:
+            found = NO_EFFECT if abs(mean) + half < scale(part.margin.size) else UNDECIDED
+    facts = (part.name, part.effect, part.kind, value, low, high, 1 - error, finite.size)
+    margin = (None, "") if part.margin is None else part.margin
+    return Decided(*facts, part.threshold, part.side, part.source, part.paper, found, remark, *margin)

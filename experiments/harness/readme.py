@@ -1,45 +1,38 @@
-"""The table of claims in the README, made from verdicts.json: one line for each claim."""
+"""The lines on the claims in the README, made from verdicts.json: how many hold on each data set, and two numbers."""
 
-from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 
-from experiments.harness import forest, protocol, report
+from experiments.harness import protocol, report
 
 BEGIN, END = "<!-- claims: begin -->", "<!-- claims: end -->"
+PAGE = "docs/claims.md"
 
 
-def table(verdicts: Path) -> str:
-    """The claims as a table in Markdown.
+def lines(verdicts: Path) -> str:
+    """The claims as a list in Markdown.
 
     Args:
       verdicts: a verdicts.json.
 
     Returns:
-      A line for each claim: the effect and the interval of its first part on its first data set, and for each data set
-      the verdict on the claim, with the numbers of parts that hold and that are refuted.
+      For each data set, how many claims have which verdict and how many parts are decided. Then the numbers of the
+      first claim that holds and of the first one that is refuted or refuted in part, with a link to all.
     """
     claims = report.read(verdicts)
-    datasets = report.datasets(claims)
-    rows = [["claim", "first part: effect [interval], threshold", *(f"verdict on {name}" for name in datasets)]]
-    rows.append(["---"] * len(rows[0]))
-    for claim in claims:
-        part = claim.results[0].parts[0]
-        effect = f"{part.name}: {forest.numbers(part)}, {forest.limit(part)}"
-        found = {result.dataset: _verdict(result) for result in claim.results}
-        rows.append([claim.claim, effect, *(found.get(name, "not run") for name in datasets)])
-    return "\n".join(_line(row) for row in rows)
+    found = [_first(claims, *names) for names in ((protocol.HOLDS,), (protocol.REFUTED, protocol.REFUTED_IN_PART))]
+    last = [*filter(None, found), f"[All claims]({PAGE})."]
+    return "\n".join(f"* {line}" for line in (*report.tallies(claims), " ".join(last)))
 
 
 def update(readme: Path, verdicts: Path) -> None:
-    """Replace the table in the README.
+    """Replace the lines in the README.
 
     Raises:
       ValueError: if the README does not have the marks `BEGIN` and `END`, each once and in this order. Nothing is
         written then.
     """
     text = readme.read_text(encoding="utf-8")
-    readme.write_text(replaced(text, table(verdicts)), encoding="utf-8")
+    readme.write_text(replaced(text, lines(verdicts)), encoding="utf-8")
 
 
 def replaced(text: str, content: str) -> str:
@@ -51,12 +44,11 @@ def replaced(text: str, content: str) -> str:
     return f"{before}{BEGIN}\n{content}\n{END}{after}"
 
 
-def _verdict(result: report.Result) -> str:
-    found, number = Counter(part.verdict for part in result.parts), len(result.parts)
-    if len(found) == 1:
-        return f"{result.verdict} ({number} of {number})"
-    return f"{result.verdict} ({found[protocol.HOLDS]} hold, {found[protocol.REFUTED]} refuted of {number})"
-
-
-def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+def _first(claims: list[report.Claim], *verdicts: str) -> str:
+    """The first claim with one of these verdicts on its first data set, as a sentence; empty if there is none."""
+    for claim in claims:
+        if claim.results[0].verdict in verdicts:
+            number = report.said(claim)
+            doubt = f" ({number.verdict})" if number.verdict else ""
+            return f"{claim.results[0].verdict.capitalize()}: {claim.claim} ({number.words}{doubt})."
+    return ""

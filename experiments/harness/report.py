@@ -1,7 +1,8 @@
 """The report on all claims: verdicts.json for programs, and report.html, a self-contained file, for people.
 
-The page opens with a tally and with a forest plot of all parts of all claims (`forest`). The sections of the claims
-follow, then the protocol, which experiments/README.md states.
+The page opens with a tally and with the list of the claims, which the site has too (`listed`): verdicts, and one number
+in words (`headline`). A forest plot of all parts of all claims (`forest`) and the sections of the claims follow, then
+the protocol, which experiments/README.md states.
 """
 
 import base64
@@ -16,10 +17,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jinja2
+from markupsafe import Markup
 
-from experiments.harness import forest, protocol
-
-VERDICTS = protocol.VERDICTS
+from experiments.harness import forest, marks, protocol
+from experiments.harness import headline as headlines
 
 PIXELS = 1.4
 """Pixels of a figure, which has 150 per inch, for each CSS pixel. Its letters then have nearly the size of the text."""
@@ -58,6 +59,8 @@ class Claim(NamedTuple):
     id: str
     """the experiment's name, which is unique"""
     claim: str
+    headline: headlines.Headline
+    """the part that answers the claim best, and its effect in words"""
     question: str
     source: str
     """the publication that makes the claim, and where in it"""
@@ -105,8 +108,8 @@ def write(folder: Path, sections: Sequence[Section], facts: Mapping[str, str]) -
 
     Raises:
       ValueError: if an id or a data set is repeated, a claim has no result or not one `Shown` for each, a verdict does
-        not follow from its parts, a number is not finite, a date is not ISO, the rows of a table differ in length, or
-        a figure is not a PNG file. Nothing is written then.
+        not follow from its parts, a headline names no part or does not fit it, a number is not finite, a date is not
+        ISO, the rows of a table differ in length, or a figure is not a PNG file. Nothing is written then.
       OSError: if a figure cannot be read. Nothing is written then.
     """
     _check(sections)
@@ -125,7 +128,10 @@ def write(folder: Path, sections: Sequence[Section], facts: Mapping[str, str]) -
         statement=stated,
         datasets=datasets(claims),
         tally=tally(claims),
-        verdicts=VERDICTS,
+        listed=listed(claims),
+        style=style(),
+        verdicts=marks.VERDICTS,
+        parts=sum(len(rows(claim)) for claim in claims),
     )
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in {"verdicts.json": verdicts, "report.html": page}.items():
@@ -138,6 +144,7 @@ def read(path: Path) -> list[Claim]:
     """The claims in a verdicts.json."""
     return [
         Claim(**entry)._replace(
+            headline=headlines.Headline(**entry["headline"]),
             changes=tuple(Change(**change) for change in entry["changes"]),
             results=tuple(
                 Result(**result)._replace(parts=tuple(protocol.Decided(**part) for part in result["parts"]))
@@ -154,18 +161,84 @@ def datasets(claims: Iterable[Claim]) -> list[str]:
 
 
 def tally(claims: Sequence[Claim]) -> str:
-    """How many claims have which verdict on each data set, in sentences."""
-    single = {each: each if each.startswith(protocol.HOLDS) else f"is {each}" for each in VERDICTS}
-    several = {each: words.replace("holds", "hold").replace("is ", "are ") for each, words in single.items()}
+    """How many claims have which verdict on each data set, and how many parts are decided: a sentence for each."""
+    return " ".join(tallies(claims))
+
+
+def tallies(claims: Sequence[Claim]) -> list[str]:
+    """The sentences of `tally`."""
     sentences: list[str] = []
     for dataset in datasets(claims):
-        found = [result.verdict for claim in claims for result in claim.results if result.dataset == dataset]
-        counts = {v: found.count(v) for v in VERDICTS if v in found}
-        parts = [f"{number} {single[v] if number == 1 else several[v]}" for v, number in counts.items()]
-        noun = "claim" if len(found) == 1 else "claims"
-        listed = " and ".join(filter(None, (", ".join(parts[:-1]), parts[-1])))
-        sentences.append(f"Of {len(found)} {noun} on {dataset}, {listed}.")
-    return " ".join(sentences)
+        results = [result for claim in claims for result in claim.results if result.dataset == dataset]
+        counts = Counter(result.verdict for result in results)
+        words = [
+            f"{counts[verdict]} {mark.one if counts[verdict] == 1 else mark.several}"
+            for verdict, mark in marks.VERDICTS.items()
+            if counts[verdict]
+        ]
+        parts = [part.verdict for result in results for part in result.parts]
+        decided = len(parts) - parts.count(protocol.UNDECIDED)
+        sentences.append(
+            f"Of {_counted(len(results), 'claim')} on {dataset}, "
+            f"{' and '.join(filter(None, (', '.join(words[:-1]), words[-1])))}; "
+            f"{decided} of {_counted(len(parts), 'part')} {'is' if decided == 1 else 'are'} decided."
+        )
+    return sentences
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+class Said(NamedTuple):
+    """The number of a claim, in words."""
+
+    words: str
+    part: protocol.Decided
+    dataset: str
+    verdict: str
+    """the verdict on the part; empty if that on the claim says it already"""
+
+
+def said(claim: Claim) -> Said:
+    """The headline of a claim on its first data set."""
+    result = claim.results[0]
+    part = _headed(claim, result)
+    known = result.verdict.startswith(part.verdict)  # as "holds in part" says of a part that holds
+    return Said(headlines.say(claim.headline, part), part, result.dataset, "" if known else part.verdict)
+
+
+def _headed(claim: Claim, result: Result) -> protocol.Decided:
+    """The part that the headline names."""
+    for part in result.parts:
+        if part.name == claim.headline.part:
+            return part
+    raise ValueError(f"{claim.id} has no part {claim.headline.part!r} on {result.dataset}. Name one in its headline.")
+
+
+def verdicts(claim: Claim) -> dict[str, list[str]]:
+    """By verdict, the data sets on which the claim has it."""
+    found: dict[str, list[str]] = {}
+    for result in claim.results:
+        found.setdefault(result.verdict, []).append(result.dataset)
+    return found
+
+
+def listed(claims: Sequence[Claim], page: str = "", measured: bool = False) -> Markup:
+    """The list of claims as HTML without an empty line: verdicts, claim and its number in words.
+
+    Args:
+      claims: the claims.
+      page: where the report is, for links from another page.
+      measured: whether the sentences on the measured numbers follow each claim.
+    """
+    text = _environment().get_template("claims.html.jinja").render(claims=claims, page=page, measured=measured)
+    return Markup(text)
+
+
+def style() -> str:
+    """The CSS of `listed` and of the verdicts."""
+    return f"{marks.style()}\n{Path(__file__).with_name('claims.css').read_text(encoding='utf-8')}"
 
 
 def statement(path: Path = STATEMENT) -> dict[str, str]:
@@ -212,6 +285,7 @@ def _check_claim(section: Section) -> None:
                 f"{name} has {len(result.parts)} parts on {result.dataset} and the verdict {result.verdict!r}. "
                 f"Pass one part or more, and the verdict that follows from them, {follows!r}."
             )
+        headlines.check(section.claim.headline, _headed(section.claim, result))
         for part in result.parts:
             numbers = [x for x in (part.value, part.low, part.high, part.threshold) if x is not None]
             if not all(map(math.isfinite, numbers)):
@@ -234,6 +308,7 @@ def _environment() -> jinja2.Environment:
     filters: dict[str, Any] = environment.filters
     filters.update(picture=_picture, duration=_duration, numeric=_numeric, fields=_fields)
     filters.update(rows=rows, lines=forest.lines, numbers=forest.numbers, limit=forest.limit)
+    filters.update(said=said, verdicts=verdicts, classes=marks.classes)
     return environment
 
 

@@ -49,11 +49,13 @@ class Record:
         self.path = path
         self.runs: dict[str, dict[int, dict[str, Any]]] = {}
         if path.is_file():
-            lines = path.read_bytes().split(b"\n")[:-1]  # the last line has no end if its writing was interrupted
+            *lines, rest = path.read_bytes().split(b"\n")
             for line in lines:
                 run = json.loads(line)
                 self.runs.setdefault(run["network"], {})[run["seed"]] = run
-            path.write_bytes(b"".join(line + b"\n" for line in lines))
+            if rest:  # the writing of the last line was interrupted
+                with path.open("rb+") as file:
+                    file.truncate(path.stat().st_size - len(rest))
 
     def missing(self, networks: Iterable[str], seeds: Iterable[int]) -> list[int]:
         """The seeds for which a run of one of the networks is missing."""
@@ -82,7 +84,7 @@ class Record:
             values: dict[str, Any] = {"loss": [evaluation.loss[i] for evaluation in evaluations]}
             for name in evaluations[-1].values:
                 curve = [evaluation.values[name][i] for evaluation in evaluations if name in evaluation.values]
-                # The test images have no part in any choice, so their metrics are kept for the end alone.
+                # No choice depends on the test images, so their metrics are kept only for the end.
                 values[name] = curve[-1] if name.startswith("test_") else curve
             self.add(network, seed, *summary([evaluation.step for evaluation in evaluations], values))
 

@@ -26,7 +26,7 @@ SCALE = (0.85, 1.15)  # at the most, 8 pixels become 9.2: less than a pixel is l
 
 
 def motions(seed: int, first: int, steps: int, batch_size: int) -> np.ndarray:
-    """The random motions of the images of some steps. A step's motions depend on seed and step alone.
+    """The random motions of the images of some steps. A step's motions depend only on seed and step.
 
     Args:
       seed: seed of the stream.

@@ -10,7 +10,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, Self
@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from experiments.harness import curves, data, lab, protocol, records, report, runs, runtime
+from experiments.harness import curves, data, headline, lab, protocol, records, report, runs, runtime
 
 Preset = Literal["smoke", "default", "full"]
 
@@ -55,6 +55,8 @@ class Study(abc.ABC):
 
     NAME: ClassVar[str]
     CLAIM: ClassVar[str]
+    HEADLINE: ClassVar[headline.Headline]
+    """the part that answers the claim best, and its effect in words"""
     QUESTION: ClassVar[str]
     SOURCE: ClassVar[str]
     PROTOCOL: ClassVar[str]
@@ -162,24 +164,40 @@ def bar(studies: int) -> "tqdm[Any]":
     return tqdm(total=studies, bar_format=form, mininterval=0.5, disable=not runtime.is_primary())
 
 
-def run(study: Study, dataset: data.Dataset, progress: "tqdm[Any]") -> None:
+def run(
+    study: Study, dataset: data.Dataset, progress: "tqdm[Any]", may_go_on: Callable[[], bool] = lambda: True
+) -> None:
     """Make the measurement, and write the files. A run that was interrupted is continued.
+
+    If the folder has a complete measurement of fewer seeds, config.json describes that one until the other seeds are
+    complete. Seeds of a complete measurement are never left out, because their results may have been seen.
+
+    Args:
+      study: the experiment.
+      dataset: its data.
+      progress: the bar of all experiments.
+      may_go_on: asked before each training, whether there is time for it.
 
     Raises:
       InputError: if the folder has the results of another design or of other data.
+      TimeIsUpError: if there was not enough time. The measurement can be continued.
     """
     folder = study.folder(dataset)
     before, checksum = _earlier(study, dataset), dataset.sha256()
+    complete_seeds = _complete_seeds(study, folder)
+    study = replace(study, seeds=max(study.seeds, complete_seeds))
+    until_then = replace(study, seeds=complete_seeds or study.seeds)
     shown = dataset.name.replace("scikit-learn digits", "digits") + ", moving" * study.stream
     begun, record = time.perf_counter(), runs.Record(folder / "metrics.jsonl")
 
     def write(complete):
         facts = {"dataset": shown, "dataset_sha256": checksum, "classes": dataset.classes, "design": study.design()}
         seconds = round(before + time.perf_counter() - begun, 1)
-        records.write_config(folder, study, **facts, seconds=seconds, complete=complete)
+        described, judged = (study, True) if complete else (until_then, complete_seeds > 0)
+        records.write_config(folder, described, **facts, seconds=seconds, complete=judged)
 
     def tell(remark):
-        progress.set_postfix_str(remark, refresh=False)
+        progress.set_postfix_str(remark)
         if time.perf_counter() - told[0] > 5:
             told[0] = time.perf_counter()
             write(complete=False)
@@ -188,9 +206,22 @@ def run(study: Study, dataset: data.Dataset, progress: "tqdm[Any]") -> None:
     progress.set_description_str(study.NAME)
     write(complete=False)
     tuning = lab.TUNING_SEEDS[: 1 if study.preset == "smoke" else None]
-    study.measure(lab.Lab(dataset, record, study.seed_numbers, tuning, study.stream, tell))
+    try:
+        study.measure(lab.Lab(dataset, record, study.seed_numbers, tuning, study.stream, tell, may_go_on))
+    except lab.TimeIsUpError:
+        write(complete=False)
+        raise
     write(complete=True)
     progress.update(1)
+
+
+def _complete_seeds(study: Study, folder: Path) -> int:
+    """The number of seeds of the complete measurement in the folder that begins with the study's first one, or 0."""
+    if not (folder / "config.json").is_file():
+        return 0
+    config = records.read_config(folder)
+    found = config["config"]
+    return found["seeds"] if config.get("complete") and found["first_seed"] == study.first_seed else 0
 
 
 def _earlier(study: Study, dataset: data.Dataset) -> float:
@@ -230,25 +261,40 @@ def conclude(kind: type[Study], out: Path) -> report.Section | None:
       InputError: if a run is of another design, so that its results would be judged by parts that are not theirs.
     """
     results, shown = [], []
-    folders = sorted((out / kind.NAME).glob("*/config.json"), key=lambda path: (path.parent.name != "digits", path))
-    for path in folders:
-        config = records.read_config(path.parent)
-        if config.get("complete"):
-            study = _restored(kind, config["config"])
-            _refuse_difference(path.parent, config.get("design", {}), study.design())
-            result, section = _concluded(study, path.parent, config)
-            results.append(result)
-            shown.append(section)
+    for folder, study, config in complete(kind, out):
+        result, section = _concluded(study, folder, config)
+        results.append(result)
+        shown.append(section)
     if not results:
         return None
-    words = (kind.NAME, kind.CLAIM, kind.QUESTION, kind.SOURCE, kind.PROTOCOL, kind.WOULD_CHANGE)
+    words = (kind.NAME, kind.CLAIM, kind.HEADLINE, kind.QUESTION, kind.SOURCE, kind.PROTOCOL, kind.WOULD_CHANGE)
     return report.Section(report.Claim(*words, kind.CHANGES, (*results,)), (*shown,))
 
 
-def _concluded(study: Study, folder: Path, config: Mapping[str, Any]) -> tuple[report.Result, report.Shown]:
-    metrics = runs.Record(folder / "metrics.jsonl").metrics([*lab.TUNING_SEEDS, *study.seed_numbers], config["classes"])
+def complete(kind: type[Study], out: Path) -> Iterator[tuple[Path, Study, dict[str, Any]]]:
+    """The folders of the complete runs of a claim, that of the digits first, with the studies and the config.json.
+
+    Raises:
+      InputError: if a run is of another design.
+    """
+    for path in sorted((out / kind.NAME).glob("*/config.json"), key=lambda path: (path.parent.name != "digits", path)):
+        config = records.read_config(path.parent)
+        if config.get("complete"):
+            study = replace(_restored(kind, config["config"]), out=out)  # the folder may have been moved
+            _refuse_difference(path.parent, config.get("design", {}), study.design())
+            yield path.parent, study, config
+
+
+def judged(study: Study, record: runs.Record, classes: int) -> tuple[runs.Metrics, Finding, list[protocol.Decided]]:
+    """The metrics of a study's seeds in a record, the finding from them, and its parts, decided."""
+    metrics = record.metrics([*lab.TUNING_SEEDS, *study.seed_numbers], classes)
     finding = study.judge(metrics)
-    parts = (*protocol.decide(study.PARTS, finding.effects, finding.remarks),)
+    return metrics, finding, protocol.decide(study.PARTS, finding.effects, finding.remarks)
+
+
+def _concluded(study: Study, folder: Path, config: Mapping[str, Any]) -> tuple[report.Result, report.Shown]:
+    metrics, finding, decided = judged(study, runs.Record(folder / "metrics.jsonl"), config["classes"])
+    parts = (*decided,)
     path = folder / f"{study.NAME}.png"
     study.draw(path, metrics, finding.title)
     command = f"python -m experiments {study.NAME} --preset {study.preset}"
@@ -277,7 +323,8 @@ def run_one(study: Study) -> None:
     with bar(1) as progress:
         run(study, dataset, progress)
     folder = study.folder(dataset)
-    result, shown = _concluded(study, folder, records.read_config(folder))
+    config = records.read_config(folder)
+    result, shown = _concluded(_restored(type(study), config["config"]), folder, config)
     print(f"claim     {study.CLAIM} ({study.SOURCE})\nmeasured  {result.measured}")
     print(f"verdict   {result.verdict} ({result.seeds} seeds, {result.dataset})\n")
     print(table([["part", "effect", "threshold", "verdict"], *map(_row, result.parts)]))

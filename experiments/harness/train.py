@@ -4,7 +4,7 @@ By default the runs are divided over the local devices, which then need not comm
 on all of its devices, and each device has a shard of every batch.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
@@ -25,6 +25,10 @@ VIEWED = 500
 """The number of training images, at most, that a probe sees."""
 AT_ONCE = 32
 """The number of runs, at most, that one device evaluates at once, which bounds the memory of their activations."""
+
+
+Setting = Mapping[str, float | Callable[[int], float]]
+"""By name, the numbers that init and optimizer are called with. A function gives each seed a number of its own."""
 
 
 class Apply(Protocol):
@@ -89,7 +93,7 @@ def fit(
     steps: int,
     batch_size: int,
     eval_every: int | Sequence[int],
-    settings: Sequence[dict[str, float]] = ({},),
+    settings: Sequence[Setting] = ({},),
     probe: Probe | None = None,
     with_images: bool = False,
     moving: bool = False,
@@ -108,7 +112,7 @@ def fit(
       steps: number of updates per run.
       batch_size: images per update, over all devices; the last batch of an epoch has the remaining images.
       eval_every: number of updates between evaluations, or the steps of these evaluations.
-      settings: dictionaries of numbers with the same names; all settings are trained in one `vmap`.
+      settings: numbers, or functions of the seed, of the same names; all settings are trained in one `vmap`.
       probe: function for additional metrics.
       with_images: whether `init` gets the training images of its seed too, as rows of pixels, by the keyword `images`.
       moving: whether training images are shifted, rotated and scaled at random in every step (see `stream`).
@@ -136,6 +140,7 @@ def fit(
     along = None if runtime else RUNS  # the axis of the mesh that the runs are divided over
 
     def start(setting, place):
+        setting = {name: value(seeds[place]) if callable(value) else value for name, value in setting.items()}
         own = {"images": data.flat(splits.images[splits.train[place]])} if with_images else {}
         params, state = init(jax.random.key(seeds[place]), **own, **setting)
         setting = {name: jnp.float32(value) for name, value in setting.items()}

@@ -1,9 +1,9 @@
 """Networks with layers of `bnjax.linen` and `bnjax.nnx`, as the pure functions that `train.fit` expects.
 
 The multilayer perceptron has the usual hidden layers of 256 and 128 units, in Linen and in NNX. The residual network is
-that of He et al. (2016, section 4.2) for CIFAR-10 with n = 1: a convolution, three stages of one block each, of 16, 32
-and 64 channels, and the mean over all pixels. If a block changes the shape, its shortcut is a projection (their option
-B).
+the one of He et al. (2016, section 4.2) for CIFAR-10 with n = 1: a convolution, three stages of one block each, with
+16, 32 and 64 channels, and the mean over all pixels. If a block changes the shape, its shortcut is a projection (their
+option B).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -166,7 +166,7 @@ def _linen(module: Callable[..., nn.Module], inputs: int) -> Network:
     """The Network of a Linen module whose `axis_name` is not set yet, for images of `inputs` numbers."""
 
     def init(key):
-        # lazy_init, because init would compile every operation of the forward pass by itself, which takes seconds.
+        # lazy_init, because init would compile every operation of the forward pass separately, which takes seconds.
         variables = module().lazy_init(key, jax.ShapeDtypeStruct((1, inputs), jnp.float32), False)
         return variables["params"], variables.get("batch_stats", {})
 

@@ -1,8 +1,8 @@
 """Networks as pure functions on bnjax, whose variables are (params, state), as in `bnjax.bn_init`.
 
 A network is a list of layers. A fully connected layer is x @ kernel; a convolution of 3 x 3 pixels with zeros outside
-is the same on patches, (batch, height, width, 9 channels) @ (9 channels, features). Written so, a convolution with a
-kernel of its own for each run is a batched matrix product under `vmap`, where XLA would otherwise make it a grouped
+is the same on patches, (batch, height, width, 9 channels) @ (9 channels, features). Written this way, a convolution
+with a separate kernel for each run is a batched matrix product under `vmap`; otherwise XLA would make it a grouped
 convolution, which is slow on CPU.
 """
 
@@ -51,7 +51,7 @@ def orthogonal(normal: Array) -> Array:
 
 
 def constant(std: float) -> Weights:
-    """Kernels with one standard deviation, whatever the number of inputs."""
+    """Kernels with one standard deviation for any number of inputs."""
     return lambda normal: std * normal
 
 
@@ -66,8 +66,8 @@ def init(
 ) -> tuple[Any, Any]:
     """Variables of a network: kernels, and a bias or batch normalization in each layer but the last, which has a bias.
 
-    Batch normalization has a bias of its own, so a normalized layer has no other, wherever the normalization stands
-    (Ioffe & Szegedy, 2015, section 3.2).
+    Batch normalization has its own bias, so a normalized layer has no other, wherever the normalization is (Ioffe &
+    Szegedy, 2015, section 3.2).
 
     Args:
       key: a jax.random key.
@@ -194,7 +194,7 @@ def network(
 
 
 def _apply(params, state, x, train, *, axis_name=None, **options):
-    """`apply`, with the named axis for batch normalization alone."""
+    """`apply`, with the named axis only for batch normalization."""
     return apply(params, state, x, train, **options, **({} if axis_name is None else {"axis_name": axis_name}))
 
 

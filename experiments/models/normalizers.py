@@ -1,6 +1,6 @@
 """Normalizations with the signature of `bnjax.bn_apply`, for the `normalize` of `networks.network`.
 
-They differ in the examples that a mean and a variance are taken over. None of them supports a mask, so that the batch
+They differ in the values over which a mean and a variance are taken. None of them supports a mask, so that the batch
 size has to divide the number of training images.
 """
 
@@ -17,7 +17,7 @@ Normalize = Callable[..., tuple[Array, Any]]
 
 
 def identity(params: Any, state: Any, x: Array, train: bool, **_: Any) -> tuple[Array, Any]:
-    """The plain network: no normalization, but the bias of `params`."""
+    """The plain network: no normalization, only the bias of `params`."""
     return x + params.bias.reshape(*[1] * (x.ndim - 1), -1), state
 
 
@@ -87,10 +87,10 @@ def synchronized(
 
 
 def chosen(arms: Mapping[str, Normalize]) -> Normalize:
-    """The normalization whose place in `arms` is `state["arm"]`, so that runs of one `vmap` may differ in it.
+    """The normalization at position `state["arm"]` of `arms`, so that runs of one `vmap` may differ in it.
 
-    All are computed: on an accelerator, where the runs' cost is that of starting kernels, one program of all arms takes
-    far less time than one for each. The state has the state of each arm besides.
+    All are computed: on an accelerator, where the runs' cost is starting kernels, one program of all arms takes far
+    less time than one for each. The state also has the state of each arm.
     """
 
     def apply(params, state, x, train, **options):
@@ -104,7 +104,7 @@ def chosen(arms: Mapping[str, Normalize]) -> Normalize:
 
 
 def with_arms(init: Callable[..., tuple[Any, Any]], arms: Sequence[str]) -> Callable[..., tuple[Any, Any]]:
-    """`init` with the state of `chosen`; the setting `arm` is the place of an arm."""
+    """`init` with the state of `chosen`; the setting `arm` is the position of an arm."""
 
     def started(key, arm=0):
         params, state = init(key)

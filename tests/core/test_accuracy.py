@@ -1,4 +1,4 @@
-"""Errors in float32 against float64: they may grow with |mean| / std once, never with its square."""
+"""Errors in float32 against float64: they may grow linearly with |mean| / std, never with its square."""
 
 import itertools
 from functools import partial
@@ -28,7 +28,7 @@ def make(shape, axis, offset, spread, rng):
 
 
 def make_mask(kind, x, axis, rng):
-    """A mask, and x with NaN where the mask says that nothing stands there."""
+    """A mask, and x with NaN at masked elements."""
     if kind == "none":
         return None, x
     if kind == "rows":
@@ -42,7 +42,7 @@ def make_mask(kind, x, axis, rng):
 
 @partial(jax.jit, static_argnames=("axis", "epsilon"))
 def differentiated(x, scale, bias, g, there, mask, axis, epsilon):
-    """Gradients of the sum of g * y over the places that are there, output and new state."""
+    """Gradients of the sum of g * y over the finite elements of x, output and new state."""
     _, state = bnjax.bn_init(x.shape[axis])
 
     def loss(x, scale, bias):
@@ -60,7 +60,7 @@ def assert_accurate(x, g, axis, mask, epsilon=1e-5):
     features = x.shape[axis]
     scale = np.linspace(-2, 3, features).astype(np.float32)
     bias = np.linspace(5, -1, features).astype(np.float32)
-    there = np.isfinite(x)  # masked places too, where something stands
+    there = np.isfinite(x)  # finite masked elements too
     g = np.where(there, g, 0)
     (dx, dscale, dbias), (y, new) = differentiated(x, scale, bias, g, there, mask, axis, epsilon)
 
@@ -71,7 +71,7 @@ def assert_accurate(x, g, axis, mask, epsilon=1e-5):
     largest = np.where(there, np.abs(x - np.expand_dims(mean, axes)), 0).max(axes)
 
     def check(name, got, want, unit, std):
-        # The one number the bounds speak of, per feature: 1 + max|x - mean| / std + |mean| / std.
+        # The number in the bounds, per feature: 1 + max|x - mean| / std + |mean| / std.
         bound = FACTOR * EPS * (1 + largest / std + np.abs(mean) / std)
         error = np.abs(np.asarray(got, np.float64) - want)
         if error.shape == x.shape:

@@ -1,4 +1,4 @@
-"""Bad arguments: an error while tracing that says what came, what was expected and what to do."""
+"""Bad arguments: an error while tracing that says what was passed, what was expected and what to do."""
 
 import jax
 import jax.numpy as jnp

@@ -27,7 +27,7 @@ def float64():
 
 
 def plain(params, state, x, mask, momentum=0.9):
-    """bn_apply in training, written out with jnp and differentiated by jax alone."""
+    """bn_apply in training, written out with jnp and differentiated by plain autodiff."""
     with jax.numpy_dtype_promotion("standard"):
         return _plain(params, state, x, mask, momentum)
 
@@ -204,7 +204,7 @@ def test_normalize_derivative_matches_its_autodiff_version(rng):
 
 @pytest.mark.lowerings
 def test_the_gradient_needs_one_pair_of_reductions_of_full_size(rng):
-    # Whatever else the rule is for, this is what it buys: sum g and sum g (x - mean) serve x, scale and bias alike.
+    # This is the main benefit of the rule: sum g and sum g (x - mean) serve x, scale and bias alike.
     x = jnp.asarray(rng.standard_normal((64, 32)))
     params, state = bnjax.bn_init(32, dtype=jnp.float64)
     _, backward = jax.vjp(lambda params, x: bnjax.bn_apply(params, state, x, True)[0], params, x)

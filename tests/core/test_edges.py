@@ -1,4 +1,4 @@
-"""Edges of what is accepted: weights far from 1, values not finite at masked places, momenta out of range, names."""
+"""Edges of what is accepted: weights far from 1, masked elements that are not finite, momenta out of range, names."""
 
 from functools import cache, partial
 
@@ -136,7 +136,7 @@ def test_weights_of_other_dtypes_are_taken_in_float32(dtype):
     assert_matches(y, state, np.asarray(weights, np.float64))
 
 
-# What is not finite at masked places
+# Masked elements that are not finite
 
 VARIANTS = {
     "bn_apply": bnjax.bn_apply,
@@ -157,7 +157,7 @@ def masked_loss(apply, train, mask, dtype):
 
 @cache
 def second_derivative(name, train):
-    """Of gradients along a direction that is nothing at masked places; a function of x and the mask."""
+    """The derivative of gradients along a direction that is 0 at masked elements; a function of x and the mask."""
 
     @jax.jit
     def second(x, mask):

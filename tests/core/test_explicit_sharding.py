@@ -144,7 +144,7 @@ def test_masks_that_lack_axes_may_be_sharded_with_any_axis_of_x(name, spec, mask
 def test_ghost_says_which_groups_fit_explicit_shards(size):
     with jax.set_mesh(mesh()):
         x = put(X, P("a"))
-        with pytest.raises(ValueError, match=rf"ghost_size={size} as a whole. Pass a ghost_size that divides 4"):
+        with pytest.raises(ValueError, match=rf"whole groups of ghost_size={size}. Pass a ghost_size that divides 4"):
             ghost(size)(PARAMS, STATE, x, None)
         y, new = ghost(size)(PARAMS, STATE, jax.sharding.reshard(x, P()), None)  # as the message says
     want_y, want = ghost(size)(PARAMS, STATE, X, None)

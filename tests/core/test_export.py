@@ -1,4 +1,4 @@
-"""`jax.export` with sizes that are not numbers: what is exported gives what was, for every size."""
+"""`jax.export` with symbolic sizes: the exported function gives the same results, for every size."""
 
 from functools import cache
 

@@ -1,6 +1,6 @@
-"""Moments in one read around the running mean: as exact as in two, wherever the running mean is.
+"""Moments in one read around the running mean: as exact as in two, for every running mean.
 
-One CPU device has a lowering of its own. Arrays that lie on several devices take the one of TPUs and GPUs.
+One CPU device has its own lowering. Arrays on several devices take the lowering of TPUs and GPUs.
 """
 
 import functools
@@ -58,7 +58,7 @@ def state_at(mean):
 
 
 def assert_exact(x, mean, var, mask=None, axis=-1):
-    """The mean and the variance are those of float64, but for the bound of `test_accuracy`."""
+    """The mean and the variance equal those in float64, within the bound of `test_accuracy`."""
     axes = tuple(a for a in range(x.ndim) if a != axis % x.ndim)
     _, want_mean, want_var = reference.moments(x, axis, mask)
     std = np.sqrt(want_var) + EPS * np.abs(want_mean) + np.finfo(np.float32).tiny

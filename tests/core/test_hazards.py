@@ -1,4 +1,4 @@
-"""What goes wrong away from a single call: state that changes, programs that multiply, counters that end, imports."""
+"""What goes wrong outside a single call: state that changes, programs that multiply, counters that end, imports."""
 
 import dataclasses
 import logging
@@ -215,7 +215,7 @@ def test_a_weight_that_a_merge_would_lose_is_a_warning():
     row = bnjax.Moments(jnp.ones(1), jnp.ones(1), jnp.zeros(1))
     with pytest.warns(UserWarning, match=r"merge_moments\(...\): .* lost beside 1.67772e\+07.*Merge small parts"):
         bnjax.merge_moments(total, row)
-    rows = bnjax.Moments(jnp.full(1, 2.0**20), jnp.ones(1), jnp.zeros(1))  # the remedy: rows merged by themselves
+    rows = bnjax.Moments(jnp.full(1, 2.0**20), jnp.ones(1), jnp.zeros(1))  # the remedy: rows merged first
     merged = bnjax.merge_moments(total, rows)
     assert merged.weight.tolist() == [2**24 + 2**20]
     np.testing.assert_allclose(merged.mean, 2**20 / (2**24 + 2**20), rtol=1e-6)

@@ -1,4 +1,4 @@
-"""Where JAX takes no lowering of ours, plain formulas run and say so once. `make test-plain` tests their results."""
+"""If JAX does not accept our lowerings, plain formulas run, with one warning. `make test-plain` tests their results."""
 
 import os
 import subprocess

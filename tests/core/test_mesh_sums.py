@@ -1,4 +1,4 @@
-"""Moments of devices, merged by sums of fixed size: as exact as from a gather, wherever the guess of the mean is."""
+"""Moments of devices, merged by sums of fixed size: as exact as from a gather, for every guess of the mean."""
 
 import functools
 from typing import Any
@@ -67,7 +67,7 @@ def guess_of(value, dtype: Any = np.float32):
 
 
 def assert_exact(found, x, mask=None):
-    """Weight, mean and variance are those of float64, but for the bound of `test_accuracy`."""
+    """Weight, mean and variance equal those in float64, within the bound of `test_accuracy`."""
     eps = np.finfo(x.dtype).eps
     weight, mean, var = found.moments
     want_weight, want_mean, want_var = reference.moments(x, mask=mask)
@@ -261,7 +261,7 @@ def test_a_guess_that_differs_between_devices_changes_nothing(check_vma, spread,
 
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_rows_of_a_mesh_sums_each_with_a_decision_of_their_own(check_vma, rng):
-    # Over one of two axes there is no conditional, since a collective in it would be run by some devices only.
+    # Over one of two axes there is no conditional, because only some devices would run a collective in it.
     x = batch(0.0, 1.0, rng)
     x[: len(x) // 2] += 1e6
     f = jax.jit(
@@ -331,7 +331,7 @@ def test_xla_keeps_one_conditional_and_sends_the_checksum_with_the_sums(check_vm
 @pytest.mark.parametrize("check_vma", [True, False])
 @pytest.mark.parametrize("constant", [True, False])
 def test_merged_moments_of_groups_have_derivatives_of_the_whole_batch(constant, check_vma, rng):
-    # A ghost batch merges outside of the derivative rule of the moments.
+    # A ghost batch merges outside the derivative rule of the moments.
     x = np.full((DEVICES * 4, FEATURES), 3, np.float32) if constant else batch(3, 1, rng)[: DEVICES * 4]
     params, state = bnjax.bn_init(FEATURES)
 

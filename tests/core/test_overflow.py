@@ -1,4 +1,4 @@
-"""Finite values whose variance leaves the floating range: NaN in that feature alone, under every transform."""
+"""Finite values whose variance leaves the floating range: NaN in only that feature, under every transform."""
 
 from functools import partial
 

@@ -1,4 +1,4 @@
-"""Training spread over processes gives the numbers of one, and ends in bounded time with a word where one is lost."""
+"""Training over several processes gives the numbers of one, and ends in bounded time with a message if one is lost."""
 
 import json
 import os

@@ -193,7 +193,7 @@ def step(params, x, cotangent):
 
 @pytest.mark.lowerings
 def test_on_one_device_nothing_of_full_size_is_written_but_the_output_and_the_gradient():
-    # What speed is: memory traffic. XLA's own lowering wrote x - mean as well, twice.
+    # Speed is memory traffic. XLA's own lowering wrote x - mean as well, twice.
     x = jax.ShapeDtypeStruct((64, 7, 7, 32), jnp.float32)
     compiled = jax.jit(step).lower(bnjax.bn_init(32)[0], x, x).compile()
     text = compiled.as_text()

@@ -1,4 +1,4 @@
-"""Numbers that depend on the count of updates: their values at large counts, and when they are asked for them."""
+"""Numbers that depend on the count of updates: their values at large counts, and when they are called."""
 
 import dataclasses
 from fractions import Fraction
@@ -190,13 +190,13 @@ def test_linear_ramp_starts_where_it_says_at_large_counts():
     np.testing.assert_array_equal(bnjax.linear_ramp(0.0, 1.0, 2**40, 2**41)(jnp.int32(7)), 0)
 
 
-# What is no schedule
+# What is not a schedule
 
 
 @pytest.mark.parametrize(
     ("momentum", "message"),
     [
-        (optax.linear_schedule, r"momentum=...\): .*got linear_schedule, which cannot be called with the count alone"),
+        (optax.linear_schedule, r"momentum=...\): .*got linear_schedule, which cannot be called with only the count"),
         (optax.exponential_decay, r"momentum=...\): .*pass the one that it makes: momentum=exponential_decay\("),
     ],
 )

@@ -172,7 +172,7 @@ def test_named_axes_cost_one_collective_forward_and_one_backward(mask, sizes, ch
     sums = [8 * FEATURES] if mask == "weights" else []
     sums.append(4 * rows * FEATURES)
     sums[0] += 0 if check_vma else 128
-    # The forward's outputs alone; the loss of this test would be a collective of its own.
+    # Only the outputs of the forward pass: the loss of this test would be one more collective.
     assert collectives(forward(step).lower(*args)) == [("all-reduce", size) for size in sums]
     # Unchecked, JAX sums the gradients of scale and bias itself, and XLA joins the three sums into one.
     sums.append((8 if check_vma else 16) * FEATURES)
@@ -260,7 +260,7 @@ def test_axis_index_groups_match_each_group_as_a_batch_of_its_own(mapping, group
     for group in GROUPS[groups]:
         rows = DEVICE_ROWS[group].ravel()
         some = reference.moments(X[rows], mask=mask[rows])[0].max() > 0
-        if not some:  # the group of device 2 alone has no valid row
+        if not some:  # only the group of device 2 has no valid row
             np.testing.assert_allclose(
                 y[rows], reference.normalize(X[rows], np.zeros(3), np.ones(3), SCALE, BIAS), 1e-5
             )
@@ -283,7 +283,7 @@ def test_axis_index_groups_match_each_group_as_a_batch_of_its_own(mapping, group
 @pytest.mark.optimized
 @pytest.mark.parametrize(("groups", "gathered"), [([[0, 2], [1, 3]], 2), ([[0], [1, 2, 3]], 4)])
 def test_groups_gather_from_their_own_devices(groups, gathered):
-    # Only groups of several sizes gather from all devices, for want of a collective in JAX.
+    # Only groups of several sizes gather from all devices, because JAX has no collective for them.
     mesh = jax.make_mesh((4,), ("a",), axis_types=(AxisType.Auto,))
     apply = partial(bnjax.bn_apply, PARAMS, STATE, train=True, axis_name="a", axis_index_groups=groups)
     specs = {"in_specs": P("a"), "out_specs": (P("a"), jax.tree.map(lambda _: P("a"), STATE))}
@@ -338,7 +338,7 @@ def each_alone(x, mask):
 
 @pytest.mark.parametrize("mask", MASKS)
 def test_vmap_over_an_axis_with_explicit_sharding_matches_the_whole_batch(mask):
-    # The forward pass alone: jax 0.10.2 rejects the gradient for shardings of its own making, and lowers no psum over
+    # Only the forward pass: jax 0.10.2 rejects the gradient for shardings that it made itself, and lowers no psum over
     # such an axis whose operand it cannot divide. Outside vmap, explicit sharding is tested with gradients above.
     with jax.set_mesh(jax.make_mesh((4,), ("a",), axis_types=(AxisType.Explicit,))):
         x = jax.device_put(X, P("a"))

@@ -74,11 +74,23 @@ def test_fold_rejects():
         ("previous", np.ones((2, 3)), [0.0] * 3, {}, r"\(bias=...\): expected a floating or complex array, got list"),
         ("previous", [[1.0] * 3], None, {}, r"\(kernel=...\): expected a floating or complex array, got list"),
         ("previous", np.ones((2, 3)), None, {"axis": 7}, r"\(axis=7\): kernel has shape \(2, 3\).*axis of kernel that"),
-        ("previous", np.ones((2, 3)), None, {"axis": (1, -1)}, r".*repeated, since kernel has shape \(2, 3\)"),
+        (
+            "previous",
+            np.ones((2, 3)),
+            None,
+            {"axis": (1, -1)},
+            r".*an axis of kernel, which has shape \(2, 3\), is repeated",
+        ),
         ("next", np.ones((3, 2)), np.ones(3), {}, r"\(bias=...\): expected shape \(2,\), .* got \(3,\)"),
         ("next", np.ones((3, 2)), None, {"groups": 0}, r"\(groups=0\): expected a positive integer"),
         ("next", np.ones(3), None, {}, r"\(kernel=...\): expected shape \(..., inputs / groups, outputs\), got \(3,\)"),
-        ("next", np.ones((1, 4)), None, {"groups": 3}, r"\(groups=3\): .* 4 outputs, which are no multiple of groups"),
+        (
+            "next",
+            np.ones((1, 4)),
+            None,
+            {"groups": 3},
+            r"\(groups=3\): .* 4 outputs, which is not a multiple of groups",
+        ),
     ],
 )
 def test_fold_into_a_neighbour_rejects(function, kernel, bias, options, message):

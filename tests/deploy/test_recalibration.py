@@ -42,7 +42,7 @@ BATCHES = [5 + 2 * x for x in np.split(numbers(sum(SIZES), 3), np.cumsum(SIZES)[
 
 
 def oracle(scale, bias, ddof=0):
-    """Mean and variance of what each layer gets: of the batches, and of the batches normalized one by one."""
+    """Mean and variance of each layer's input: the batches, and the batches normalized one by one."""
     parts = [x.astype(np.float64) for x in BATCHES]
     normalized = [(x - x.mean(0)) / np.sqrt(x.var(0) + 1e-5) * scale + bias for x in parts]
     inputs = np.concatenate(parts), np.maximum(np.concatenate(normalized), 0)
@@ -163,7 +163,7 @@ def test_recalibrate_compiles_once_for_each_shape_of_a_batch():
         return apply(variables, batch, mutable=mutable)
 
     bnjax.recalibrate(counted, variables, BATCHES[:3] * 2)
-    assert traced == [(8, 3), (8, 3), (3, 3)]  # the first of them asks for shapes alone
+    assert traced == [(8, 3), (8, 3), (3, 3)]  # the first call asks only for shapes
 
 
 def test_recalibrate_shows_progress_on_request(capsys, monkeypatch):
@@ -236,7 +236,7 @@ def test_recalibrate_names_the_layers_that_it_leaves(caplog):
         [before[n] for n in ("evaluates", "frozen")],
     )
     del variables["statistics"]
-    bnjax.recalibrate(Mixed().apply, variables, [batch])  # frozen layers are no reason for a warning
+    bnjax.recalibrate(Mixed().apply, variables, [batch])  # frozen layers cause no warning
 
 
 def test_recalibrate_deletes_nothing_and_takes_other_collections():

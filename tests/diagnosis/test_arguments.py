@@ -1,4 +1,4 @@
-"""What `diagnose` refuses, and what the message says to pass."""
+"""What `diagnose` rejects, and what the message says to pass."""
 
 import flax.linen as nn
 import jax
@@ -51,7 +51,7 @@ BAD = {
     "updates as moments": (
         lambda: diagnose(PARAMS, STATE, {"batch_moments": MOMENTS}),
         ValueError,
-        r"Pass the collection alone, updates\['batch_moments'\]",
+        r"Pass only the collection, updates\['batch_moments'\]",
     ),
     "no statistics": (lambda: diagnose(PARAMS, None), ValueError, "both a mean and a var"),
     "train state": (lambda: diagnose(TRAINING, STATE), TypeError, "got TrainState with.*state.params"),
@@ -81,7 +81,7 @@ BAD = {
     "schedule": (lambda: diagnose(PARAMS, STATE, momentum=bnjax.debiased(0.9)), TypeError, "expected a number"),
     "momentum": (lambda: diagnose(PARAMS, STATE, momentum=1.5), ValueError, r"expected a number in \[0, 1\]"),
     "epsilon": (lambda: diagnose(PARAMS, STATE, epsilon=0), ValueError, r"diagnose\(epsilon=0\)"),
-    "traced": (lambda: jax.jit(lambda state: diagnose(PARAMS, state).epsilon)(STATE), TypeError, "outside of jit"),
+    "traced": (lambda: jax.jit(lambda state: diagnose(PARAMS, state).epsilon)(STATE), TypeError, "outside jit"),
 }
 
 

@@ -25,7 +25,7 @@ def moments(x):
 
 
 def layer(x, scale=None):
-    """Parameters, and the state that a batch leaves alone, with a count."""
+    """Parameters, and the state after only one batch, with a count."""
     params = bnjax.BNParams(np.ones(x.shape[1]) if scale is None else np.asarray(scale), np.zeros(x.shape[1]))
     return params, bnjax.BNState(x.mean(0), x.var(0), np.ones(x.shape[1], np.int32))
 

@@ -113,7 +113,7 @@ def network(name):
 
 
 def beside(apply, variables, x, **options):
-    """The diagnosis of variables beside the batch x."""
+    """The diagnosis of variables compared with the batch x."""
     moments = apply(variables, x, mutable=COLLECTED)[1]["batch_moments"]
     return diagnose(variables["params"], variables["batch_stats"], moments, **options)
 
@@ -195,7 +195,7 @@ def test_statistics_that_were_not_carried_along_come_first(digits):
         expected = [("error", layer, "never updated", (32, 32)) for layer in layers]
         assert summary(diagnose(variables["params"], variables["batch_stats"])) == expected
         diagnosis = beside(apply, variables, digits[0][:100])
-        assert summary(diagnosis) == expected  # the distance to the batch is no second finding
+        assert summary(diagnosis) == expected  # the distance to the batch is not a second finding
         assert "mutable" in diagnosis.findings[0].advice
         assert (diagnosis.layers[layers[0]].shift > 0).all()
 

@@ -1,4 +1,4 @@
-"""A run that was stopped goes on to the same result; what is damaged or another's is refused."""
+"""A run that was stopped resumes to the same result; a damaged or foreign checkpoint is rejected."""
 
 import json
 import os
@@ -56,7 +56,7 @@ def test_a_run_killed_at_random_moments_has_the_metrics_of_one_that_was_not(tmp_
     metrics = [(tmp_path / run / "train" / "metrics.jsonl").read_bytes() for run in ("whole", "stopped")]
     assert metrics[0] == metrics[1]
     assert len(metrics[0].splitlines()) == 2 * 2 * 9  # networks, seeds, evaluations
-    # One that was cut off while it was written may lie there still, set aside.
+    # A checkpoint that was cut off while it was written may still be there, set aside.
     assert [name for name in names(saved / "plain") if name.isdecimal()] == ["55", "60"]
 
 

@@ -25,9 +25,9 @@ pytestmark = pytest.mark.optimized
 CASES = list(itertools.product(["bn", "bn_relu"], ["forward", "backward"], ["bfloat16", "float32"]))
 FAST = ("bn", "backward", "float32")
 SUMS = 2 * 4 * WIDE[-1]
-"""bytes of two float32 numbers for each feature of the wide layer, the least that devices must merge"""
+"""bytes of two float32 numbers for each feature of the wide layer, the minimum that devices must merge"""
 MERGED = {"forward": 3 * 4 * WIDE[-1], "backward": 3 * 4 * WIDE[-1] + SUMS}
-"""bytes that they may merge, whatever their number: forward a weight beside the two, and with `backward` two more"""
+"""bytes that any number of devices may merge: forward a weight in addition to the two, and with `backward` two more"""
 CHIPS = ["v5e", "v5e-64", "v5e-256"]
 
 

@@ -1,4 +1,4 @@
-"""The measurements on the device that is here, with small arrays on CPU, and their tables."""
+"""The measurements on this machine's device, with small arrays on CPU, and their tables."""
 
 import json
 

@@ -52,7 +52,7 @@ def test_marks_differ_by_verdict_and_arrows_say_that_an_interval_goes_on():
     assert len(marks) == 3
     assert 'aria-label="holds: 3.00 [2.50, 3.60], claimed &gt; 2"' in holds
     beyond = str(forest.lines([part(40.0, 3.0, 500.0)])[0])
-    assert beyond.count('class="mark"') == 1  # the arrow alone
+    assert beyond.count('class="mark"') == 1  # only the arrow
     assert beyond.count('class="interval"') == 1
     assert str(forest.lines([part(40.0, 0.01, 500.0)])[0]).count('class="mark"') == 2
     unmeasured = part(None, None, None, verdict=protocol.UNDECIDED)

@@ -137,7 +137,7 @@ def test_chosen_names_an_edge_and_counts_a_diverged_network_as_0():
     good, gone = [[0.1, 0.9, 0.9, 0.9]] * 2, [[0.1, 1.0, 1.0, 1.0], [0.1, np.nan, np.nan, np.nan]]
     found = lab.chosen(tuned(at_1=good, at_2=gone), "arm")
     assert found == (1, "the best learning rate of arm, 1, is at the edge of its grid")
-    assert lab.chosen(tuned(at_1=good), "arm").edge == ""  # one rate has been fixed, and is no grid
+    assert lab.chosen(tuned(at_1=good), "arm").edge == ""  # one rate has been fixed, and is not a grid
 
 
 OPTIONS = {"steps": 8, "batch_size": 50, "eval_every": 4}
@@ -168,7 +168,7 @@ def test_lab_trains_what_is_missing_and_tunes_with_seeds_of_its_own(tmp_path, mo
 
 
 def plain_loop(splits, i, seed, rate, steps, moving):
-    """Losses of a run's steps, one after the other, on the images of its seed alone."""
+    """Losses of a run's steps, one after the other, on only the images of its seed."""
     params, state = SMALL.init(jax.random.key(seed))
 
     @jax.jit

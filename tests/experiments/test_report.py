@@ -11,7 +11,7 @@ import pytest
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from experiments.harness import forest, protocol, readme, report
+from experiments.harness import forest, headline, marks, protocol, readme, report
 from tests.support import report_page
 from tests.support.browser import open_in_browser
 from tests.support.page import Page
@@ -20,6 +20,7 @@ FACTS = {"preset": "quick", "devices": "1 ± 0 & <none> else"}
 STEPS = protocol.Part("steps <same>", "steps of 'a' / b & c", 2.0, "Ioffe & Szegedy, figure <3>", paper="2.3 & more")
 ACCURACY = protocol.Part("accuracy", "with - without", 0.0, "any difference", "difference")
 TIME = protocol.Part("time", "time with / without", 1.05, "noticed from there", side="below")
+FEWER = headline.Headline("steps <same>", "{} <steps> & more with b", "b & c")
 
 
 def result(dataset, *effects, **remarks):
@@ -39,6 +40,7 @@ def sections(tmp_path):
     hostile = report.Claim(
         id="depth",
         claim='Deeper is <b> & "x" better',
+        headline=FEWER,
         question="Is <i> deeper & better?",
         source="Ioffe & Szegedy, 2015, </section>",
         protocol="<script>alert(1)</script> at {{ 3 }} depths",
@@ -51,7 +53,7 @@ def sections(tmp_path):
             result("fashion & more", (STEPS, 2.0), (ACCURACY, np.nan)),
         ),
     )
-    bare = report.Claim("bare", "Nothing", "", "", "", "", (), (result("digits", (STEPS, 3.0)),))
+    bare = report.Claim("bare", "Nothing", FEWER, "", "", "", "", (), (result("digits", (STEPS, 3.0)),))
     table = [["network", "steps <to> best"], ["plain & simple", "25 ± 7"], ["<i>", "never"]]
     configuration = {"hidden": [16, 8], "data_dir": None, "runtime": {"devices": 2}}
     first = report.Shown(figures, 'What "it" shows', table, 83.4, configuration, "run 'a' > b && c")
@@ -83,13 +85,17 @@ def test_verdicts_json_is_what_was_given(tmp_path, sections, page):
 
 
 def test_the_tally_counts_claims_on_each_data_set(sections, page):
-    counts = "Of 2 claims on digits, 1 holds and 1 holds in part. Of 1 claim on fashion & more, 1 is undecided."
+    counts = (
+        "Of 2 claims on digits, 1 holds and 1 holds in part; 3 of 4 parts are decided. "
+        "Of 1 claim on fashion & more, 1 is undecided; 0 of 2 parts are decided."
+    )
     assert report.tally([section.claim for section in sections]) == counts
     assert counts in page.text["header"][0]
 
 
 def test_the_forest_has_a_line_for_each_part_on_each_data_set(sections, page):
-    nav = page.text["nav"][0]
+    nav = page.text["details"][0]
+    assert "Forest plot: the effects of all 4 parts" in nav
     assert nav.count("claimed") == 3 + 1  # the threshold of each part, once
     results = [found for section in sections for found in section.claim.results]
     labels = [
@@ -101,7 +107,8 @@ def test_the_forest_has_a_line_for_each_part_on_each_data_set(sections, page):
             assert part.name in nav
             assert forest.numbers(part) in nav
     ends = [reference for reference in page.references if reference.startswith("#")]
-    assert ends == ["#depth"] * (1 + 3) + ["#bare"] * (1 + 1) + ["#depth"]
+    judged = "#how-claims-are-judged"
+    assert ends == [judged, "#depth", "#bare", *["#depth"] * 3, "#bare", "#depth"]
 
 
 def test_report_says_all_that_was_given_as_it_was_given(sections, page):
@@ -120,7 +127,7 @@ def test_report_says_all_that_was_given_as_it_was_given(sections, page):
         for value in said:
             assert value in text
         assert all(shown.command in page.text["pre"] for shown in section.shown)
-    cells = page.text["th"] + page.text["td"]
+    cells = [cell.replace("\N{NO-BREAK SPACE}", " ") for cell in page.text["th"] + page.text["td"]]
     assert all(cell in cells for row in sections[0].shown[0].table for cell in row)
     times = [words for words in page.text["p"] if words.startswith("To repeat it")]
     assert times == [f"To repeat it ({time}):" for time in ("1 min 23 s", "time unknown", "0.2 s")]
@@ -135,7 +142,7 @@ def test_the_report_lists_changes_and_states_the_protocol(sections, page):
     (change,) = sections[0].claim.changes
     assert all(words in judged for words in (*change, "depth"))
     statement = report.statement()
-    assert len(statement) == 10
+    assert len(statement) == 12
     for name, text in statement.items():
         assert page.text["dd"][page.text["dt"].index(name)] == text
     assert f"at most {protocol.ERROR:.0%}" in statement["Intervals"]
@@ -160,7 +167,7 @@ def test_report_is_one_file(sections, page):
     assert contents == [path.read_bytes() for path in sections[0].shown[0].figures]
     assert [picture["alt"] for picture in page.pictures] == [f'What "it" shows ({i} of 2)' for i in (1, 2)]
     assert [(picture["width"], picture["height"]) for picture in page.pictures] == [("500", "250"), ("1000", "250")]
-    local = {f"#{section.claim.id}" for section in sections}
+    local = {f"#{section.claim.id}" for section in sections} | {"#how-claims-are-judged"}
     assert {reference for reference in page.references if not reference.startswith(kind)} == {"data:,", *local}
     assert len({*page.ids}) == len(page.ids)
     assert {reference[1:] for reference in local} <= {*page.ids}
@@ -195,6 +202,8 @@ def with_part(section, **changes):
         (lambda a, b: [a, b._replace(shown=())], ValueError, r"bare has results on \['digits'\] and 0 of Shown"),
         (lambda a, b: [a, with_claim(b, results=b.claim.results * 2)._replace(shown=b.shown * 2)], ValueError, "own"),
         (lambda a, b: [a, with_claim(b, id="depth")], ValueError, r"2 have the id 'depth'. Give each an id"),
+        (lambda a, b: [a, with_claim(b, headline=FEWER._replace(part="x"))], ValueError, r"bare has no part 'x'"),
+        (lambda a, b: [a, with_claim(b, headline=FEWER._replace(subject="d"))], ValueError, r"has 'd' on no side"),
         (lambda a, b: [a, with_part(b, high=np.inf)], ValueError, r"bare has \[.*inf.*\] in part 'steps <same>'"),
         (lambda a, b: [a, with_claim(b, changes=(report.Change("May", "", ""),))], ValueError, "'May'. Pass an ISO"),
         (
@@ -213,22 +222,69 @@ def test_write_rejects_and_leaves_what_was_there(tmp_path, sections, page, broke
     assert {path: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
 
 
-def test_the_table_for_the_readme_has_a_line_for_each_claim(tmp_path, page):
-    lines = readme.table(tmp_path / "out" / "verdicts.json").splitlines()
-    assert [line.count(" | ") for line in lines] == [3] * 4
-    assert lines[0].endswith("| verdict on digits | verdict on fashion & more |")
-    effect = "steps <same>: 3.00 [2.83, 3.18], claimed > 2"  # at 97.5%, the second of three steps
-    mixed = "holds in part (1 hold, 1 refuted of 3)"
-    assert lines[2] == f'| Deeper is <b> & "x" better | {effect} | {mixed} | undecided (2 of 2) |'
-    assert lines[3].endswith("| holds (1 of 1) | not run |")
+def test_the_list_has_verdicts_and_one_number_in_words_for_each_claim(sections, page):
+    claims = [section.claim for section in sections]
+    first, second = page.text["li"][:2]
+    assert " ".join(first.split()) == (
+        'Deeper is <b> & "x" better 3.0 times fewer <steps> & more with b steps <same> '
+        "holds in part on digits undecided on fashion & more"
+    )
+    assert " ".join(second.split()) == "Nothing 3.0 times fewer <steps> & more with b steps <same> holds on digits"
+    (one,) = claims[1].results
+    twice = claims[1]._replace(results=(one, one._replace(dataset="others")))
+    listed = Page(str(report.listed([twice], "there.html", measured=True)))
+    assert listed.references == ["there.html#bare"]
+    assert "holds on digits and others" in " ".join(listed.text["li"][0].split())
+    assert "On others: 0.7 ± 0.1 & 'more' on digits" in listed.text["li"][0]
+    assert "\n\n" not in report.listed(claims)  # Markdown would end the list there
+    assert str(report.listed(claims)) in (page_source := page.source)
+    assert report.style() in page_source
 
 
-def test_update_replaces_the_table_between_the_marks(tmp_path, page):
+def test_a_number_names_the_verdict_on_its_part_unless_that_on_the_claim_says_it(sections):
+    claim = sections[0].claim
+    assert (claim.results[0].verdict, report.said(claim).verdict) == (protocol.IN_PART, "")
+    refuted = claim._replace(headline=headline.Headline("accuracy", "{} points with", "with", "height"))
+    assert report.said(refuted).verdict == protocol.REFUTED
+    assert report.said(refuted).words == "1.0 lower points with"
+    unmeasured = refuted._replace(results=(claim.results[1],))
+    assert report.said(unmeasured)[:1] + report.said(unmeasured)[2:] == ("not measured", "fashion & more", "")
+
+
+def test_every_verdict_has_a_mark_of_its_own():
+    assert [*marks.VERDICTS] == [*protocol.VERDICTS]
+    looks = [(mark.shape, mark.filling) for mark in marks.VERDICTS.values()]
+    assert len({*looks}) == len(looks)
+    css = report.style()
+    for verdict, mark in marks.VERDICTS.items():
+        assert mark.shape in marks.SHAPES
+        assert f".{marks.classes(verdict).split()[0]} {{" in css
+        assert all(colour in css for colour in mark.colours)
+
+
+def test_the_readme_has_a_line_for_each_data_set_and_two_numbers(tmp_path, sections, page):
+    lines = readme.lines(tmp_path / "out" / "verdicts.json").splitlines()
+    assert lines[:2] == [f"* {line}" for line in report.tallies([section.claim for section in sections])]
+    said = "3.0 times fewer <steps> & more with b"
+    assert lines[2:] == [f"* Holds: Nothing ({said}). [All claims](docs/claims.md)."]
+    claim = sections[1].claim
+    result = claim.results[0]._replace(verdict=protocol.REFUTED_IN_PART)
+    doubtful = sections[0].claim._replace(id="doubtful", results=(result,))
+    section = sections[1]._replace(claim=doubtful)
+    path = tmp_path / "verdicts.json"
+    content = json.loads((tmp_path / "out" / "verdicts.json").read_text(encoding="utf-8"))
+    content["claims"].append(report._plain(section.claim))
+    path.write_text(json.dumps(content), encoding="utf-8")
+    last = readme.lines(path).splitlines()[-1]
+    assert f'Refuted in part: Deeper is <b> & "x" better ({said} (holds)).' in last.replace("; holds", " (holds)")
+
+
+def test_update_replaces_the_lines_between_the_marks(tmp_path, page):
     path, verdicts = tmp_path / "README.md", tmp_path / "out" / "verdicts.json"
     path.write_text(f"before\n{readme.BEGIN}\nold\n{readme.END}\nafter\n")
     for _ in range(2):
         readme.update(path, verdicts)
-        assert path.read_text() == f"before\n{readme.BEGIN}\n{readme.table(verdicts)}\n{readme.END}\nafter\n"
+        assert path.read_text() == f"before\n{readme.BEGIN}\n{readme.lines(verdicts)}\n{readme.END}\nafter\n"
     for text in (f"{readme.END} {readme.BEGIN}", readme.BEGIN, "", f"{readme.BEGIN}{readme.END}{readme.END}"):
         path.write_text(text)
         with pytest.raises(ValueError, match="<!-- claims: begin -->"):
@@ -247,16 +303,18 @@ def test_in_a_browser_each_line_opens_its_claim_at_the_width_of_a_desk_and_of_a_
         shown = found[str(width)]
         assert shown["inner"] == width
         assert (shown["beyond"], shown["beyondOpen"], shown["cut"], shown["asked"]) == (0, 0, [], [])
+        assert shown["scrolling"] == []
         assert shown["open"] == 0
-        assert shown["opened"] == [[id, True, [id]] for id in ["depth"] * 4 + ["bare"] * 2]
-    assert found["unscripted"] == [True, True]
+        assert shown["opened"] == [[id, True, [id]] for id in ["depth", "bare", *["depth"] * 3, "bare"]]
+        assert shown["folded"] == {"fold": [False, False], "group": [width == 1280] * 2}
+    assert found["unscripted"] == [True] * (2 + 2 + 2)
 
 
 def test_look_notices_a_wide_page_and_a_dead_link(tmp_path):
     """Else the test above would say nothing."""
     path = tmp_path / "report.html"
     path.write_text(
-        '<!DOCTYPE html><body><nav class="forest"><a href="#one"><span>a</span></a></nav><section id="one">'
+        '<!DOCTYPE html><body><div class="forest"><a href="#one"><span>a</span></a></div><section id="one">'
         '<details class="whole">b</details></section><div style="width: 900px">c</div><img src="none.png">'
         '<script>console.error("on purpose")</script></body>'
     )

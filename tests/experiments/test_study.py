@@ -1,4 +1,4 @@
-"""The claims: how a measurement goes on, what a folder refuses, and whether the committed verdicts follow from it."""
+"""The claims: how a measurement resumes, what a folder rejects, and whether the committed verdicts follow from it."""
 
 import base64
 import datetime
@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from experiments.__main__ import STUDIES, main
-from experiments.harness import data, lab, protocol, records, report, runs, study
+from experiments.harness import data, headline, lab, protocol, records, report, runs, study
+from tests.support import report_page
 from tests.support.browser import open_in_browser
 from tests.support.page import Page
 
@@ -41,6 +42,7 @@ class Weighing(study.Study):
 
     NAME = "weighing"
     CLAIM = "lead is heavier than water"
+    HEADLINE = headline.Headline("weight", "lead is {} heavy", "lead", "amount")
     QUESTION = "How many times as heavy is it?"
     SOURCE = "nobody"
     PROTOCOL = "Both are weighed."
@@ -104,7 +106,7 @@ def test_a_complete_measurement_is_not_made_again_and_more_seeds_are_added_to_it
     assert added == []
     (result,) = weigh(tmp_path, seeds=12).results
     assert added == [2010, 2011] * 2
-    assert result.seeds == result.parts[0].n == 12
+    assert (result.seeds, result.parts[0].n) == (12, 10)  # judged at the last complete look
 
 
 def test_the_verdict_and_its_parts_are_those_of_the_protocol(tmp_path):
@@ -212,6 +214,8 @@ def test_every_study_says_what_the_report_shows_and_has_10_seeds_or_more(kind):
         assert part.effect
         assert part.source
         assert part.kind == "difference" or part.threshold > 0
+    (headed,) = (part for part in kind.PARTS if part.name == kind.HEADLINE.part)
+    headline.check(kind.HEADLINE, headed)
     assert kind.CHANGES
     for change in kind.CHANGES:
         datetime.date.fromisoformat(change.date)
@@ -286,7 +290,8 @@ def test_committed_verdicts_follow_from_the_committed_metrics(tmp_path, monkeypa
         for shown in section.shown:
             first, number = (shown.configuration[name] for name in ("first_seed", "seeds"))
             assert number >= 10
-            assert f"{first} to {first + number - 1}" in {change.seeds for change in claim.changes}
+            assert number in protocol.LOOKS
+            assert f"{first} to {first + 9}" in {change.seeds for change in claim.changes}
         assert section.shown[0].configuration["first_seed"] == kind().first_seed
     assert_report_has(RESULTS, claims)
 
@@ -324,6 +329,17 @@ def figures_of(folder, name):
         for path in (folder / name).glob("*/config.json")
         if records.read_config(path.parent)["complete"]
     ]
+
+
+@pytest.mark.results
+@pytest.mark.slow
+def test_the_committed_report_is_shown_whole_at_the_width_of_a_desk_and_of_a_phone():
+    found, messages, missing = report_page.look(RESULTS / "report.html", (1280, 390))
+    assert (messages, missing) == ([], [])
+    for width in ("1280", "390"):
+        shown = found[width]
+        assert (shown["beyond"], shown["beyondOpen"], shown["cut"], shown["scrolling"]) == (0, 0, [], [])
+        assert all(seen and opened == [name] for name, seen, opened in shown["opened"])
 
 
 @pytest.mark.results

@@ -57,7 +57,7 @@ def nnx_model():
 
 
 def oracle(x, source_weight):
-    """The network in float64, each layer adapted to what the layers before it give."""
+    """The network in float64, each layer adapted to the output of the layers before it."""
     for kernel, stats in zip(KERNELS, STATS, strict=True):
         x = x.astype(np.float64) @ kernel
         mean, var = reference.adapted(x, stats["mean"], stats["var"], source_weight)

@@ -1,4 +1,4 @@
-"""`convert` on models that somebody else wrote, against the same model written with the layers of bnjax."""
+"""`convert` on models that somebody else wrote, against the same models written with bnjax's layers."""
 
 import pickle
 from functools import partial

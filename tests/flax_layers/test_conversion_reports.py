@@ -1,4 +1,4 @@
-"""What `convert` says: an error where `where` matches nothing, a warning where nothing or not all was converted."""
+"""What `convert` reports: an error if `where` matches nothing, a warning if nothing or not everything was converted."""
 
 import warnings
 from functools import partial
@@ -309,7 +309,7 @@ def test_convert_says_where_the_module_is(model, advice):
 
 
 def test_convert_of_several_linen_modules_says_what_to_pass():
-    with pytest.raises(TypeError, match=r"convert\(model=list\).*Pass each module by itself, or an nn.Sequential"):
+    with pytest.raises(TypeError, match=r"convert\(model=list\).*Pass one module at a time, or an nn.Sequential"):
         bnjax.linen.convert([NORM()])
     with warnings.catch_warnings():
         warnings.simplefilter("error")

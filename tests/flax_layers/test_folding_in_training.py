@@ -1,4 +1,4 @@
-"""Folding is for evaluation: in training it is an error, as is a folded model; layers that are left are named."""
+"""Folding is for evaluation: in training it is an error, as is a folded model; unfolded layers are named."""
 
 import gc
 from typing import Any

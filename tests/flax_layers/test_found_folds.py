@@ -1,4 +1,4 @@
-"""Pairs that `fold` finds by tracing: what is folded gives what the model gave, and what is left has its reason."""
+"""Pairs that folding finds by tracing: the folded model gives the same output, and unfolded norms have a reason."""
 
 from functools import partial
 from typing import Any
@@ -61,19 +61,19 @@ LEFT = {
     "a sum": (Model(lambda x: nn.Dense(4, name="a")(x) + BN(name="bn")(nn.relu(x))), "its output is used by add"),
     "a second user": (
         Model(lambda x: (lambda y: BN(name="bn")(y) + y)(nn.Dense(4, name="a")(x))),
-        "the output of 'a' is used by 'bn' and add, not by 'bn' alone",
+        "the output of 'a' is used by 'bn' and add, not only by 'bn'",
     ),
     "the model returns it": (
         Model(lambda x: (lambda y: (BN(name="bn")(y), y))(nn.Dense(4, name="a")(x))),
         "the output of 'a' is used by 'bn' and the model's result",
     ),
-    "padding": (through(nn.relu, ("bn", BN), SAME), "not exact where zeros are padded"),
+    "padding": (through(nn.relu, ("bn", BN), SAME), "not exact if padding or dilation adds zeros"),
     "features reshaped": (through(A, lambda x: x.reshape(-1, 2), ("bn", BN)), "its input is the output of reshape"),
     "transposed": (through(A, lambda x: x.mT, ("bn", BN)), "its input is the output of transpose"),
     "another feature axis": (through(A, ("bn", partial(BN, axis=1))), "'bn' has axis=1"),
     "a shared linear layer": (
         Model(lambda x: (lambda a: BN(name="bn")(a(x)) + nn.relu(a(x)))(nn.Dense(4, name="a"))),
-        "the output of 'a' is used by max and 'bn', not by 'bn' alone",
+        "the output of 'a' is used by max and 'bn', not only by 'bn'",
     ),
     "integers between": (through(A, lambda x: x.astype(jnp.int32), ("bn", BN)), "output of convert_element_type"),
 }
@@ -138,7 +138,7 @@ NNX_FOUND = {
 }
 NNX_LEFT = {
     "an activation": (lambda m, x: m.bn(nnx.relu(m.a(x))), "its input is the output of max"),
-    "a second user": (lambda m, x: (lambda y: m.bn(y) + y)(m.a(x)), "used by 'bn' and add, not by 'bn' alone"),
+    "a second user": (lambda m, x: (lambda y: m.bn(y) + y)(m.a(x)), "used by 'bn' and add, not only by 'bn'"),
     "not called": (lambda m, x: m.a(x), "the model does not call it"),
     "a shared linear layer": (lambda m, x: m.bn(m.a(x)) + m.a(x), "the output of 'a' is used by"),
     "in training": (lambda m, x: m.bn(m.a(x), use_running_average=False), "normalizes by its batch"),

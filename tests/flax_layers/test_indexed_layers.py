@@ -16,7 +16,7 @@ from tests.support import reference
 pytestmark = pytest.mark.usefixtures("flax_promotion")
 
 KEY = jax.random.key(0)
-INDEX = np.array([0, 2, 2, 0, 2, 3, 3, 2])  # index 0 is in the first half alone, index 3 in the second, 1 in none
+INDEX = np.array([0, 2, 2, 0, 2, 3, 3, 2])  # index 0 is only in the first half, 3 only in the second, 1 in none
 ONES, ZEROS = np.ones(3), np.zeros(3)
 
 

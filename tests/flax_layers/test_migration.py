@@ -1,4 +1,4 @@
-"""The table of departures in docs/migration.md: each row, by what Flax's layer does and what ours does in its place."""
+"""The table of differences in docs/migration.md: for each row, what Flax's layer does and what ours does."""
 
 import inspect
 import re
@@ -30,7 +30,7 @@ EPSILON = 1e-5
 
 
 class Result(NamedTuple):
-    """What a layer gives for one training step, and then for the same data in evaluation."""
+    """A layer's results for one training step, and then for the same data in evaluation."""
 
     y: np.ndarray
     mean: np.ndarray
@@ -251,7 +251,7 @@ CASES = {
     "The variance is E[x²] - E[x]²": fast_variance,
     "rounds squares and means to half precision": half_precision_reductions,
     "A batch of one value": one_value,
-    "Statistics of a batch that are not finite": not_finite,
+    "Non-finite batch statistics": not_finite,
     "Finite values whose squares overflow": overflow,
     "A feature without a valid value": no_valid_value,
     "merged by the mean of means": unequal_shards,

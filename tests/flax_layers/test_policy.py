@@ -1,4 +1,4 @@
-"""The checkpoint policy `save_statistics`: what it saves, and what the backward computes again."""
+"""The checkpoint policy `save_statistics`: what it saves, and what the backward pass recomputes."""
 
 import contextlib
 import io
@@ -46,7 +46,7 @@ def images(rng):
 
 
 def residuals(policy, kernels, images):
-    """What the forward keeps for the backward beside its arguments."""
+    """The residuals that the forward pass keeps in addition to its arguments."""
     text = io.StringIO()
     with contextlib.redirect_stdout(text):
         print_saved_residuals(lambda kernels: network(kernels, images, policy), kernels)
@@ -83,7 +83,7 @@ def test_the_policy_recomputes_no_reduction_and_no_collective(mapped, kernels, i
         def grad(kernels, x):
             names = {} if mapped == "jit" else {"axis_name": "data"}
             value, gradients = jax.value_and_grad(lambda k: network(k, x, policy, **names))(kernels)
-            # The value keeps the forward alive.
+            # The value keeps the forward pass alive.
             return jax.lax.psum(value, "data") if mapped == "shard_map" else value, gradients
 
         if mapped == "shard_map":

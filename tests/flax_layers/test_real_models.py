@@ -1,6 +1,6 @@
 """Models that others wrote, from conversion to serving, on one device and on eight.
 
-They train with accumulation, are checkpointed, recalibrated, diagnosed, folded and exported.
+They are trained with accumulation, checkpointed, recalibrated, diagnosed, folded and exported.
 """
 
 from functools import partial
@@ -67,7 +67,7 @@ def train(apply, variables, batch, loss, steps, **fields):
 
 
 def exported(call, x):
-    """What a program exported with a batch of any size gives for two sizes."""
+    """The results of a program exported with a symbolic batch, for two sizes."""
     (batch,) = jax.export.symbolic_shape("batch")
     program = jax.export.export(jax.jit(call))(jax.ShapeDtypeStruct((batch, *x.shape[1:]), x.dtype))
     return program.call(x), program.call(x[:3])
@@ -98,7 +98,7 @@ def test_the_resnet_of_flax_from_conversion_to_serving(rng, tmp_path):
     x = batch["image"]
     ours = bnjax.linen.convert(model, axis_name=None)
     variables = ours.init(KEY, x, train=False)
-    with pytest.raises(NameError, match="batch"):  # as its author wrote it, it runs in pmap alone
+    with pytest.raises(NameError, match="batch"):  # as its author wrote it, it runs only in pmap
         jax.eval_shape(partial(model.apply, train=True, mutable=["batch_stats"]), variables, x)
     jax.tree.map(np.testing.assert_array_equal, variables, model.init(KEY, x, train=False))
 

@@ -20,7 +20,7 @@ KEY = jax.random.key(0)
 X = np.random.default_rng(0).normal(2, 3, (8, 3)).astype(np.float32)
 SEQUENCES = X[:, :, None] * np.ones(4, np.float32)
 LSTM = partial(bnjax.linen.BNLSTMCell, features=4, num_steps=2)
-# A model that trains with batch statistics, its input, and what the call takes beside it.
+# A model that trains with batch statistics, its input, and the call's other arguments.
 MODELS = {
     "BatchNorm": (bnjax.linen.BatchNorm(use_running_average=False), X, {}),
     "a schedule": (bnjax.linen.BatchNorm(use_running_average=False, momentum=bnjax.debiased(0.9)), X, {}),

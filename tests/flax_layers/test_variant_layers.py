@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("flax_promotion")
 
 KEY = jax.random.key(0)
 LIMITS = {"r_max": 1.5, "d_max": 0.4}
-# The layers' options, the pure function with its own, and what a call takes beside x.
+# The layers' options, the pure function with its options, and a call's other arguments.
 LAYERS = {
     "Ghost": ({"ghost_size": 3}, lambda *a, **k: bnjax.ghost_bn_apply(*a, ghost_size=3, **k), {}),
     "Renorm": (LIMITS, lambda *a, **k: bnjax.renorm_bn_apply(*a, **LIMITS, **k), {}),
@@ -332,7 +332,7 @@ def test_a_bn_lstm_layer_runs_in_shard_map_and_refuses_two_lengths(rng):
 
 @pytest.mark.parametrize("layer", ["Ghost", "Renorm", "Indexed"])
 def test_variants_accumulate_as_one_batch(layer, rng):
-    """A lone layer: the merged moments of micro-batches are those of the whole, whatever normalizes the output."""
+    """A single layer: the merged moments of micro-batches are those of the whole, however the output is normalized."""
     x = rng.normal(2, 3, (12, 3)).astype(np.float32)
     options, _, call = LAYERS[layer]
     model = getattr(bnjax.linen, f"{layer}BatchNorm")(use_running_average=False, momentum=0.7, **options)

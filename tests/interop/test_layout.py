@@ -1,4 +1,4 @@
-"""Features that are the places of an image, in the order of PyTorch's and in ours. No PyTorch."""
+"""Features that are the elements of an image, in PyTorch's order and in ours. No PyTorch."""
 
 import flax.linen as nn
 import jax
@@ -125,7 +125,7 @@ def test_a_transposed_convolution_is_the_transpose_of_one(swapped, library):
 
 
 class Unclear(nn.Module):
-    """Features whose order in PyTorch cannot be told."""
+    """Features whose order in PyTorch is not determined."""
 
     what: str
 

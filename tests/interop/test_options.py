@@ -1,4 +1,4 @@
-"""Options of other libraries' layers beside those of Flax's, and outputs that verify a conversion. No PyTorch."""
+"""Options of other libraries' layers compared with Flax's, and outputs that verify a conversion. No PyTorch."""
 
 import flax.linen as nn
 import jax
@@ -185,7 +185,7 @@ def test_expected_needs_a_model_in_evaluation_and_inputs_with_values():
         interop.from_keras_model({"fc/kernel": np.ones((3, 3))}, variables, expected=np.ones(3))
     model = nn.Dense(3, use_bias=False)
     shape = jax.ShapeDtypeStruct((1, 3), np.float32)
-    with pytest.raises(ValueError, match=r"expected=\.\.\.\): inputs has shapes alone"):
+    with pytest.raises(ValueError, match=r"expected=\.\.\.\): inputs has only shapes"):
         interop.from_torch_model(arrays, variables, model=model, inputs=shape, expected=np.ones((1, 3)))
     model = bnjax.linen.BatchNorm(use_running_average=False)
     x = np.ones((4, 3), np.float32)

@@ -1,4 +1,4 @@
-"""What the models of PyTorch and Keras tell beside their arrays. Neither library: objects with the same attributes."""
+"""What PyTorch's and Keras's models say besides their arrays. Neither library: objects with the same attributes."""
 
 from types import SimpleNamespace
 

@@ -1,4 +1,4 @@
-"""bnjax.linen beside flax.linen: the same variables, dtypes and numbers; where it means to differ, the right ones."""
+"""bnjax.linen against flax.linen: the same variables, dtypes and numbers; where it means to differ, the right ones."""
 
 import dataclasses
 from functools import partial
@@ -151,7 +151,7 @@ def test_statistics_far_from_zero_are_exact(options, rng):
 
 
 def test_a_checkpoint_of_one_continues_in_the_other(rng):
-    """Training goes on from the bytes of the other's variables, to the same numbers."""
+    """Training resumes from the bytes of the other's variables, with the same numbers."""
     batches = rng.normal(1, 2, (4, 32, 3)).astype(np.float32)
     layers = pair(momentum=0.8)
     for writer, reader in (layers, layers[::-1]):
@@ -358,7 +358,7 @@ def test_convert_makes_a_plain_flax_layer_exact(rng):
     y, _ = bnjax.linen.convert(layer).init_with_output(KEY, far)
     oracle = reference.train(far.astype(np.float64), np.ones(3), np.zeros(3), 0, 1)[0]
     np.testing.assert_allclose(y, oracle, atol=8 * 1.2e-7 * 3e4)
-    assert np.abs(layer.init_with_output(KEY, far)[0] - oracle).max() > 10  # Flax alone
+    assert np.abs(layer.init_with_output(KEY, far)[0] - oracle).max() > 10  # only Flax
 
 
 def test_convert_keeps_what_a_subclass_adds(rng):

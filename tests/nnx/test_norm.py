@@ -1,4 +1,4 @@
-"""bnjax.nnx beside flax.nnx: the same variables, dtypes and numbers; where it means to differ, the right ones."""
+"""bnjax.nnx against flax.nnx: the same variables, dtypes and numbers; where it differs on purpose, the right ones."""
 
 import inspect
 

@@ -121,7 +121,7 @@ class Counting(nnx.Module):
 
 
 class Autoencoder(nnx.Module):
-    """A variational autoencoder draws from a stream that is no dropout."""
+    """A variational autoencoder draws from a stream that is not for dropout."""
 
     def __init__(self, rngs):
         self.encoder = nnx.Linear(6, 8, rngs=rngs)

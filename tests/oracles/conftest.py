@@ -1,4 +1,4 @@
-"""What a comparison with another library is held to, and the table of differences at the end of the run."""
+"""The tolerance of a comparison with another library, and the table of differences at the end of the run."""
 
 import os
 
@@ -17,7 +17,7 @@ ROUNDINGS = 32
 
 
 def pytest_itemcollected(item):
-    """What is compared is accuracy, so all is compiled as users compile it."""
+    """Accuracy is compared, so everything is compiled as users compile it."""
     item.add_marker(pytest.mark.optimized)
 
 
@@ -29,7 +29,7 @@ def dtype(request):
 
 @pytest.fixture
 def x64():
-    """float64 alone, which tells the most apart."""
+    """Only float64, which distinguishes the most."""
     with jax.enable_x64(True):
         yield "float64"
 

@@ -1,4 +1,4 @@
-"""`expected=` beside PyTorch's and Keras's own models: what passes, and which layer is named as the first to differ."""
+"""`expected=` with PyTorch's and Keras's own models: what passes, and which layer is named as the first to differ."""
 
 import flax.linen as linen
 import jax

@@ -45,7 +45,7 @@ def converted(dtype, scale=True, bias=True, decay_rate=DECAY, **options):
 
 
 def lost(decay_rate):
-    """Haiku divides by 1 - decay^t as it stands, and by a variance of E[x^2] - E[x]^2, of a mean near its root."""
+    """Haiku divides by 1 - decay^t unchanged, and by a variance of E[x^2] - E[x]^2, of a mean near its root."""
     return 2 / (1 - decay_rate)
 
 

@@ -1,4 +1,4 @@
-"""bnjax against Keras on JAX, which casts float64 to float32 before it computes: in float32 then."""
+"""bnjax against Keras on JAX, only in float32, because Keras casts float64 to float32 before it computes."""
 
 import jax
 import jax.numpy as jnp
@@ -67,7 +67,7 @@ def test_bn_apply_matches_keras_with_options(agree, name):
 def test_bn_apply_matches_keras_with_a_mask(agree):
     mask = np.random.default_rng(9).random(LAST[1][:-1]) < 0.6
     module = layer(LAST[1])
-    # Keras divides by n + 1e-7, which float32 does not tell from n.
+    # Keras divides by n + 1e-7, which float32 does not distinguish from n.
     compare(agree, converted(module, mask=mask[..., None]), theirs(module, mask), LAST[1])
 
 

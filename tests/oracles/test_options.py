@@ -1,6 +1,6 @@
 """Options of layers are compared exactly: a conversion is refused if, and only if, the outputs would differ.
 
-PyTorch's and Keras's own layers decide. Without their options, which arrays alone do not have, all are converted.
+PyTorch's and Keras's own layers decide. If only arrays are passed, which have no options, all are converted.
 """
 
 import itertools

@@ -20,7 +20,7 @@ from bnjax import interop
 from tests.oracles.layers import BIAS, FEATURES, FIRST, LAST, SCALE, STEPS, Seen, batch, compare, ours
 from tests.oracles.torch_arrays import array, tensor
 
-torch.set_num_threads(1)  # its threads wait for each other by spinning, and there are other workers
+torch.set_num_threads(1)  # its threads spin while they wait, and there are other workers
 
 LAYERS = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
 
@@ -234,7 +234,7 @@ def test_a_network_trains_as_in_pytorch(agree, dtype):
         assert our.count.tolist() == their.count.tolist()
     y = array(network.eval()(tensor(inputs[-1])))
     agree("output", logits(params, states, inputs[-1], False)[0], y)
-    # And PyTorch goes on with what was trained here.
+    # And PyTorch continues with what was trained here.
     for name, layer, state in zip(("1", "4"), params[1], states, strict=True):
         found = {key: torch.from_numpy(v) for key, v in interop.to_torch(layer, state, name).items()}
         assert not network.load_state_dict(found, strict=False).unexpected_keys

@@ -179,7 +179,7 @@ class LinenGenerator(linen.Module):
 
 
 class Text(nn.Module):
-    """An embedding and a last layer of the same shape, and three layers between that only order tells apart."""
+    """An embedding and a last layer of the same shape, and three layers between that only order distinguishes."""
 
     def __init__(self):
         super().__init__()

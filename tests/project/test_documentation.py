@@ -1,5 +1,6 @@
 """The documentation: every public name is in the API reference, and the reference shows what the docstrings say."""
 
+import html
 import re
 from xml.etree import ElementTree
 
@@ -9,8 +10,8 @@ pytest.importorskip("griffe", reason="the documentation is built by the extra `d
 
 import bnjax.diagnosis
 import bnjax.linen
-from docs.tools import docstrings, drawings, public, tables
-from experiments.harness import readme
+from docs.tools import docstrings, drawings, public, signatures, tables
+from experiments.harness import readme, report
 from tests.support.markdown import PAGES, ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -55,6 +56,27 @@ def test_diagnose_is_in_its_package_too():
     assert bnjax.diagnosis.diagnose is bnjax.diagnose
 
 
+def test_every_parameter_of_a_class_is_explained():
+    """`Model` is made by the steps of training, and `RESULTS` have no constructor of their own."""
+    missing = {}
+    for cls, path in signatures.classes().items():
+        if path not in signatures.RESULTS and path != "bnjax.training.Model":
+            explained = signatures.explanations(cls)
+            missing[path] = [p.name for p in signatures.constructor(cls) if not explained.get(p.name)]
+    assert {path: names for path, names in missing.items() if names} == {}
+    assert "bnjax.nnx.GhostBatchNorm" in missing
+
+
+def test_an_explanation_is_the_one_of_the_class_that_has_the_parameter():
+    found = signatures.explanations(bnjax.linen.GhostBatchNorm)
+    assert found["ghost_size"] == "number of examples in a group, > 0."
+    assert found["epsilon"] == "a small float added to variance to avoid dividing by zero."  # Flax's words
+    assert found["use_fast_variance"].startswith("has no effect")  # ours, where Flax's do not hold
+    shown = docstrings.arguments(bnjax.linen.GhostBatchNorm)
+    assert '\n??? note "As in `bnjax.linen.BatchNorm`"\n' in shown
+    assert "    - `epsilon`: a small float" in shown
+
+
 def test_sections_of_a_docstring_become_lists():
     text = """One line.
 
@@ -94,9 +116,22 @@ def test_names_link_to_the_reference_outside_of_blocks():
     assert docstrings.linked(text) == text.replace("`bnjax.fold(params)` and `bnjax.nothing`", linked)
 
 
-def test_readme_has_at_most_180_lines_and_an_example_by_line_15():
+def test_names_link_to_the_reference_in_folds_and_tabs_but_not_in_their_code():
+    lines = ['??? note "fold"', "    NAME", "    - NAME", "        NAME", "    NAME", "x", "    NAME"]
+    text = "\n\n".join(lines).replace("NAME", "`bnjax.fold`")
+    assert [line.strip() for line in docstrings.linked(text).split("\n")[2::2]] == [
+        "[`bnjax.fold`][bnjax.fold]",
+        "- [`bnjax.fold`][bnjax.fold]",
+        "`bnjax.fold`",
+        "[`bnjax.fold`][bnjax.fold]",
+        "x",
+        "`bnjax.fold`",
+    ]
+
+
+def test_readme_has_at_most_90_lines_and_an_example_by_line_15():
     lines = README.splitlines()
-    assert len(lines) <= 180
+    assert len(lines) <= 90
     assert any("bn_apply(" in line for line in lines[:15])
 
 
@@ -111,18 +146,23 @@ def test_the_committed_verdicts_are_on_the_page_of_claims():
     claims = tables.claims()
     assert len(claims) == 13
     for claim in claims:
-        (row,) = [line for line in shown.splitlines() if line.startswith(f"| [{claim.id}]")]
-        assert claim.claim in row
+        (row,) = [item for item in shown.split("<li>") if f'href="results/report.html#{claim.id}"' in item]
+        assert html.escape(claim.claim, quote=False) in html.unescape(row)
+        assert report.said(claim).words in html.unescape(row)
         for result in claim.results:
-            assert f"{result.verdict} on {result.dataset}" in row
-            assert f"{result.dataset}: {result.measured}".replace("|", "\\|") in row
+            assert f">{result.verdict}</span>" in row
+            assert result.dataset in row
+    assert str(report.listed(claims)).replace('href="#', 'href="results/report.html#') in shown
+    assert str(report.listed(claims)) in (tables.RESULTS / "report.html").read_text(encoding="utf-8")
+    (cost,) = (claim for claim in claims if claim.id == "cost")
+    assert cost.results[0].measured in tables.verdicts(["cost"])
 
 
 @pytest.mark.results
-def test_the_readme_has_the_table_of_the_committed_verdicts():
+def test_the_readme_has_the_lines_on_the_committed_verdicts():
     """`python -m experiments report --out experiments/results --readme README.md` writes it."""
-    table = readme.table(tables.RESULTS / "verdicts.json")
-    assert readme.replaced(README, table) == README
+    lines = readme.lines(tables.RESULTS / "verdicts.json")
+    assert readme.replaced(README, lines) == README
 
 
 @pytest.mark.results

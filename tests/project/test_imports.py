@@ -18,7 +18,7 @@ def listed(package):
 
 
 def imports(program):
-    """The full paths of what a program imports, inside of functions too."""
+    """The full paths of what a program imports, inside functions too."""
     for node in ast.walk(ast.parse(program)):
         if isinstance(node, ast.ImportFrom):
             yield from (f"{'.' * node.level}{node.module or ''}.{alias.name}" for alias in node.names)
@@ -51,7 +51,7 @@ def test_the_tour_has_the_order_of_the_docstrings():
     tour = (ROOT / "docs" / "tour.md").read_text(encoding="utf-8")
     rooms = re.findall(r"^\| (`bnjax/.*?`) \|", tour, re.MULTILINE)
     assert [re.findall(r"bnjax/(\w+)", row) for row in rooms] == listed("bnjax")
-    core = tour.partition("### Inside of `core`")[2].partition("\n## ")[0]
+    core = tour.partition("### Inside `core`")[2].partition("\n## ")[0]
     assert [[name] for name in re.findall(r"^\| `(\w+)` \|", core, re.MULTILINE)] == listed("bnjax/core")
 
 

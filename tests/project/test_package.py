@@ -1,5 +1,5 @@
 """The package that a user installs: the contents of the wheel and of the source distribution, and an import of the
-wheel, which needs jax and numpy alone."""
+wheel, which needs only jax and numpy."""
 
 import subprocess
 import sys

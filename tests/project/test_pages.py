@@ -1,6 +1,7 @@
 """The Python blocks of README and documentation run, their assertions included, and so do the commands for machines.
 
-All blocks of a page run in order, in one namespace that the page has for itself.
+All blocks of a page run in order, in one namespace that the page has for itself. Pages that import another library run
+in `tests/oracles/test_pages.py`.
 """
 
 import os
@@ -10,27 +11,15 @@ import socket
 import subprocess
 import sys
 
-import jax
 import pytest
 
 from tests.support import markdown
 from tests.support.markdown import ROOT
 
 
-def run(name, program, folder):
-    # As a user has it: with JAX's own promotion of dtypes and ranks.
-    with (
-        jax.numpy_dtype_promotion("standard"),
-        jax.numpy_rank_promotion("allow"),
-        pytest.MonkeyPatch.context() as patch,
-    ):
-        patch.chdir(folder)  # a block may write a file
-        exec(compile(program, str(ROOT / name), "exec"), {"__name__": "page"})
-
-
 @pytest.mark.parametrize(("name", "program"), [pytest.param(*page, id=page[0]) for page in markdown.pages().items()])
 def test_blocks_run(name, program, tmp_path, capsys):
-    run(name, program, tmp_path)
+    markdown.run(name, program, tmp_path)
     printed = capsys.readouterr().out
     for shown in re.findall(r"^It prints:\n\n```text\n(.*?)```", (ROOT / name).read_text("utf-8"), re.M | re.S):
         assert shown in printed
@@ -43,6 +32,12 @@ def test_a_page_is_one_program_with_the_lines_of_the_page():
     assert program.split("\n").index("if x:") == text.split("\n").index("    if x:")
     assert program.count("x = 1") == 1
     assert markdown.program("# Page") == ""
+
+
+def test_each_page_runs_here_or_beside_the_other_libraries():
+    here, there = markdown.pages(), markdown.pages(others=True)
+    assert {"docs/coming-from/own-class.md", "docs/guides/interop.md"} <= set(here)
+    assert set(there) == {f"docs/coming-from/{name}.md" for name in ("jax", "keras", "pytorch")}
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""What a browser makes of a page: the console's messages, and which pictures are drawn. No driver: Chromium alone."""
+"""How a browser renders a page: the console's messages, and which pictures are drawn. No driver, only Chromium."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""What the tests of diagnosis share."""
+"""Shared by the tests of diagnosis."""
 
 EPSILON = 1e-5
 COLLECTED = ["batch_stats", "batch_moments"]

@@ -1,4 +1,4 @@
-"""Pytest plugin that puts our BatchNorm in the place of Flax's before Flax's own tests import it: `make test-flax`.
+"""Pytest plugin that replaces Flax's BatchNorm by ours before Flax's own tests import it: `make test-flax`.
 
 The suites of Flax run whole. The tests named here fail by a documented departure; should one pass, that is a failure.
 """

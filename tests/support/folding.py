@@ -1,4 +1,4 @@
-"""What the tests of folding share: models whose numbers are not their initial ones."""
+"""Shared by the tests of folding: models whose numbers are not their initial ones."""
 
 import contextlib
 

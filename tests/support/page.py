@@ -9,6 +9,7 @@ class Page(HTMLParser):
     def __init__(self, text):
         super().__init__()
         self.open, self.text, self.pictures, self.references, self.ids, self.labels = [], {}, [], [], [], []
+        self.source = text
         self.feed(text)
         self.close()
 

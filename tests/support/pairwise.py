@@ -1,4 +1,4 @@
-"""Fewer cases than the full product of several factors, yet every value of each beside every value of each other."""
+"""Fewer cases than the full product of several factors, with every pair of values of two factors."""
 
 import itertools
 

@@ -1,4 +1,4 @@
-"""Batch normalization in float64 NumPy, written from Ioffe & Szegedy (2015), with a weight for every place.
+"""Batch normalization in float64 NumPy, written from Ioffe & Szegedy (2015), with a weight for every element.
 
 This oracle never imports bnjax. Arguments of any dtype are widened, so it sees exactly the numbers the code under test
 is given.

@@ -22,13 +22,19 @@ const framed = (width, page) => new Promise(resolve => {
 const beyond = page => page.documentElement.scrollWidth - page.documentElement.clientWidth;
 const visit = async width => {
   const frame = await framed(width, "report.html"), view = frame.contentWindow, page = frame.contentDocument;
-  const claims = Array.from(page.querySelectorAll("details.whole")), opened = [];
-  const cut = Array.from(page.querySelectorAll(".forest span, .forest svg.line")).filter(element => {
+  const claims = Array.from(page.querySelectorAll("details.whole")), opened = [], folded = {};
+  for (const kind of ["fold", "group"]) {
+    const folds = Array.from(page.querySelectorAll(`details.${kind}`));
+    folded[kind] = folds.map(fold => fold.open);
+    for (const fold of folds) fold.open = true;
+  }
+  const cut = Array.from(page.querySelectorAll(".claims span, .forest span, .forest svg.line")).filter(element => {
     const box = element.getBoundingClientRect();
     return box.left < 0 || box.right > width;
   }).map(element => element.textContent);
-  const found = {inner: view.innerWidth, beyond: beyond(page), cut, open: claims.filter(claim => claim.open).length};
-  for (const link of page.querySelectorAll(".forest a")) {
+  const open = claims.filter(claim => claim.open).length;
+  const found = {inner: view.innerWidth, beyond: beyond(page), cut, folded, open};
+  for (const link of page.querySelectorAll(".claims a, .forest a")) {
     for (const claim of claims) claim.open = false;
     link.click();
     await wait(100);
@@ -39,8 +45,11 @@ const visit = async width => {
   }
   for (const claim of claims) claim.open = true;
   await wait(100);
+  const tables = Array.from(page.querySelectorAll(".scroll"));
+  const scrolling = tables.filter(table => table.scrollWidth > table.clientWidth).map(table => table.ariaLabel);
   const asked = view.performance.getEntriesByType("resource").map(entry => entry.name);
-  Object.assign(found, {opened, beyondOpen: beyond(page), asked: asked.filter(name => !name.startsWith("data:"))});
+  found.asked = asked.filter(name => !name.startsWith("data:"));
+  Object.assign(found, {opened, scrolling, beyondOpen: beyond(page)});
   frame.remove();
   return found;
 };
@@ -48,7 +57,8 @@ const visit = async width => {
   const found = {};
   for (const width of WIDTHS) found[width] = await visit(width);
   const page = (await framed(800, "unscripted.html")).contentDocument;
-  found.unscripted = Array.from(page.querySelectorAll("details.whole"), claim => claim.open);
+  const folds = page.querySelectorAll("details.whole, details.fold, details.group");
+  found.unscripted = Array.from(folds, fold => fold.open);
   document.body.dataset.found = JSON.stringify(found);
 })();
 </script></body></html>"""

@@ -16,7 +16,7 @@ X = np.ones((2, 4), np.float32)
 
 
 class Twice(nn.Dense):
-    """A subclass, whose call of `super().__call__` is no other layer."""
+    """A subclass, whose call of `super().__call__` is not another layer."""
 
     @nn.compact
     def __call__(self, inputs):

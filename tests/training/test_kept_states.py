@@ -120,7 +120,7 @@ def test_a_step_is_compiled_and_traced_like_any_jitted_function(x):
     assert "stablehlo" in step.lower(state, x).as_text()
     shapes = jax.eval_shape(step, state, x)
     assert shapes[1]["loss"].shape == evaluate.eval_shape(state, x)["loss"].shape == ()
-    new, metrics = jax.jit(step)(state, x)  # inside of another compiled function nothing is donated
+    new, metrics = jax.jit(step)(state, x)  # inside another compiled function nothing is donated
     np.testing.assert_allclose(metrics["loss"], 1, rtol=1e-3)  # the variance of what is normalized
     assert int(new.step) == 1
     assert alive(state)

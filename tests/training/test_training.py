@@ -140,7 +140,7 @@ def test_accumulation_averages_gradients_and_absorbs_the_merged_moments_once(bat
 
 
 def test_accumulation_counts_an_update_once_and_honours_real_weights(rng):
-    """With a schedule, unbiased_var and weights: as one update by the whole batch, which a lone layer sees alike."""
+    """With a schedule, unbiased_var and weights: as one update by the whole batch, which a single layer sees alike."""
     x = rng.normal(2, 3, (12, 4)).astype(np.float32)
     weights = rng.random((12, 1)).astype(np.float32)
     model = bnjax.linen.BatchNorm(use_running_average=False, momentum=bnjax.cumulative_average, unbiased_var=True)

@@ -175,7 +175,7 @@ def test_derivatives_match_plain_autodiff():
 
 @pytest.mark.optimized
 def test_adaptation_is_exact_far_from_0():
-    """At |mean| / std = 1e4, whose rounding alone moves a value by 5e-4 standard deviations."""
+    """At |mean| / std = 1e4, where just rounding the data moves a value by 5e-4 standard deviations."""
     x = RNG.normal(1e4, 1, (256, 3)).astype(np.float32)
     state = bnjax.BNState(np.full(3, 1e4 + 0.5, np.float32), np.ones(3, np.float32), STATE.count)
     y, _ = adaptive_bn_apply(PARAMS, state, x, source_weight=64, epsilon=EPSILON)

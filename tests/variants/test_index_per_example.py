@@ -1,4 +1,4 @@
-"""`indexed_bn_apply` with an index for each example, against each index's examples by themselves."""
+"""`indexed_bn_apply` with an index for each example, against `bn_apply` on only each index's examples."""
 
 import jax
 import jax.numpy as jnp

@@ -29,7 +29,7 @@ def assert_close(actual, expected, tolerance=2e-5):
 
 
 def ghost_oracle(params, state, x, size, axis, mask=None):
-    """Each group by itself, the whole batch for the running statistics, in float64."""
+    """Each group separately, the whole batch for the running statistics, in float64."""
     features = {a % x.ndim for a in np.atleast_1d(axis)}
     batch_axis = min(a for a in range(x.ndim) if a not in features)
     mask = reference.weights(x, mask)

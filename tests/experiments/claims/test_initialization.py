@@ -17,8 +17,7 @@ def test_width_is_of_the_longest_unbroken_range():
 
 
 def made(tmp_path, ranges, steps):
-    """Metrics as they would be if, by arm, the scales of a range of decades trained, and each kind at scale 1 took
-    these steps."""
+    """Metrics for which, by arm, the scales of a range of decades train, and each kind at scale 1 takes these steps."""
     record = runs.Record(tmp_path / "metrics.jsonl")
     experiment = initialization.Initialization(seeds=3, first_seed=0)
     for arm, (low, high) in ranges.items():

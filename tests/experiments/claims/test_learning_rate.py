@@ -1,10 +1,14 @@
 """The highest rate that trains, what it gains, and the outcome of a run that both are judged by."""
 
+from itertools import product
+
 import numpy as np
+import optax
 import pytest
 
 from experiments.claims import learning_rate
-from experiments.harness import curves, data, lab, protocol, runs
+from experiments.harness import curves, data, lab, protocol, runs, train
+from experiments.models import networks
 from tests.support.effects import repeated
 
 CLASSES = 10
@@ -73,6 +77,7 @@ def made(tmp_path, top, best, steps, accuracy):
                 score = accuracy[key] * (1 if rate == best[key] else 0.5)
                 for seed in SEEDS:
                     record.add(lab.at(f"{network}, {arm}", rate), seed, [1000], found)
+                    record.add(learning_rate.at_fine(f"{network}, {arm}", rate), seed, [1000], found)
                 for seed in lab.TUNING_SEEDS if rate in grid else ():
                     tuned = found | {"validation_accuracy": [0.1, score]}
                     record.add(lab.tuning(f"{network}, {arm}", rate), seed, [0, 1000], tuned)
@@ -100,11 +105,42 @@ def test_judge_divides_highest_rates_and_steps(tmp_path):
     assert [part.verdict for part in decided] == [*["holds"] * 4, "undecided", "holds", "holds"]
 
 
-def test_judge_does_not_decide_within_a_step_of_the_rates(tmp_path):
-    metrics = made(tmp_path, both(1.0, 3.16), both(0.316, 1.0), both(400, 50), both(0.8, 0.9))
-    remarks = learning_rate.LearningRate(seeds=3, first_seed=0).judge(metrics).remarks
-    assert "a factor of 1.78" in remarks["convolutional, five times"]
-    assert "sigmoid, five times" not in remarks  # its rates are finer, a factor of 1.33
+def test_the_grid_of_a_seed_makes_the_ratio_right_on_average():
+    """Highest rates whose ratio is 5, which is no power of a step: on grids that do not move it is wrong."""
+    step, rng, seeds = 10**0.25, np.random.default_rng(0), range(4000, 6000)
+    truth = np.exp(rng.normal(0, 0.05, (len(seeds), 1))) * [1.1, 5.5]  # all within a step
+    rates = 10 ** (np.arange(-8, 9) / 4)
+
+    def ratio(moves):
+        grids = rates * moves[:, None]
+        tops = [learning_rate.highest(grids <= top[:, None], rates) for top in truth.T]
+        return np.log(tops[1] / tops[0])
+
+    moves = np.array([learning_rate.moved(1.0, 4, seed) for seed in seeds])
+    assert ((moves >= 1) & (moves < step)).all()
+    found = ratio(moves)
+    assert abs(found.mean() - np.log(5)) < 3 * found.std() / np.sqrt(len(seeds))
+    assert abs(ratio(np.ones(len(seeds))).mean() - np.log(5)) > 0.1
+
+
+def test_a_setting_may_be_a_function_of_the_seed():
+    dataset = data.load()
+    init, apply = networks.mlp(dataset, (5,), False)
+
+    def losses(rate, seeds):
+        every = {"steps": 3, "batch_size": 20, "eval_every": 3, "tests": False}
+        splits = data.splits(dataset, seeds, train=40)
+        rates = [{"rate": rate}]
+
+        def start(key, rate):
+            return init(key)
+
+        *_, last = train.fit(start, apply, lambda rate: optax.sgd(rate), splits, seeds=seeds, settings=rates, **every)
+        return [*last.loss]
+
+    found = losses(lambda seed: 0.1 * seed, [1, 2])
+    np.testing.assert_allclose(found, losses(0.1, [1]) + losses(0.2, [2]), rtol=1e-5)
+    assert abs(found[1] - losses(0.1, [2])[0]) > 1e-3
 
 
 class Pretended(lab.Lab):
@@ -119,7 +155,8 @@ class Pretended(lab.Lab):
             self.fits += 1
             for name, setting in zip(names, settings, strict=True):
                 assert self.record.missing([name], [seed]), f"{name} is trained twice"
-                part = setting["rate"] / (10.0 if seed in self.tuning_seeds else self.tops[seed])
+                rate = setting["rate"](seed) if callable(setting["rate"]) else setting["rate"]
+                part = rate / (10.0 if seed in self.tuning_seeds else self.tops[seed])
                 loss = np.log(CLASSES) * (0.6 if part > 1.01 else 0.5 - 0.1 * part)
                 found = {"loss_step": np.nan, "last_loss": loss, "test_accuracy": 0.5}
                 self.record.add(name, seed, [0, 10], found | {"validation_accuracy": [0.1, 0.5]})
@@ -132,13 +169,26 @@ def test_the_fine_grid_reaches_the_highest_rate_of_every_seed(tmp_path):
     laboratory = Pretended(tmp_path, tops)
     study.measure(laboratory)
     metrics = laboratory.metrics()
-    for arm in learning_rate.ARMS:
-        np.testing.assert_allclose(study._highest(metrics, "sigmoid", arm), tops)
+    for arm, (network, limit) in product(learning_rate.ARMS, (("sigmoid", 1000), ("convolutional", 10))):
+        found = study._highest(metrics, network, arm) / tops
         # The convolutional network's coarse grid ends at 10, and no fine grid becomes longer beyond that.
-        np.testing.assert_allclose(study._highest(metrics, "convolutional", arm), [1.0, 10.0, np.nan])
+        np.testing.assert_array_equal(np.isnan(found), np.array(tops) > limit)
+        found = found[np.isfinite(found)]
+        assert ((found <= 1.01) & (found > 0.99 * 10 ** (-1 / learning_rate.FINE[network]))).all()
     fits = laboratory.fits
     study.measure(laboratory)
     assert laboratory.fits == fits
+
+
+def test_the_highest_rate_of_a_seed_does_not_depend_on_other_seeds(tmp_path):
+    tops = [1.0, 10.0, 100.0]
+    alone, together = (Pretended(tmp_path / str(len(each)), each) for each in (tops[:1], tops))
+    found = []
+    for laboratory in (alone, together):
+        study = learning_rate.LearningRate(seeds=len(laboratory.seeds), first_seed=0)
+        study.measure(laboratory)
+        found.append(study._highest(laboratory.metrics(), "sigmoid", "plain")[0])
+    assert found[0] == found[1]
 
 
 def test_the_best_rate_of_a_network_that_never_arrives_has_the_lowest_loss(tmp_path):

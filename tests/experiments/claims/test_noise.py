@@ -1,4 +1,4 @@
-"""Noise: arms that differ in the statistics of a batch alone, and the verdict from given curves."""
+"""Noise: arms that differ only in the statistics of a batch, and the verdict from given curves."""
 
 import jax
 import jax.numpy as jnp

@@ -7,7 +7,7 @@ import pytest
 
 import bnjax
 from experiments.claims import smoothness
-from experiments.harness import lab, protocol, runs, train
+from experiments.harness import curves, lab, protocol, runs, train
 from tests.support.effects import repeated
 
 LOG10 = np.log(10)
@@ -137,7 +137,15 @@ def test_effects_compare_at_equal_loss_and_the_noisy_arm_at_its_own_rate(tmp_pat
     np.testing.assert_allclose(effects["sigmoid, noise, shift"], 3, rtol=1e-3)
     # The logarithm of the loss falls from 0.2 to 0.05 from step 3 on, and is at 0.1 log(10) half way.
     np.testing.assert_allclose(effects["sigmoid, noise, loss"], (3 + 80) / (3 + 20), rtol=1e-3)
+    plain, noisy = ((0.7 + 0.45 + 0.225 + 0.03 * (step - 3) + 1) / (step + 100) for step in (80, 20))
+    np.testing.assert_allclose(effects["sigmoid, noise, error"], plain / noisy, rtol=1e-3)
     decided = {part.name: part for part in protocol.decide(study.PARTS, repeated(effects))}
     assert decided["sigmoid, changed"].verdict == protocol.HOLDS
     assert decided["sigmoid, noise, shift"].verdict == protocol.HOLDS
     assert decided["convolutional, missed"].verdict == protocol.UNDECIDED
+
+
+def test_the_mean_error_of_a_diverged_network_is_that_of_one_always_wrong():
+    accuracy = np.array([[0.5, np.nan, np.nan], [1.0, 1.0, 0.5]])
+    series = runs.Series((0, 1), np.array([0, 2, 10]), {"validation_accuracy": accuracy})
+    np.testing.assert_allclose(curves.mean_error(series), [(2 * 0.75 + 8) / 10, (8 * 0.25) / 10])
