@@ -33,7 +33,7 @@ from bnjax.core.records import Collected, Moments
 from bnjax.core.reductions import sums
 from bnjax.core.residuals import named
 from bnjax.core.sharding import sharded_as
-from bnjax.core.weights import is_real, nonzero, valid, weigh
+from bnjax.core.weights import is_real, nonzero, relative, valid, weigh
 
 
 def wider(dtype: Any, other: Any = jnp.float32) -> Any:
@@ -275,7 +275,8 @@ def _collect_jvp(axes, names, groups, stored, anywhere, primals, tangents):
         x = jnp.where(valid(mask, x), x, mean)  # a masked NaN times a zero cotangent would be a NaN
     total = nonzero(weight)
     if is_real(mask):  # products with weights may leave the floating range, products with shares do not
-        mask, total = mask / at_elements(total), jnp.ones_like(total)
+        total, unit = relative(total, ())  # the inverse of a large total may not be a normal number
+        mask, total = mask / at_elements(unit) / at_elements(total), jnp.ones_like(total)
     both = [jnp.squeeze(t, axes).astype(x.dtype) for t in sums(weigh(mask, dx), x, mean, axes)]
     if domains is not None:
         both = [domains.sum(t) for t in both]

@@ -25,7 +25,7 @@ WEIGHTS = (RNG.random((12, 1)) + 0.1).astype(np.float32) * (np.arange(12) % 4 !=
 PARAMS = bnjax.BNParams(jnp.array([0.5, -2.0, 3.0]), jnp.array([1.0, 0.0, -1.0]))
 STATE = bnjax.bn_init(3)[1]
 OPTIONS = {"axis": -1, "momentum": 0.0, "epsilon": 1e-5, "axis_name": None, "axis_index_groups": None}
-FAR = [1e-36, 1e-25, 1e-12, 1.0, 1e12, 1e20, 1e35]
+FAR = [1e-36, 1e-25, 1e-12, 1.0, 1e12, 1e20, 1e35, 4e37]
 
 # Weights far from 1
 
