@@ -133,6 +133,7 @@ def layer(params, x, mask, g, state):
 
 
 @pytest.mark.optimized
+@pytest.mark.lowerings
 @pytest.mark.parametrize(("spec", "kind", "mask"), SHARDED_JIT)
 def test_sharded_jit_has_one_collective_each_way(spec, kind, mask):
     mesh, *arrays = sharded(spec, kind, mask)
