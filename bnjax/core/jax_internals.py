@@ -180,12 +180,11 @@ def _shared(rule, static=("axes",), shardings=None):
 
     If the shardings of the results are given, the function is traced without explicit sharding.
     """
-    if shardings is not None:
 
-        def traced(*arrays, **options):
-            return jax.sharding.auto_axes(partial(rule, **options), out_sharding=shardings)(*arrays)
-    else:
-        traced = rule
+    def without_explicit_sharding(*arrays, **options):
+        return jax.sharding.auto_axes(partial(rule, **options), out_sharding=shardings)(*arrays)
+
+    traced = rule if shardings is None else without_explicit_sharding
     return mlir.lower_fun(jax.jit(traced, static_argnames=static), multiple_results=True)
 
 

@@ -18,7 +18,7 @@ input. The textbook E|x|^2 - |E x|^2 is c = 0 without a guard, and its error gro
 
 `read_anywhere` and `read_locally` choose among them by the platform that a program is lowered for.
 
-This module knows neither devices, nor derivatives, nor running statistics.
+Of devices this module knows only their number. It knows neither derivatives nor running statistics.
 """
 
 import math

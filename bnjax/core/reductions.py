@@ -17,7 +17,7 @@ XLA on GPUs computes two reductions in one kernel if it splits them, which it do
 feature. For two shorter ones it writes both operands in float32 and reads them again, five times the traffic of `x` in
 bfloat16. As one sum of complex numbers, `joint_sums`, they read the arrays once. If there are few features, pieces are
 summed first. It is for GPUs only: XLA on CPU splits a sum of real numbers, and takes one of complex numbers over
-several axes one by one, with that many roundings.
+several axes one by one, with as many roundings.
 """
 
 import math
@@ -40,10 +40,11 @@ LEAST_INNER_ELEMENTS = 64
 # The longest reduction over the rows of an array that XLA on GPUs does not split: its tile of 128 rows for each of the
 # 32 threads of a warp.
 LONGEST = 4096
-# The least number of sums for which XLA on GPUs computes what it adds up where it is read. Fewer sums occupy few of the
-# cores of an H100, so that it writes that first, unless each sum has only a few elements. A piece has as many or more.
+# With fewer sums than this, which occupy few of the cores of an H100, XLA on GPUs writes the summands first.
 LEAST_SUMS = 1024
+# It does not do so if each sum has at most this many elements.
 FEW = 256
+# A piece has at least this many elements. The pieces of fewer would be arrays of nearly the size of `x`.
 LEAST_ADDED = 16
 
 

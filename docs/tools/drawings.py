@@ -269,7 +269,13 @@ BRANCHES = (
         ("batch-size", "remedy for large batches, ghost"),
     ),
 )
-WORDS = {"holds": "measured: it helps", "undecided": "measured: undecided", "refuted": "measured: it does not help"}
+WORDS = {
+    "holds": "measured: it helps",
+    "refuted": "measured: it does not help",
+    "no effect": "measured: no effect",
+    "undecided": "measured: undecided",
+}
+"""By the verdict on a part."""
 
 
 def measured(branch: Branch) -> str:

@@ -26,7 +26,6 @@ VIEWED = 500
 AT_ONCE = 32
 """The number of runs, at most, that one device evaluates at once, which bounds the memory of their activations."""
 
-
 Setting = Mapping[str, float | Callable[[int], float]]
 """By name, the numbers that init and optimizer are called with. A function gives each seed a number of its own."""
 

@@ -11,7 +11,7 @@ pytest.importorskip("griffe", reason="the documentation is built by the extra `d
 import bnjax.diagnosis
 import bnjax.linen
 from docs.tools import docstrings, drawings, public, signatures, tables
-from experiments.harness import readme, report
+from experiments.harness import protocol, readme, report
 from tests.support.markdown import PAGES, ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -185,6 +185,7 @@ def test_the_drawings_are_those_that_the_code_draws_and_are_on_pages():
 
 @pytest.mark.results
 def test_the_flow_chart_says_of_each_branch_what_was_measured():
+    assert {*drawings.WORDS} == {protocol.HOLDS, protocol.REFUTED, protocol.NO_EFFECT, protocol.UNDECIDED}
     found = {branch.use + " " + branch.what[0]: drawings.measured(branch) for branch in drawings.BRANCHES}
     assert found["BatchNorm synchronized"] == found["BNLSTM statistics of"] == "measured: it helps"
     assert found["ConditionalBatchNorm scale and bias"] == "not measured here"
