@@ -5,6 +5,7 @@ measured up to the next look, and the parts are judged again, until none is open
 is up. All runs get their next look before one gets the look after it.
 """
 
+import itertools
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -68,13 +69,21 @@ def found(config: More, kinds: Sequence[type[study.Study]]) -> Iterator[Open]:
     """The runs that `config` asks for and that have open parts.
 
     Raises:
-      InputError: if a run is of another design.
+      InputError: if a run is of another design, or if no complete run is asked for.
     """
-    for kind in kinds:
-        if kind.NAME in config.claims or not config.claims:
-            for folder, each, facts in study.complete(kind, config.out):
-                if _asked_for(each, config) and (run := _open(folder, each, facts)):
-                    yield run
+    asked_for = [
+        run
+        for kind in kinds
+        if kind.NAME in config.claims or not config.claims
+        for run in study.complete(kind, config.out)
+        if _asked_for(run[1], config)
+    ]
+    if not asked_for:
+        raise data.InputError(
+            f"out={config.out}: no complete run there is one of those asked for. Measure the first seeds: "
+            f"python -m experiments all --out {config.out}"
+        )
+    yield from filter(None, itertools.starmap(_open, asked_for))
 
 
 def _asked_for(each: study.Study, config: More) -> bool:

@@ -350,8 +350,14 @@ def run_all(studies: Sequence[Study], kinds: Sequence[type[Study]]) -> None:
 
 
 def write_report(out: Path, kinds: Sequence[type[Study]]) -> None:
-    """Write the report on all complete runs in a folder, and print the verdicts."""
+    """Write the report on all complete runs in a folder, and print the verdicts.
+
+    Raises:
+      InputError: if there is no complete run, or one of another design.
+    """
     sections = [section for section in (conclude(kind, out) for kind in kinds) if section]
+    if not sections:
+        raise data.InputError(f"out={out}: no complete run is there. Measure: python -m experiments all --out {out}")
     seconds = sum(shown.seconds for section in sections for shown in section.shown)
     facts = {
         "data": ", ".join(dict.fromkeys(result.dataset for section in sections for result in section.claim.results)),

@@ -198,7 +198,9 @@ def test_runs_are_chosen_by_claim_data_set_and_stream(out):
     assert names(stream=True) == ["tossing, digits, moving"]
     assert names(claims=("resting",)) == []
     assert len(names(claims=("tossing",), dataset="digits")) == 2
-    assert names(dataset="mnist") == names(data_dir=out) == []
+    for changes in {"dataset": "mnist"}, {"data_dir": out}:
+        with pytest.raises(data.InputError, match="no complete run"):
+            names(**changes)
 
 
 @pytest.fixture
@@ -263,3 +265,11 @@ def test_a_folder_that_was_moved_gets_its_seeds_where_it_is(out, added, capsys):
     seeds.more(seeds.More(out=moved), KINDS)
     assert config(moved)["config"]["seeds"] == 40
     assert not out.exists()
+
+
+def test_a_folder_without_a_run_that_is_asked_for_is_an_error(out, tmp_path):
+    for config in seeds.More(out=tmp_path / "nowhere"), seeds.More(out=out, stream=True):
+        with pytest.raises(data.InputError, match=r"no complete run there .* python -m experiments all --out"):
+            seeds.more(config, KINDS)
+    with pytest.raises(data.InputError, match=r"no complete run is there.* python -m experiments all --out"):
+        study.write_report(tmp_path / "nowhere", KINDS)
