@@ -32,7 +32,7 @@ Setting = Mapping[str, float | Callable[[int], float]]
 
 class Apply(Protocol):
     """A network, which returns logits and its new state. In training, batch normalization needs `mask`, of shape
-    (batch, 1), which is False for padding, and `axis_name`, the mapped axis along which the batch is sharded."""
+    (batch, 1), which is False for padding, or None if no batch is padded, and `axis_name`, the mapped axis along which the batch is sharded."""
 
     def __call__(
         self, params: Any, state: Any, x: Array, train: bool, *, mask: Array | None = None, axis_name: str | None = None
@@ -166,7 +166,8 @@ def fit(
         yield from evaluations
         if done == steps:
             return
-        update = updater(apply, optimizer, mesh, runtime.parallel if runtime else "runs", moving)
+        padded = bool(number % batch_size or (runtime and batch_size % mesh.size))
+        update = updater(apply, optimizer, mesh, runtime.parallel if runtime else "runs", moving, padded)
         images = put(splits.images if moving else data.flat(splits.images), mesh)
         labels = put(splits.labels, mesh)
         while done < steps:
@@ -262,6 +263,7 @@ def updater(
     mesh: Mesh,
     parallel: Literal["jit", "shard_map", "runs"],
     moving: bool = False,
+    padded: bool = True,
 ) -> Callable[[Learner, Batches, Any, Array, Array], Learner]:
     """The compiled function that trains all runs for some steps.
 
@@ -270,6 +272,7 @@ def updater(
       mesh: devices along `AXIS`, or along `RUNS`.
       parallel: "jit", where the compiler shards the computation and statistics are global; "shard_map", where each
         device has its shard and sums run over the named axis; or "runs", where each device has some of the runs.
+      padded: whether a batch may have padding. Otherwise there is no mask, which takes time.
 
     Returns:
       A function of the Learner, whose leaves have a leading axis of runs, and whose memory is donated; the batches,
@@ -285,7 +288,8 @@ def updater(
             x = stream.moved(x, motions[learner.place]).reshape(len(x), -1)
 
         def loss(params):
-            logits, state = apply(params, learner.state, x, True, mask=weight[:, None] > 0, axis_name=named)
+            mask = weight[:, None] > 0 if padded else None
+            logits, state = apply(params, learner.state, x, True, mask=mask, axis_name=named)
             each = optax.softmax_cross_entropy_with_integer_labels(logits, y)
             # This device's term of the mean loss. shard_map, like jit, sums its gradient over devices.
             return weight @ each, state

@@ -12,8 +12,8 @@ from experiments.harness import lab, runs
 ORDER = np.array([3, 0, 5, 1, 4, 2])
 
 
-def start(arm):
-    return recurrent.init(jax.random.key(0), **recurrent.ARMS[arm], classes=2, features=4, pixels=6)
+def start():
+    return recurrent.init(jax.random.key(0), classes=2, features=4, pixels=6)
 
 
 def logits_of_the_equations(params, state, x, normalize):
@@ -33,19 +33,19 @@ def logits_of_the_equations(params, state, x, normalize):
 @pytest.mark.parametrize("train", [True, False])
 def test_each_network_matches_its_equations(arm, train, rng):
     x = rng.uniform(size=(5, 6)).astype(np.float32)
-    params, state = start(arm)
-    means = jax.tree.map(lambda v: jnp.asarray(rng.uniform(0.5, 2, v.shape), v.dtype), state["bn"])
-    state["bn"] = means  # evaluation has running statistics of its own for each timestep
+    params, state = start()
+    # Evaluation has running statistics of its own for each timestep.
+    state = jax.tree.map(lambda v: jnp.asarray(rng.uniform(0.5, 2, v.shape), v.dtype), state)
 
     def normalize(name, t, values):
         if not recurrent.ARMS[arm]["cell" if name == "cell_bn" else "gates"]:
             return values
         mean, var = values.mean(0), values.var(0)
         if not train:
-            mean, var = (np.float64(v[t]) for v in getattr(means, name)[:2])
+            mean, var = (np.float64(v[t]) for v in getattr(state, name)[:2])
         return 0.1 * (values - mean) / np.sqrt(var + 1e-5)
 
-    logits, _ = recurrent.apply(params, state, jnp.asarray(x), train, order=ORDER, momentum=0.9)
+    logits, _ = recurrent.apply(params, state, jnp.asarray(x), train, order=ORDER, momentum=0.9, **recurrent.ARMS[arm])
     expected = logits_of_the_equations(params, state, x, normalize)
     np.testing.assert_allclose(logits, expected, rtol=1e-3, atol=1e-4)
     np.testing.assert_array_equal(params["lstm"].bias, [1] * 4 + [0] * 12)
@@ -63,7 +63,7 @@ def test_shared_statistics_are_the_moments_of_all_images_and_timesteps(rng):
 
 
 def test_the_optimizer_limits_the_gradient_and_lowers_the_rate_to_0():
-    optimizer, params = recurrent.optimizer(rate=0.1, steps=2, gates=0, cell=0), jnp.zeros(2)
+    optimizer, params = recurrent.optimizer(rate=0.1, steps=2), jnp.zeros(2)
     state, found = optimizer.init(params), []
     for gradient in ([3.0, 4.0], [0.0, 0.0], [3.0, 4.0]):
         with jax.numpy_dtype_promotion("standard"):  # optax multiplies integer steps by numbers
@@ -99,6 +99,9 @@ def test_effects_of_hand_made_metrics(tmp_path):
                 "test_shared_accuracy": 0.7,
             }
             record.add(lab.at(arm, rate), seed, [0, 10, 40], values)
+            for other in {*recurrent.neighbours(rate)} - {rate}:  # less accurate in validation, more in the test
+                worse = values | {"validation_accuracy": [0.1, 0.5, 0.8], "test_accuracy": 1.0}
+                record.add(lab.at(arm, other), seed, [0, 10, 40], worse)
             if arm == recurrent.BN_LSTM:  # at the LSTM's rate it arrives half way between the steps 10 and 40
                 values["loss"] = [np.nan, 0.25 * np.log(10) * 2, 0.25 * np.log(10) / 2]
                 record.add(lab.at(arm, best[recurrent.LSTM]), seed, [0, 10, 40], values)
@@ -111,3 +114,20 @@ def test_effects_of_hand_made_metrics(tmp_path):
     np.testing.assert_allclose(finding.effects["cell"], [-0.01, -0.01], atol=1e-6)
     assert not any(finding.remarks.values())
     assert finding.effects.keys() == {part.name for part in recurrent.Recurrent.PARTS}
+
+
+def test_each_seed_chooses_among_the_tuned_rate_and_its_neighbours(tmp_path):
+    record = runs.Record(tmp_path / "metrics.jsonl")
+    for arm in recurrent.ARMS:
+        for each in recurrent.GRID:
+            record.add(lab.tuning(arm, each), 900, [0, 10], {"validation_accuracy": [0.1, 0.5 + 0.4 * (each == 0.01)]})
+        by_rate = ((0.5, 0.9, 0.7), (0.6, 0.9, np.nan), (0.7, 0.1, 0.8))
+        for rate, ends in zip(recurrent.neighbours(0.01), by_rate, strict=True):
+            for seed, end in enumerate(ends):
+                record.add(lab.at(arm, rate), seed, [0, 10], {"validation_accuracy": [0.1, end], "test_loss": rate})
+    metrics = record.metrics([0, 1, 2, 900], 10)
+    chosen = [0.0316, 0.00316, 0.0316]  # the lowest of equals in the second; the network diverged at 0.01 in the third
+    assert recurrent._own_rates(metrics)[recurrent.LSTM] == chosen
+    assert [*recurrent._series(metrics)[recurrent.LSTM]["test_loss"]] == chosen
+    assert recurrent.neighbours(recurrent.GRID[0]) == [*recurrent.GRID[:2]]
+    assert recurrent.neighbours(recurrent.GRID[-1]) == [*recurrent.GRID[-2:]]
