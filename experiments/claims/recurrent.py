@@ -136,8 +136,8 @@ class Recurrent(study.Study):
         report.Change(
             "2026-11-30",
             "The LSTM's best rate turned with the last digits of the runs that chose it, which no interval contained. "
-            "Each seed now chooses among the tuned rate and its neighbours. The last training images, which did not fill "
-            "a batch, are left out.",
+            "Each seed now chooses among the tuned rate and its neighbours. The last training images, which did not "
+            "fill a batch, are left out.",
             "4000 to 4009",
         ),
     )

@@ -32,7 +32,8 @@ Setting = Mapping[str, float | Callable[[int], float]]
 
 class Apply(Protocol):
     """A network, which returns logits and its new state. In training, batch normalization needs `mask`, of shape
-    (batch, 1), which is False for padding, or None if no batch is padded, and `axis_name`, the mapped axis along which the batch is sharded."""
+    (batch, 1), which is False for padding, or None if no batch is padded; and `axis_name`, the mapped axis along which
+    the batch is sharded."""
 
     def __call__(
         self, params: Any, state: Any, x: Array, train: bool, *, mask: Array | None = None, axis_name: str | None = None

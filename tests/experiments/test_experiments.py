@@ -85,6 +85,27 @@ def test_fit_matches_a_plain_loop():
     )
 
 
+@pytest.mark.parametrize(
+    ("batch_size", "devices", "padded"),
+    [(60, None, True), (61, 1, True), (479, None, False), (479, 1, False), (479, 2, True)],
+)
+def test_a_network_gets_a_mask_only_if_some_batch_is_padded(batch_size, devices, padded):
+    dataset = data.digits()
+    assert len(dataset.train_images) == 3 * 479
+    masks = set()
+
+    def apply(params, state, x, train, *, mask=None, axis_name=None):
+        if train:
+            masks.add(mask is not None)
+        return APPLY(params, state, x, train, mask=mask, axis_name=axis_name)
+
+    runtime = Runtime(devices=devices) if devices else None
+    options = {"seeds": 1, "steps": 1, "batch_size": batch_size, "eval_every": 1, "runtime": runtime}
+    *_, last = train.fit(INIT, apply, partial(optax.sgd, 0.5), dataset, **options)
+    assert masks == {padded}
+    assert np.isfinite(last.loss).all()
+
+
 def test_fit_evaluates_at_every_interval_and_at_the_end():
     evaluations = fit(seeds=1, steps=50)
     assert [e.step for e in evaluations] == [0, 20, 40, 50]
