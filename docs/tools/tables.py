@@ -14,7 +14,7 @@ import numpy as np
 
 from docs.tools import drawings
 from experiments.benchmark import bench, compiled, device_tables, exactness
-from experiments.harness import records, report
+from experiments.harness import forest, protocol, records, report
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "experiments" / "results"
@@ -51,6 +51,31 @@ def verdicts(names: Sequence[str] = (), page: str = "results/report.html") -> st
 def tally() -> str:
     """How many claims have which verdict on each data set, and how many parts are decided, in sentences."""
     return report.tally(claims())
+
+
+def undecided() -> str:
+    """The parts that are undecided, and what would decide each."""
+    rows = [
+        [f"`{claim.id}`", part.name, result.dataset, forest.numbers(part), f"{part.n}", protocol.would_decide(part)]
+        for claim in claims()
+        for result in claim.results
+        for part in result.parts
+        if part.verdict == protocol.UNDECIDED
+    ]
+    return table(["claim", "part", "data set", "effect [interval]", "seeds", "what would decide it"], rows)
+
+
+def second_data_set() -> str:
+    """Which claims were measured on another data set than the first, and which were not, in sentences."""
+    first, *others = report.datasets(claims())
+    sentences = []
+    for other in others:
+        without = [f"`{claim.id}`" for claim in claims() if other not in [result.dataset for result in claim.results]]
+        number = len(claims()) - len(without)
+        sentences.append(f"{number} of {len(claims())} claims were measured on {other} as well as on {first}.")
+        if without:
+            sentences.append(f"Not measured on it: {', '.join(without)}.")
+    return " ".join(sentences)
 
 
 def which_variant() -> str:
@@ -290,6 +315,8 @@ def comparison() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "verdicts": verdicts,
     "tally": tally,
+    "undecided": undecided,
+    "second-data-set": second_data_set,
     "variant-verdicts": lambda: verdicts(VARIANTS, "../results/report.html"),
     "which-variant": which_variant,
     "cost-verdict": lambda: verdicts(["cost"], "../results/report.html"),

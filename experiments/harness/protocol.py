@@ -53,6 +53,8 @@ REFUTED_IN_PART = "refuted in part"
 UNDECIDED = "undecided"
 NO_EFFECT = "no effect"
 VERDICTS = (HOLDS, IN_PART, REFUTED, REFUTED_IN_PART, UNDECIDED, NO_EFFECT)
+MOST_SEEDS = 1000
+"""The most seeds that `would_decide` thinks of."""
 
 
 class Margin(NamedTuple):
@@ -164,6 +166,37 @@ def next_look(seeds: int) -> int | None:
 def may_be_decided(part: Decided) -> bool:
     """Whether more seeds may decide a part: it is undecided only for its interval or for too few seeds."""
     return part.verdict == UNDECIDED and (not part.remark or part.remark == _few(part.n))
+
+
+def would_decide(part: Decided) -> str:
+    """What would decide an undecided part, in words: the seeds that its mean and spread would need, or, if more seeds
+    cannot decide it, the reason why. Empty for a part that is decided.
+
+    The mean and spread of more seeds will be others. A number of seeds after the last look, at which no part is judged,
+    is rounded to two digits.
+    """
+    if part.verdict != UNDECIDED:
+        return ""
+    if not may_be_decided(part):
+        return f"a design without the reason that leaves it undecided: {part.remark}"
+    if part.n < LEAST_SEEDS or part.value is None or part.low is None or part.high is None:
+        return f"{LEAST_SEEDS} seeds or more"
+    scale = math.log if part.kind == "ratio" else float
+    mean, half = scale(part.value), (scale(part.high) - scale(part.low)) / 2
+    spent = dict(zip(LOOKS, SPENT, strict=True))
+    error = (1 - part.level) * SPENT[-1] / spent[part.n]  # later looks have less of it than the first
+    deviation = half * math.sqrt(part.n) / float(scipy.stats.t.ppf((1 + part.level) / 2, part.n - 1))
+    distance = mean - scale(part.threshold)
+    needed = {HOLDS if (distance > 0) == (part.side == "above") else REFUTED: abs(distance)}
+    if part.margin is not None:
+        needed[NO_EFFECT] = scale(part.margin) - abs(mean)
+    for seeds in (*(look for look in LOOKS if look > part.n), *range(LOOKS[-1] + 1, MOST_SEEDS + 1)):
+        reached = float(scipy.stats.t.ppf(1 - error / 2, seeds - 1)) * deviation / math.sqrt(seeds)
+        for found, room in needed.items():
+            if room > reached:
+                about = f"{seeds}" if seeds in LOOKS else f"about {round(seeds, 1 - math.floor(math.log10(seeds)))}"
+                return f"{about} seeds, at this mean and spread: {found}"
+    return f"more than {MOST_SEEDS} seeds, at this mean and spread"
 
 
 def _few(seeds: int) -> str:

@@ -308,7 +308,7 @@ def _environment() -> jinja2.Environment:
     filters: dict[str, Any] = environment.filters
     filters.update(picture=_picture, duration=_duration, numeric=_numeric, fields=_fields)
     filters.update(rows=rows, lines=forest.lines, numbers=forest.numbers, limit=forest.limit)
-    filters.update(said=said, verdicts=verdicts, classes=marks.classes)
+    filters.update(said=said, verdicts=verdicts, classes=marks.classes, would_decide=protocol.would_decide)
     return environment
 
 

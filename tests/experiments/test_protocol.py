@@ -298,6 +298,56 @@ def test_more_seeds_may_decide_what_only_its_interval_leaves_undecided(values, r
     assert protocol.may_be_decided(decided(values, remark)) == expected
 
 
+def with_moments(seeds, mean, deviation):
+    """Values whose sample mean and standard deviation are exactly these."""
+    values = np.random.default_rng(0).normal(size=seeds)
+    return mean + deviation * (values - values.mean()) / values.std(ddof=1)
+
+
+@pytest.mark.parametrize(
+    ("mean", "deviation", "kind", "verdict"),
+    [
+        (0.3, 0.4, "ratio", HOLDS),
+        (-0.3, 0.6, "ratio", REFUTED),
+        (0.0, 0.3, "ratio", NO_EFFECT),
+        (0.2, 0.5, "difference", HOLDS),
+        (0.005, 0.05, "difference", NO_EFFECT),
+    ],
+)
+@pytest.mark.parametrize("measured", [10, 20, 40])
+def test_what_would_decide_a_part_is_the_first_number_of_seeds_that_does(mean, deviation, kind, verdict, measured):
+    ratio = kind == "ratio"
+    size, threshold = (1.3, 1.0) if ratio else (0.03, 0.0)
+    each = {"kind": kind, "threshold": threshold, "margin": protocol.Margin(size, "an example")}
+
+    def look(seeds, share):
+        values = with_moments(seeds, mean, deviation)
+        return protocol._look(part(**each), np.exp(values) if ratio else values, share * 0.05, "")
+
+    now = look(measured, SPENT[LOOKS.index(measured)])
+    if now.verdict != UNDECIDED:
+        assert protocol.would_decide(now) == ""
+        return
+    seeds, _, words = protocol.would_decide(now).partition(" seeds, at this mean and spread: ")
+    number = int(seeds.removeprefix("about "))
+    assert (number in LOOKS) == (not seeds.startswith("about"))
+    assert number < 100  # so that it is not rounded
+    assert look(number, SPENT[-1]).verdict == words == verdict
+    before = [number - 1] if number > 40 else [each for each in LOOKS if measured < each < number]
+    assert {look(seeds, SPENT[-1]).verdict for seeds in before} <= {UNDECIDED}
+
+
+def test_what_would_decide_a_part_that_seeds_cannot_decide():
+    edge = protocol.would_decide(
+        decided(with_moments(10, 2.0, 0.1), remark="the rate is at the edge", kind="difference")
+    )
+    assert edge == "a design without the reason that leaves it undecided: the rate is at the edge"
+    nothing = decided(with_moments(10, 1e-6, 1.0), kind="difference", threshold=0.0)
+    assert protocol.would_decide(nothing) == "more than 1000 seeds, at this mean and spread"
+    assert protocol.would_decide(decided([1.0, 2.0], kind="difference")) == "10 seeds or more"
+    assert protocol.would_decide(decided(with_moments(10, 5.0, 0.1), kind="difference")) == ""
+
+
 def test_decide_rejects_a_ratio_that_is_not_positive():
     for value in (0.0, -1.0):
         with pytest.raises(
