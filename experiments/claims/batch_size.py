@@ -20,7 +20,6 @@ from functools import partial
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax import Array
 
 from experiments.harness import data, headline, lab, plot, protocol, records, report, runs, stream, study, train
 from experiments.models import networks, normalizers
@@ -90,12 +89,6 @@ def grid(size: int) -> tuple[float, ...]:
     the images."""
     low = 10 ** (-2 + np.log(size / SMALL) / np.log(16))
     return lab.half_decades(low, 10**2.5 * low)
-
-
-def error(apply: train.Apply, params: object, state: object, images: Array, labels: Array) -> Array:
-    """The test error, with half a mistake more."""
-    wrong = (apply(params, state, images, False)[0].argmax(-1) != labels).sum()
-    return (wrong.astype(jnp.float32) + 0.5) / (len(labels) + 1)
 
 
 @dataclass(frozen=True)
@@ -210,8 +203,7 @@ class BatchSize(study.Study):
 
     def training(self, dataset: data.Dataset) -> int:
         """The number of training images of a seed."""
-        largest = max(self._steps())
-        return self.train_images or data.splits(dataset, [self.first_seed]).train.shape[1] // largest * largest
+        return self.train_images or data.filling(dataset, max(self._steps()))
 
     def _steps(self):
         return sorted({step for sizes in self._methods().values() for step in sizes.values()})
@@ -231,18 +223,13 @@ class BatchSize(study.Study):
 
         shape = laboratory.dataset.train_images.shape[1:]
 
-        def moved(rows, copies):
-            motions = stream.motions(0, 0, copies, len(rows)).reshape(-1, 4)
-            images = jnp.tile(rows.reshape(len(rows), *shape), (copies, *[1] * len(shape)))
-            return stream.moved(images, jnp.asarray(motions)).reshape(len(motions), -1)
-
         def probe(params, state, view):
-            tests = moved(view.test_images, COPIES), jnp.tile(view.test_labels, COPIES)
+            tests = stream.copies(view.test_images, shape, COPIES), jnp.tile(view.test_labels, COPIES)
             # bnjax.recalibrate with one batch: with momentum 0 its moments replace the running statistics.
-            _, recalibrated = network.apply(params, state, moved(view.images, 1), True, momentum=0.0)
+            _, recalibrated = network.apply(params, state, stream.copies(view.images, shape, 1), True, momentum=0.0)
             return {
-                "test_error": error(network.apply, params, state, *tests),
-                "test_recalibrated_error": error(network.apply, params, recalibrated, *tests),
+                "test_error": train.error(network.apply, params, state, *tests),
+                "test_recalibrated_error": train.error(network.apply, params, recalibrated, *tests),
             }
 
         named = lab.tuning if tuning else lab.at

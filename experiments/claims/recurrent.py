@@ -191,18 +191,13 @@ class Recurrent(study.Study):
             settings=[{"rate": rate} for rate in rates],
             optimizer=partial(optimizer, steps=self.steps),
             seeds=laboratory.tuning_seeds if tuning else None,
-            splits={"train": self._training(laboratory.dataset)},
+            splits={"train": data.filling(laboratory.dataset, self.batch_size)},
             steps=self.steps,
             batch_size=self.batch_size,
             eval_every=self.eval_every,
             probe=None if tuning else probe,
             tests=not tuning,
         )
-
-    def _training(self, dataset):
-        """The number of training images of a seed, a multiple of the batch size, so that no batch is padded."""
-        most = data.splits(dataset, [0]).train.shape[1]
-        return most - most % self.batch_size
 
     def judge(self, metrics: runs.Metrics) -> study.Finding:
         rates, series = _own_rates(metrics), _series(metrics)

@@ -180,6 +180,11 @@ def splits(
     return Splits(dataset.name, images, np.stack(noisy), *stacked)
 
 
+def filling(dataset: Dataset, batch_size: int) -> int:
+    """The largest number of training images that fills all batches, so that none is padded."""
+    return splits(dataset, [0]).train.shape[1] // batch_size * batch_size
+
+
 def _split(
     dataset: Dataset, labels: np.ndarray, seed: int, train: int | None, validation_share: float, most: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -61,6 +61,23 @@ def moved(images: jax.Array, motions: jax.Array) -> jax.Array:
     return jax.vmap(_moved)(images, motions)
 
 
+def copies(rows: jax.Array, shape: tuple[int, ...], number: int) -> jax.Array:
+    """Each image moved `number` times, by motions that are the same in every call: many images for a test of what was
+    trained with moved images.
+
+    Args:
+      rows: images as rows of pixels.
+      shape: the shape of an image, (height, width[, channels]).
+      number: number of copies of each image.
+
+    Returns:
+      Rows of pixels: all images once, then all of them again, and so on.
+    """
+    drawn = jnp.asarray(motions(0, 0, number, len(rows)).reshape(-1, 4))
+    images = jnp.tile(rows.reshape(len(rows), *shape), (number, *[1] * len(shape)))
+    return moved(images, drawn).reshape(len(drawn), -1)
+
+
 def _moved(image: jax.Array, motion: jax.Array) -> jax.Array:
     height, width = image.shape[:2]
     right, down, angle, log_scale = motion

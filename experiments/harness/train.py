@@ -330,6 +330,15 @@ def scored(logits: Array, labels: Array) -> tuple[Array, Array]:
     return jnp.where(finite, right, jnp.nan), jnp.where(finite, loss, jnp.nan)
 
 
+def error(apply: Callable[..., tuple[Array, Any]], params: Any, state: Any, images: Array, labels: Array) -> Array:
+    """The share of wrong answers, with half a mistake more: (wrong + 1/2) / (images + 1).
+
+    So ratios exist for a run without a mistake. A diverged network answers with the first class.
+    """
+    wrong = (apply(params, state, images, False)[0].argmax(-1) != labels).sum()
+    return (wrong.astype(jnp.float32) + 0.5) / (len(labels) + 1)
+
+
 def cross_entropy(
     apply: Callable[..., tuple[Array, Any]], params: Any, state: Any, images: Array, labels: Array
 ) -> Array:

@@ -164,6 +164,15 @@ def test_train_says_what_diverged_and_what_was_never_reached():
     ]
 
 
+def test_the_test_error_has_half_a_mistake_more_and_counts_the_first_class_for_a_diverged_network():
+    def apply(params, state, images, train):
+        return images, state
+
+    right = jnp.eye(4)
+    assert train.error(apply, None, None, right, jnp.arange(4)) == pytest.approx(0.1)
+    assert train.error(apply, None, None, right * jnp.nan, jnp.arange(4)) == pytest.approx(0.7)
+
+
 def test_a_diverged_network_has_no_accuracy():
     evaluation = list(
         train.fit(

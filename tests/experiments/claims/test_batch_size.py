@@ -70,15 +70,6 @@ def test_the_chosen_arm_is_the_one_that_each_run_of_a_vmap_has(layer):
         np.testing.assert_allclose(y, normalize(params, new, x + 1, False, momentum=0.9)[0], rtol=1e-4, atol=1e-5)
 
 
-def test_the_test_error_has_half_a_mistake_more_and_counts_the_first_class_for_a_diverged_network():
-    def apply(params, state, images, train):
-        return images, state
-
-    right = jnp.eye(4)
-    assert batch_size.error(apply, None, None, right, jnp.arange(4)) == pytest.approx(0.1)
-    assert batch_size.error(apply, None, None, right * jnp.nan, jnp.arange(4)) == pytest.approx(0.7)
-
-
 def test_rates_are_half_a_decade_higher_for_four_times_the_images():
     assert batch_size.grid(2) == (0.01, 0.0316, 0.1, 0.316, 1.0, 3.16)
     assert batch_size.grid(128) == (0.316, 1.0, 3.16, 10.0, 31.6, 100.0)
