@@ -165,7 +165,7 @@ class Regularization(study.Study):
             self._train(lab, each, with_dropout(networks.mlp(lab.dataset, self.hidden, each != "plain")))
 
     def _train(self, laboratory, each, network):
-        """Tune and train a network with every regularizer, all of them in one vmap."""
+        """Tune and train a network with every regularizer, all of them in one program."""
         arms = {f"{each}, {regularizer}": regularizer for regularizer in REGULARIZERS}
         every = {
             "steps": self.steps,

@@ -126,7 +126,7 @@ class Lab:
         summary: runs.Summary = lambda steps, values: (steps, values),
         **options: Any,
     ) -> None:
-        """Train a network in several settings, all in one `vmap`, from the seeds whose runs are missing.
+        """Train a network in several settings, all in one program, from the seeds whose runs are missing.
 
         Args:
           names: names of the runs, one for each setting.

@@ -1,7 +1,9 @@
-"""Training of many runs at once, all seeds and settings in one `vmap`.
+"""Training of many runs, of all seeds and settings, in one program.
 
-By default the runs are divided over the local devices, which then need not communicate. With a `Runtime`, every run is
-on all of its devices, and each device has a shard of every batch.
+By default the runs are divided over the local devices, which then need not communicate. A CPU takes one run after the
+other, in a loop, because kernels that differ from run to run make a convolution under `vmap` a grouped one, which takes
+2.5 times as long there (a network of eight convolutions, 20 runs). Other devices train all their runs in one `vmap`.
+With a `Runtime`, every run is on all of its devices, and each device has a shard of every batch.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,7 +26,7 @@ from experiments.harness.runtime import AXIS, RUNS, Runtime, put, runs_mesh
 VIEWED = 500
 """The number of training images, at most, that a probe sees."""
 AT_ONCE = 32
-"""The number of runs, at most, that one device evaluates at once, which bounds the memory of their activations."""
+"""The number of runs, at most, that an accelerator evaluates at once, which bounds the memory of their activations."""
 
 Setting = Mapping[str, float | Callable[[int], float]]
 """By name, the numbers that init and optimizer are called with. A function gives each seed a number of its own."""
@@ -112,7 +114,7 @@ def fit(
       steps: number of updates per run.
       batch_size: images per update, over all devices; the last batch of an epoch has the remaining images.
       eval_every: number of updates between evaluations, or the steps of these evaluations.
-      settings: numbers, or functions of the seed, of the same names; all settings are trained in one `vmap`.
+      settings: numbers, or functions of the seed, of the same names; all settings are trained in one program.
       probe: function for additional metrics.
       with_images: whether `init` gets the training images of its seed too, as rows of pixels, by the keyword `images`.
       moving: whether training images are shifted, rotated and scaled at random in every step (see `stream`).
@@ -146,7 +148,7 @@ def fit(
         setting = {name: jnp.float32(value) for name, value in setting.items()}
         return Learner(params, state, optimizer(**setting).init(params), jnp.zeros(()), jnp.int32(place), setting)
 
-    # In a loop: under vmap or jit, XLA would take longer to compile the random numbers than the training.
+    # In a Python loop: under vmap or jit, XLA would take longer to compile the random numbers than the training.
     starts = [start(setting, place) for setting in settings for place in range(len(seeds))]
     runs = len(starts)
     if along:  # every device has the same number of runs: the first one is repeated, and its copies are left out
@@ -281,6 +283,7 @@ def updater(
       rows of pixels unless they move; and the labels of each seed.
     """
     named = AXIS if parallel == "shard_map" else None
+    alone = parallel == "runs" and _on_cpu(mesh)
 
     def step(learner, indices, weights, motions, images, labels):
         chosen, weight = indices[learner.place], weights[learner.place]
@@ -304,10 +307,14 @@ def updater(
     def update(learner, batches, count, images, labels):
         def body(i, learner):
             indices, weights, motions = (None if part is None else part[:, i] for part in batches)
-            return jax.vmap(step, (0, *[None] * 5))(learner, indices, weights, motions, images, labels)
+            every = step if alone else jax.vmap(step, (0, *[None] * 5))
+            return every(learner, indices, weights, motions, images, labels)
 
-        # A scan of a fixed length would give another program, with other rounding, for each way to interrupt training.
-        return jax.lax.fori_loop(0, count, body, learner)
+        def steps(learner):
+            # A scan of a fixed length would be another program, with other rounding, for each interruption of training.
+            return jax.lax.fori_loop(0, count, body, learner)
+
+        return jax.lax.map(steps, learner) if alone else steps(learner)
 
     learners = P(RUNS) if parallel == "runs" else P()
     if parallel != "jit":
@@ -389,7 +396,8 @@ def _evaluator(
         run = (place, params, state, setting)
         if not along:
             return jax.vmap(partial(values, name=name), (0, 0, 0, 0, *[None] * 4))(*run, *constants)
-        return jax.lax.map(lambda run: values(*run, *constants, name=name), run, batch_size=AT_ONCE)
+        at_once = None if _on_cpu(mesh) else AT_ONCE
+        return jax.lax.map(lambda run: values(*run, *constants, name=name), run, batch_size=at_once)
 
     shared, compiled = P(along) if along else P(), {}
     for name in parts:
@@ -408,6 +416,10 @@ def _evaluator(
         return jax.tree.map(lambda x: np.asarray(x)[:runs], found)
 
     return evaluate
+
+
+def _on_cpu(mesh: Mesh) -> bool:
+    return mesh.devices.flat[0].platform == "cpu"
 
 
 def _multiple(number: int, of: int) -> int:

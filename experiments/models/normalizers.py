@@ -87,18 +87,21 @@ def synchronized(
 
 
 def chosen(arms: Mapping[str, Normalize]) -> Normalize:
-    """The normalization at position `state["arm"]` of `arms`, so that runs of one `vmap` may differ in it.
+    """The normalization at position `state["arm"]` of `arms`, so that runs of one program may differ in it.
 
-    All are computed: on an accelerator, where the runs' cost is starting kernels, one program of all arms takes far
-    less time than one for each. The state also has the state of each arm.
+    Under `vmap` all are computed: on an accelerator, where the runs' cost is starting kernels, one program of all arms
+    takes far less time than one for each. The state also has the state of each arm.
     """
 
     def apply(params, state, x, train, **options):
-        found, new = [], {"arm": state["arm"]}
-        for name, normalize in arms.items():
-            y, new[name] = normalize(params, state[name], x, train, **options)
-            found.append(y)
-        return lax.select_n(state["arm"], *found), new
+        def of(name):
+            def branch(state):
+                y, new = arms[name](params, state[name], x, train, **options)
+                return y, state | {name: new}
+
+            return branch
+
+        return lax.switch(state["arm"], [of(name) for name in arms], state)
 
     return apply
 

@@ -229,7 +229,7 @@ def test_fit_takes_batches_from_the_training_part_of_the_seed_alone():
         assert np.isnan(found.values["test_accuracy"][i])
 
 
-def test_settings_in_one_vmap_are_the_runs_that_each_would_be_alone():
+def test_settings_in_one_program_are_the_runs_that_each_would_be_alone():
     rates, options = (0.1, 0.5), {**OPTIONS, "seeds": [0, 1]}
     splits = data.splits(DIGITS, [0, 1])
     init = lambda key, rate: SMALL.init(key)  # noqa: E731
@@ -238,7 +238,8 @@ def test_settings_in_one_vmap_are_the_runs_that_each_would_be_alone():
     for i, rate in enumerate(rates):
         alone = [*train.fit(*SMALL, partial(optax.sgd, rate), splits, **options)]
         for both, one in zip(together[1:], alone[1:], strict=True):
-            np.testing.assert_allclose(both.loss[2 * i : 2 * i + 2], one.loss, rtol=1e-4)
+            # To the last bit, because a CPU takes one run after the other.
+            np.testing.assert_array_equal(both.loss[2 * i : 2 * i + 2], one.loss)
     assert [evaluation.progress for evaluation in together] == [0, 0.5, 1]
 
 

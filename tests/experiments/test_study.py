@@ -262,7 +262,7 @@ def test_all_in_smoke_write_report_and_verdicts_and_go_on_where_they_were_stoppe
     again = run_all_in_smoke(tmp_path)
     assert {name for name, _ in trained} == {"convergence", "devices"}
     assert ("convergence", last) in trained
-    assert len(trained) <= 3 + 2  # the three of devices; of convergence, those in one `vmap` with the lost one
+    assert len(trained) <= 3 + 2  # the three of devices; of convergence, those in one program with the lost one
     assert {name: recorded(tmp_path, name) for name in IDS} == before
     assert again == claims
 
