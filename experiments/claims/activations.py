@@ -150,6 +150,9 @@ class Activations(Observed):
         study.again(),
     )
 
+    units: int = 3
+    """units of the last hidden layer whose inputs are recorded"""
+
     def _probe(self, apply, network):
         def probe(params, state, view):
             batch = view.images[: self.batch_size], view.labels[: self.batch_size]

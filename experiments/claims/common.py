@@ -61,8 +61,6 @@ class Observed(study.Study):
     """images per step, and of each batch that is followed"""
     weight_std: float = 0.1
     """standard deviation of the sigmoid network's initial kernels"""
-    units: int = 3
-    """units of the last hidden layer whose inputs are recorded"""
     points: int = 60
     """evaluations per run of the sigmoid network, about, in equal ratios of steps"""
     convolutional_points: int = 30

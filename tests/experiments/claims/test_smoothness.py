@@ -41,7 +41,7 @@ def test_a_larger_network_of_the_same_function_is_as_smooth():
 
 def test_the_probe_averages_over_batches_and_measures_one_update():
     """Of a network of one unit of each kind, written by hand."""
-    study = smoothness.Smoothness(batch_size=2, batches=2, units=1)
+    study = smoothness.Smoothness(batch_size=2, batches=2)
     images = jnp.array([[1.0], [2.0], [3.0], [-1.0], [9.0]])
     labels = jnp.array([0, 1, 1, 0, 0])
     params, rate = [{"kernel": jnp.array([[0.5]])}, {"kernel": jnp.array([[1.0, -1.0]])}], 0.2
@@ -101,6 +101,17 @@ def test_noise_after_batch_normalization_is_of_the_stated_size_and_only_in_train
     np.testing.assert_array_equal(evaluated, expected)
 
 
+def test_the_summary_of_a_run_has_the_drift_of_all_units():
+    median = [np.array([0.0, 5.0, 1.0]), np.array([2.0, 5.0, 1.0]), np.array([2.0, 5.0, 4.0])]
+    values = {"median": median, "spread": [np.array([1.0, 1.0, 2.0])] * 3, "shift": [0.1, 0.2, 0.3], "test_loss": 1.0}
+    steps, kept = smoothness._with_drift([0, 1, 2], values)
+    assert (steps, kept.keys()) == ([0, 1, 2], {"drift", "shift", "test_loss"})
+    # Linear between evaluations, of which the middle one therefore counts twice: the medians 0, 2, 2, 2 and 1, 1, 1, 4.
+    deviations = np.std([0, 2, 2, 2]), 0, np.std([1, 1, 1, 4]) / 2
+    np.testing.assert_allclose(kept["drift"], [np.mean(deviations)], rtol=1e-6)
+    assert smoothness._with_drift([0], {"missed": [1.0]}) == ([0], {"missed": [1.0]})
+
+
 def a_run(record, name, seed, reaches, factor=1.0, jump=1.0):
     """A run whose loss falls to 0.05 log(10) at a step, in smaller steps through all levels before it."""
     steps = [0, 1, 2, 3, reaches, reaches + 100]
@@ -112,8 +123,7 @@ def a_run(record, name, seed, reaches, factor=1.0, jump=1.0):
         "batch_loss": np.multiply(loss, LOG10),
         "missed": [factor] * 6,
         "changed": [factor**2] * 6,
-        "median": [[0.0]] * 3 + [[jump]] * 3,
-        "spread": [[1.0]] * 6,
+        "drift": [jump],
         "shift": [0.25 * jump] * 6,
     }
     record.add(name, seed, steps, values)
@@ -134,7 +144,8 @@ def test_effects_compare_at_equal_loss_and_the_noisy_arm_at_its_own_rate(tmp_pat
     effects = study.judge(record.metrics([*lab.TUNING_SEEDS, 0, 1], 10)).effects
     np.testing.assert_allclose(effects["sigmoid, missed"], [2, 3], rtol=1e-3)
     np.testing.assert_allclose(effects["sigmoid, changed"], [4, 9], rtol=1e-3)
-    np.testing.assert_allclose(effects["sigmoid, noise, shift"], 3, rtol=1e-3)
+    for measure in ("drift", "shift"):
+        np.testing.assert_allclose(effects[f"sigmoid, noise, {measure}"], 3, rtol=1e-3)
     # The logarithm of the loss falls from 0.2 to 0.05 from step 3 on, and is at 0.1 log(10) half way.
     np.testing.assert_allclose(effects["sigmoid, noise, loss"], (3 + 80) / (3 + 20), rtol=1e-3)
     plain, noisy = ((0.7 + 0.45 + 0.225 + 0.03 * (step - 3) + 1) / (step + 100) for step in (80, 20))
