@@ -195,8 +195,8 @@ def would_decide(part: Decided) -> str:
         for found, room in needed.items():
             if room > reached:
                 about = f"{seeds}" if seeds in LOOKS else f"about {round(seeds, 1 - math.floor(math.log10(seeds)))}"
-                return f"{about} seeds, at this mean and spread: {found}"
-    return f"more than {MOST_SEEDS} seeds, at this mean and spread"
+                return f"{about} seeds with this mean and spread ({found})"
+    return f"more than {MOST_SEEDS} seeds with this mean and spread"
 
 
 def _few(seeds: int) -> str:

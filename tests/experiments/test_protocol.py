@@ -328,7 +328,7 @@ def test_what_would_decide_a_part_is_the_first_number_of_seeds_that_does(mean, d
     if now.verdict != UNDECIDED:
         assert protocol.would_decide(now) == ""
         return
-    seeds, _, words = protocol.would_decide(now).partition(" seeds, at this mean and spread: ")
+    seeds, _, words = protocol.would_decide(now).removesuffix(")").partition(" seeds with this mean and spread (")
     number = int(seeds.removeprefix("about "))
     assert (number in LOOKS) == (not seeds.startswith("about"))
     assert number < 100  # so that it is not rounded
@@ -343,7 +343,7 @@ def test_what_would_decide_a_part_that_seeds_cannot_decide():
     )
     assert edge == "a design without the reason that leaves it undecided: the rate is at the edge"
     nothing = decided(with_moments(10, 1e-6, 1.0), kind="difference", threshold=0.0)
-    assert protocol.would_decide(nothing) == "more than 1000 seeds, at this mean and spread"
+    assert protocol.would_decide(nothing) == "more than 1000 seeds with this mean and spread"
     assert protocol.would_decide(decided([1.0, 2.0], kind="difference")) == "10 seeds or more"
     assert protocol.would_decide(decided(with_moments(10, 5.0, 0.1), kind="difference")) == ""
 
