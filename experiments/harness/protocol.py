@@ -183,8 +183,7 @@ def would_decide(part: Decided) -> str:
         return f"{LEAST_SEEDS} seeds or more"
     scale = math.log if part.kind == "ratio" else float
     mean, half = scale(part.value), (scale(part.high) - scale(part.low)) / 2
-    spent = dict(zip(LOOKS, SPENT, strict=True))
-    error = (1 - part.level) * SPENT[-1] / spent[part.n]  # later looks have less of it than the first
+    error = (1 - part.level) * SPENT[-1] / SPENT[LOOKS.index(part.n)]  # later looks have less of it than the first
     deviation = half * math.sqrt(part.n) / float(scipy.stats.t.ppf((1 + part.level) / 2, part.n - 1))
     distance = mean - scale(part.threshold)
     needed = {HOLDS if (distance > 0) == (part.side == "above") else REFUTED: abs(distance)}
