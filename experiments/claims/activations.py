@@ -30,8 +30,8 @@ from experiments.harness import (
     records,
     report,
     runs,
+    scores,
     study,
-    train,
 )
 
 ARMS = ("plain", "batch normalization")
@@ -81,7 +81,7 @@ def gradient_change(apply, params, state, images, labels, rate):
 
     def gradients(params):
         def loss(params):
-            return train.cross_entropy(apply, params, state, images, labels)
+            return scores.cross_entropy(apply, params, state, images, labels)
 
         return jax.grad(loss)(params)
 
@@ -159,7 +159,7 @@ class Activations(Observed):
             changes = gradient_change(apply, params, state, *batch, view.setting["rate"])
             inputs, _ = distributions.last_inputs(apply, ACTIVATIONS[network], params, state, view.images)
             return {
-                "batch_loss": train.cross_entropy(apply, params, state, *batch),
+                "batch_loss": scores.cross_entropy(apply, params, state, *batch),
                 "change": jnp.exp(jnp.log(changes["change"]).mean()),
                 "cosine": changes["cosine"].mean(),
                 **distributions.summary(inputs[:, : self.units]),

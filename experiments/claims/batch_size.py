@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments.harness import data, headline, lab, plot, protocol, records, report, runs, stream, study, train
+from experiments.harness import data, headline, lab, plot, protocol, records, report, runs, scores, stream, study
 from experiments.models import networks, normalizers
 
 SMALL, USUAL, LARGE, GHOST, DEVICES = 2, 32, 128, 16, 4
@@ -228,8 +228,8 @@ class BatchSize(study.Study):
             # bnjax.recalibrate with one batch: with momentum 0 its moments replace the running statistics.
             _, recalibrated = network.apply(params, state, stream.copies(view.images, shape, 1), True, momentum=0.0)
             return {
-                "test_error": train.error(network.apply, params, state, *tests),
-                "test_recalibrated_error": train.error(network.apply, params, recalibrated, *tests),
+                "test_error": scores.error(network.apply, params, state, *tests),
+                "test_recalibrated_error": scores.error(network.apply, params, recalibrated, *tests),
             }
 
         named = lab.tuning if tuning else lab.at

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments.harness import curves, data, headline, lab, plot, protocol, records, report, runs, study, train
+from experiments.harness import curves, data, headline, lab, plot, protocol, records, report, runs, scores, study, train
 from experiments.models import networks
 
 NORMALIZED = "batch normalization"
@@ -229,7 +229,7 @@ def gradient_norms(network: networks.Network, width: int, depth: int) -> train.P
         zeros = [jnp.zeros((len(view.images), width))] * depth
         gradient, logits = jax.grad(loss, has_aux=True)(zeros)
         norms = jnp.stack([jnp.linalg.norm(each) for each in gradient])
-        accuracy = train.scored(logits, view.labels)[0].mean()
+        accuracy = scores.scored(logits, view.labels)[0].mean()
         logarithms = jnp.log10(jnp.where(norms > 0, norms, jnp.nan))
         return {"range": jnp.ptp(logarithms), "gradient_norm": norms[recorded(depth)], "accuracy": accuracy}
 

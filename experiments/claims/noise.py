@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jax import Array
 
 import bnjax
-from experiments.harness import curves, data, headline, lab, plot, protocol, records, report, runs, study, train
+from experiments.harness import curves, data, headline, lab, plot, protocol, records, report, runs, scores, study
 from experiments.models import networks
 
 ARMS = ("batch", "population", "population + noise")
@@ -132,7 +132,7 @@ class Noise(study.Study):
         }
         for arm in ARMS:
             network = normalized_by(networks.mlp(lab.dataset, self.hidden, True), arm)
-            probe = train.probe_training(network.apply)
+            probe = scores.probe_training(network.apply)
             lab.tune(arm, network, GRID, "gap", probe=probe, **every)
             rates = [rate for _, rate in self._rates(lab.metrics(), arm)]
             lab.train(arm, network, rates, probe=probe, **every)

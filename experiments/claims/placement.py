@@ -24,7 +24,20 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments.harness import curves, data, headline, lab, plot, protocol, records, report, runs, stream, study, train
+from experiments.harness import (
+    curves,
+    data,
+    headline,
+    lab,
+    plot,
+    protocol,
+    records,
+    report,
+    runs,
+    scores,
+    stream,
+    study,
+)
 from experiments.models import networks
 
 ARMS = ("plain", "before", "after", "both")
@@ -65,7 +78,7 @@ def _optimizer(rate, steps):
 def _probe(apply, shape):
     def probe(params, state, view):
         images = stream.copies(view.test_images, shape, COPIES)
-        return {"test_error": train.error(apply, params, state, images, jnp.tile(view.test_labels, COPIES))}
+        return {"test_error": scores.error(apply, params, state, images, jnp.tile(view.test_labels, COPIES))}
 
     return probe
 

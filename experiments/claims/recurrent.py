@@ -23,7 +23,7 @@ from jax import Array
 
 import bnjax
 from bnjax.variants import lstm
-from experiments.harness import curves, data, headline, lab, plot, protocol, records, report, runs, study, train
+from experiments.harness import curves, data, headline, lab, plot, protocol, records, report, runs, scores, study
 from experiments.models import networks
 
 # By arm, whether the input and recurrent terms are normalized, and whether the cell is.
@@ -182,7 +182,7 @@ class Recurrent(study.Study):
 
         def probe(params, state, view):
             logits, _ = network.apply(params, shared(state), view.test_images, False)
-            right, loss = train.scored(logits, view.test_labels)
+            right, loss = scores.scored(logits, view.test_labels)
             return {"test_shared_loss": loss.mean(), "test_shared_accuracy": right.mean()}
 
         laboratory.fit(

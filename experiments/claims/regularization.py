@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments.harness import curves, data, headline, lab, plot, protocol, records, report, runs, study, train
+from experiments.harness import curves, data, headline, lab, plot, protocol, records, report, runs, scores, study
 from experiments.models import networks
 
 NETWORKS = ("plain", "batch normalization")
@@ -173,7 +173,7 @@ class Regularization(study.Study):
             "eval_every": self.eval_every,
             "splits": {"train": self.images, "noise": self.wrong},
             "optimizer": penalized,
-            "probe": train.probe_training(network.apply),
+            "probe": scores.probe_training(network.apply),
         }
 
         def settings(tried):

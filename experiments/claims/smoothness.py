@@ -39,8 +39,8 @@ from experiments.harness import (
     records,
     report,
     runs,
+    scores,
     study,
-    train,
 )
 from experiments.models import networks
 
@@ -233,7 +233,7 @@ class Smoothness(Observed):
         def smooth(params, state, view):
             def on(batch):
                 def loss(params):
-                    return train.cross_entropy(apply, params, state, *batch)
+                    return scores.cross_entropy(apply, params, state, *batch)
 
                 return along_gradient(loss, params)
 
@@ -244,7 +244,7 @@ class Smoothness(Observed):
 
         def steady(params, state, view):
             def loss(params):
-                return train.cross_entropy(apply, params, state, *batch)
+                return scores.cross_entropy(apply, params, state, *batch)
 
             def inputs(params, state):
                 inputs, state = distributions.last_inputs(apply, ACTIVATIONS[network], params, state, view.images)

@@ -161,7 +161,7 @@ def at_target(falling: np.ndarray, values: np.ndarray, target: float) -> np.ndar
 
 def gap(series: runs.Series, classes: int, within: float = 1.0) -> np.ndarray:
     """By run, validation loss - training loss when the training loss reaches its target; nan if it does not do so
-    within this share of the steps. The series has the metrics of `train.probe_training`."""
+    within this share of the steps. The series has the metrics of `scores.probe_training`."""
     soon = series.steps <= within * series.steps[-1]
     trained, validated = series["train_loss"][:, soon], series["validation_loss"][:, soon]
     return at_target(trained, validated - trained, LOSS * np.log(classes))

@@ -178,7 +178,7 @@ def would_decide(part: Decided) -> str:
     if part.verdict != UNDECIDED:
         return ""
     if not may_be_decided(part):
-        return f"a design without the reason that leaves it undecided: {part.remark}"
+        return f"a design in which this does not occur: {part.remark}"
     if part.n < LEAST_SEEDS or part.value is None or part.low is None or part.high is None:
         return f"{LEAST_SEEDS} seeds or more"
     scale = math.log if part.kind == "ratio" else float

@@ -15,7 +15,7 @@ import pytest
 from experiments.__main__ import main
 from experiments.benchmark import bench, contenders
 from experiments.demos import training
-from experiments.harness import data, records, runs, train
+from experiments.harness import data, records, runs, scores, train
 from experiments.harness.runtime import Runtime
 from experiments.models import networks
 from tests.support import reference
@@ -169,8 +169,8 @@ def test_the_test_error_has_half_a_mistake_more_and_counts_the_first_class_for_a
         return images, state
 
     right = jnp.eye(4)
-    assert train.error(apply, None, None, right, jnp.arange(4)) == pytest.approx(0.1)
-    assert train.error(apply, None, None, right * jnp.nan, jnp.arange(4)) == pytest.approx(0.7)
+    assert scores.error(apply, None, None, right, jnp.arange(4)) == pytest.approx(0.1)
+    assert scores.error(apply, None, None, right * jnp.nan, jnp.arange(4)) == pytest.approx(0.7)
 
 
 def test_a_diverged_network_has_no_accuracy():

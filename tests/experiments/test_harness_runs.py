@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from experiments.harness import curves, data, lab, runs, stream, train
+from experiments.harness import curves, data, lab, runs, scores, stream, train
 from experiments.harness.runtime import Runtime
 from experiments.models import networks
 
@@ -152,7 +152,7 @@ def test_lab_trains_what_is_missing_and_tunes_with_seeds_of_its_own(tmp_path, mo
 
     monkeypatch.setattr(train, "fit", remembered)
     record = runs.Record(tmp_path / "metrics.jsonl")
-    options = {**OPTIONS, "probe": train.probe_training(SMALL.apply)}
+    options = {**OPTIONS, "probe": scores.probe_training(SMALL.apply)}
     for seeds in ([3], [3, 5], [3, 5]):
         laboratory = lab.Lab(DIGITS, record, seeds, tuning_seeds=(900,))
         best = laboratory.tune("arm", SMALL, (0.01, 0.1, 1.0), **options)

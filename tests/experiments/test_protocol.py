@@ -341,7 +341,7 @@ def test_what_would_decide_a_part_that_seeds_cannot_decide():
     edge = protocol.would_decide(
         decided(with_moments(10, 2.0, 0.1), remark="the rate is at the edge", kind="difference")
     )
-    assert edge == "a design without the reason that leaves it undecided: the rate is at the edge"
+    assert edge == "a design in which this does not occur: the rate is at the edge"
     nothing = decided(with_moments(10, 1e-6, 1.0), kind="difference", threshold=0.0)
     assert protocol.would_decide(nothing) == "more than 1000 seeds with this mean and spread"
     assert protocol.would_decide(decided([1.0, 2.0], kind="difference")) == "10 seeds or more"
