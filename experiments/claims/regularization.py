@@ -6,7 +6,9 @@ regularizer, with dropout, and with an L2 penalty.
 
 A network that fits faster has a larger gap between the two losses after the same number of steps. Therefore the gap is
 measured at equal training loss, by linear interpolation between evaluations, with running statistics and without
-dropout.
+dropout. At a high learning rate the training loss passes the target again and again, and the gap where it does so first
+differs much from seed to seed. Therefore each arm has the lowest of the rates that are equally good for it. Images that
+are not trained on are for validation, where most of them are needed.
 """
 
 from dataclasses import dataclass
@@ -24,8 +26,10 @@ NETWORKS = ("plain", "batch normalization")
 REGULARIZERS = ("nothing", "dropout", "L2")
 ARMS = tuple(f"{network}, {regularizer}" for network, regularizer in product(NETWORKS, REGULARIZERS))
 GRID = lab.half_decades(0.001, 3)
+VALIDATION = 0.6
+"""The share of the images that is for validation."""
 AT_THE_END = "test loss at the end, each at its rate with the lowest validation loss at the end"
-ALONE = "without a regularizer, each at its rate with the smallest gap at equal training loss"
+ALONE = "without a regularizer, each at the lowest rate whose gap is within one standard error of its smallest"
 
 
 def penalized(rate: jax.Array, l2: jax.Array, **_: jax.Array) -> optax.GradientTransformation:
@@ -106,13 +110,12 @@ class Regularization(study.Study):
             "regularizing means a lower test loss",
             margin=protocol.TENTH,
         ),
-        # No margin: no publication says how many nats matter.
         protocol.Part(
             "dropout adds less",
-            f"what dropout takes off the {AT_THE_END}: of the plain network - of the batch-normalized one",
-            0.0,
+            f"{AT_THE_END}, without a regularizer / with dropout: plain / batch normalization",
+            1.0,
             "section 3.4: dropout can be removed or reduced in strength",
-            "difference",
+            margin=protocol.TENTH,
         ),
         # No margin: the claim is "no worse", which no effect would not contradict.
         protocol.Part(
@@ -134,10 +137,22 @@ class Regularization(study.Study):
             "1000 to 1009",
         ),
         study.again(),
+        report.Change(
+            "2026-11-30",
+            "40 seeds decided neither the gap nor whether dropout adds less. The plain network's smallest gap was at "
+            "0.316, a tie among three rates, where the logarithm of its gap differed by 0.25 from seed to seed, and by "
+            "0.13 at 0.0316, in a pilot of 20 other seeds. Each arm now has the lowest rate whose gap is within one "
+            "standard error of its smallest, and three fifths of the images, no longer one fifth, are for validation. "
+            "What dropout adds was a difference in nats, of which no publication says how many matter. It is a ratio "
+            "of test losses now, like the other parts, with their margin.",
+            "3000 to 3009",
+        ),
     )
     SMOKE = {"images": 40, "hidden": (20,), "steps": 40, "seeds": 2}
     FULL = {"steps": 20_000, "seeds": 20, "side": 32}
 
+    first_seed: int = 3000
+    """the first of the seeds"""
     images: int = 200
     """images in the training set"""
     wrong: float = 0.2
@@ -171,7 +186,7 @@ class Regularization(study.Study):
             "steps": self.steps,
             "batch_size": self.batch_size,
             "eval_every": self.eval_every,
-            "splits": {"train": self.images, "noise": self.wrong},
+            "splits": {"train": self.images, "noise": self.wrong, "validation_share": VALIDATION},
             "optimizer": penalized,
             "probe": scores.probe_training(network.apply),
         }
@@ -193,7 +208,7 @@ class Regularization(study.Study):
 
     def _rates(self, metrics, arm):
         """The rates of an arm: the best at the end, and for the gap where it is measured."""
-        by = ("loss", "gap") if arm.endswith("nothing") else ("loss",)
+        by = ("loss", "steady gap") if arm.endswith("nothing") else ("loss",)
         return [lab.chosen(metrics, arm, each).rate for each in by]
 
     def judge(self, metrics: runs.Metrics) -> study.Finding:
@@ -203,16 +218,16 @@ class Regularization(study.Study):
         }
         loss = {arm: series["test_loss"] for arm, series in last.items()}
         equal = {each: curves.gap(series, metrics.classes) for each, series in over.items()}
-        gain = {each: loss[f"{each}, nothing"] - loss[f"{each}, dropout"] for each in NETWORKS}
+        gain = {each: loss[f"{each}, nothing"] / loss[f"{each}, dropout"] for each in NETWORKS}
         plain, normalized = NETWORKS
         effects = {
             "gap at equal training loss": equal[plain] / equal[normalized],
             "test loss": loss[f"{plain}, nothing"] / loss[f"{normalized}, nothing"],
-            "dropout adds less": gain[plain] - gain[normalized],
+            "dropout adds less": gain[plain] / gain[normalized],
             "instead of dropout": loss[f"{plain}, dropout"] / loss[f"{normalized}, nothing"],
         }
         edges = {arm: lab.chosen(metrics, arm, "loss").edge for arm in ARMS}
-        gaps = [lab.chosen(metrics, f"{each}, nothing", "gap").edge for each in NETWORKS]
+        gaps = [lab.chosen(metrics, f"{each}, nothing", "steady gap").edge for each in NETWORKS]
         four = [edges[f"{each}, {regularizer}"] for each in NETWORKS for regularizer in REGULARIZERS[:2]]
         remarks = dict(zip(effects, (gaps, four[::2], four, four[1:3]), strict=True))
         rows = [["network", "learning rate", "training loss", "test loss", "test accuracy"]]
@@ -221,11 +236,11 @@ class Regularization(study.Study):
             rate = self._rates(metrics, arm)[0]
             rows.append([arm, f"{rate:g}", *words, records.spread(series["test_accuracy"], ".3f")])
         shown = [records.spread(equal[each], ".3f", "never") for each in NETWORKS]
-        gains = [records.spread(gain[each], "+.3f") for each in NETWORKS]
+        gains = [records.spread(gain[each], ".3f") for each in NETWORKS]
         return study.Finding(
             effects,
-            f"Gap at equal training loss: {shown[0]} plain, {shown[1]} with batch normalization. Dropout takes "
-            f"{gains[0]} off the plain network's test loss, and {gains[1]} off the normalized one's.",
+            f"Gap at equal training loss: {shown[0]} plain, {shown[1]} with batch normalization. Without dropout the "
+            f"plain network's test loss is {gains[0]} times that with it, and the normalized one's {gains[1]} times.",
             "Test loss with each regularizer, and the loss on other images as the training loss falls",
             rows,
             {name: "; ".join(filter(None, each)) for name, each in remarks.items()},

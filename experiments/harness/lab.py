@@ -15,6 +15,8 @@ from experiments.harness import curves, data, runs, train
 
 TUNING_SEEDS = (900, 901, 902)
 """The seeds that learning rates are chosen with."""
+GAPS = ("gap", "steady gap")
+"""The choices of a rate by the gap between validation and training loss, which need a probe."""
 
 
 def half_decades(low: float, high: float) -> tuple[float, ...]:
@@ -57,20 +59,27 @@ def chosen(metrics: runs.Metrics, arm: str, by: str = "curve") -> Chosen:
       by: "curve" for the mean of the smoothed accuracy over the whole of training, which favours fast training, "end"
         for its last value, "loss" for the last value of the smoothed loss, "training" for that of the training loss,
         "steps" for the fewest steps to the target of the training loss, of which every tuning seed has a
-        `curves.outcome`, or "gap" for the lowest `curves.gap`. For "steps" and "gap" a rate counts only if every tuning
-        seed reaches the target. For "gap" they have three quarters of the steps for it, so that other seeds reach it
-        within all steps. For "steps" the lowest training loss at the end decides if no rate counts. A diverged network
-        has the accuracy 0 and an infinite loss. Of equally good rates the lowest is chosen.
+        `curves.outcome`, "gap" for the lowest `curves.gap`, or "steady gap" for the lowest rate whose gap is within one
+        standard error of the lowest gap (the rule of Breiman et al., 1984, for equally good models), because training
+        is noisier at higher rates. For "steps" and the gaps a rate counts only if every tuning seed reaches the target.
+        For the gaps they have three quarters of the steps for it, so that other seeds reach it within all steps. For
+        "steps" the lowest training loss at the end decides if no rate counts. A diverged network has the accuracy 0 and
+        an infinite loss. Of equally good rates the lowest is chosen.
     """
-    scores = {}
+    tried = {}
     for name, series in metrics.items():
         found, _, rate = name.rpartition("@")
         if found == f"tuning {arm}":
-            scores[float(rate)] = _score(series, metrics.classes, by)
+            tried[float(rate)] = series
+    scores = {rate: _score(series, metrics.classes, by) for rate, series in tried.items()}
     rates = sorted(scores)
     best = max(rates, key=lambda rate: scores[rate])  # the first of equals
+    if by == "steady gap" and np.isfinite(scores[best][0]):
+        gaps = _gaps(tried[best], metrics.classes)
+        error = gaps.std(ddof=1) / np.sqrt(gaps.size) if gaps.size > 1 else 0.0
+        best = next(rate for rate in rates if scores[rate][0] >= scores[best][0] - error)
     edge = ""
-    if by == "gap" and not np.isfinite(scores[best][0]):
+    if by in GAPS and not np.isfinite(scores[best][0]):
         edge = f"{arm} reaches the target of the training loss at no learning rate of its grid"
     elif len(rates) > 1 and best in (rates[0], rates[-1]):
         edge = f"the best learning rate of {arm}, {best:g}, is at the edge of its grid"
@@ -83,8 +92,8 @@ def _score(series: runs.Series, classes: int, by: str) -> tuple[float, float]:
     def least(values: np.ndarray) -> float:
         return -float(np.nan_to_num(values, nan=np.inf).mean())
 
-    if by == "gap":
-        return least(curves.gap(series, classes, 0.75)), 0.0
+    if by in GAPS:
+        return least(_gaps(series, classes)), 0.0
     if by == "steps":
         return least(series["loss_step"]), least(series["last_loss"])
     if by in ("loss", "training"):
@@ -92,6 +101,11 @@ def _score(series: runs.Series, classes: int, by: str) -> tuple[float, float]:
     first = 0 if by == "curve" else 1  # the end is only of trained networks, however few evaluations
     accuracy = np.nan_to_num(curves.smoothed(series["validation_accuracy"][:, first:]), nan=0.0)
     return float((accuracy[:, 1:] if by == "curve" else accuracy[:, -1:]).mean()), 0.0
+
+
+def _gaps(series: runs.Series, classes: int) -> np.ndarray:
+    """By tuning seed, the gap at the target, if it is reached early enough that other seeds can be expected to."""
+    return curves.gap(series, classes, 0.75)
 
 
 class TimeIsUpError(Exception):
@@ -174,6 +188,6 @@ class Lab:
     def tune(self, arm: str, network: Network, rates: Sequence[float], by: str = "curve", **options: Any) -> Chosen:
         """Choose the rate of an arm from a grid, by training with the tuning seeds, which need a probe for a gap."""
         names = [tuning(arm, rate) for rate in rates]
-        options = {"tests": False, **(options if by == "gap" else {**options, "probe": None})}
+        options = {"tests": False, **(options if by in GAPS else {**options, "probe": None})}
         self.fit(names, network, settings=[{"rate": rate} for rate in rates], seeds=self.tuning_seeds, **options)
         return chosen(self.metrics(), arm, by)

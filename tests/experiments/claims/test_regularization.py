@@ -86,6 +86,21 @@ def test_the_rate_with_the_smallest_gap_must_reach_the_target(tmp_path, last, ra
     assert lab.chosen(record.metrics([900], 10), "plain", "gap") == lab.Chosen(rate, edge)
 
 
+@pytest.mark.parametrize(("lower", "rate"), [(1.57, 0.3), (1.59, 1.0)])
+def test_the_lowest_rate_within_one_standard_error_of_the_smallest_gap_is_chosen(tmp_path, lower, rate):
+    """The smallest gap, at the rate 1, is 1 on average over three seeds, with a standard error of 1 / sqrt(3) = 0.577.
+    The rate 0.1 never reaches the target, and 3 has the same gap as 1."""
+    record = runs.Record(tmp_path / "metrics.jsonl")
+    for each, gaps in ((0.1, (0, 0, 0)), (0.3, (lower,) * 3), (1, (0, 1, 2)), (3, (0, 1, 2))):
+        for seed, gap in enumerate(gaps, 900):
+            losses = np.array([2.0, *[0.3 if each == 0.1 else 0.1] * 3])
+            values = {"train_loss": losses, "validation_loss": losses + gap, "validation_accuracy": [0.1] * 4}
+            record.add(lab.tuning("plain", each), seed, range(4), values)
+    metrics = record.metrics([900, 901, 902], 10)
+    assert lab.chosen(metrics, "plain", "steady gap") == lab.Chosen(rate, "")
+    assert lab.chosen(metrics, "plain", "gap") == lab.Chosen(1.0, "")
+
+
 def test_effects_of_given_losses(tmp_path):
     record, steps = runs.Record(tmp_path / "metrics.jsonl"), [0, 10]
     loss = dict(zip(regularization.ARMS, (3.0, 1.5, 2.0, 1.2, 1.0, 1.1), strict=True))
@@ -105,7 +120,7 @@ def test_effects_of_given_losses(tmp_path):
     expected = {
         "gap at equal training loss": [4, 4],
         "test loss": [3 / 1.2, 4 / 2.2],
-        "dropout adds less": [1.5 - 0.2] * 2,
+        "dropout adds less": [3 / 1.5 / (1.2 / 1.0), 4 / 2.5 / (2.2 / 2.0)],
         "instead of dropout": [1.5 / 1.2, 2.5 / 2.2],
     }
     assert [*finding.effects] == [part.name for part in regularization.Regularization.PARTS] == [*expected]
