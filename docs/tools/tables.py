@@ -66,15 +66,27 @@ def undecided() -> str:
 
 
 def second_data_set() -> str:
-    """Which claims were measured on another data set than the first, and which were not, in sentences."""
+    """Which claims were measured on another data set than the first, which were not, and which parts hold on one of the
+    two data sets and are refuted on the other, in sentences."""
     first, *others = report.datasets(claims())
     sentences = []
     for other in others:
-        without = [f"`{claim.id}`" for claim in claims() if other not in [result.dataset for result in claim.results]]
-        number = len(claims()) - len(without)
-        sentences.append(f"{number} of {len(claims())} claims were measured on {other} as well as on {first}.")
+        both = [(claim, on) for claim in claims() if other in (on := {r.dataset: r for r in claim.results})]
+        without = [f"`{claim.id}`" for claim in claims() if claim not in [each for each, _ in both]]
+        number = f"{len(both)} of {len(claims())}" if without else f"All {len(claims())}"
+        sentences.append(f"{number} claims were measured on {other} as well as on {first}.")
         if without:
             sentences.append(f"Not measured on it: {', '.join(without)}.")
+        opposite = [
+            f"{there.name} (`{claim.id}`: {forest.numbers(here)} and {forest.numbers(there)})"
+            for claim, on in both
+            for here, there in zip(on[first].parts, on[other].parts, strict=True)
+            if {here.verdict, there.verdict} == {protocol.HOLDS, protocol.REFUTED}
+        ]
+        if opposite:
+            sentences.append(f"Parts that hold on one of the two and are refuted on the other: {'; '.join(opposite)}.")
+        else:
+            sentences.append("No part that holds on one of the two is refuted on the other.")
     return " ".join(sentences)
 
 

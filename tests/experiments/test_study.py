@@ -296,17 +296,6 @@ def test_committed_verdicts_follow_from_the_committed_metrics(tmp_path, monkeypa
     assert_report_has(RESULTS, claims)
 
 
-@pytest.mark.results
-def test_no_part_that_holds_on_one_data_set_is_refuted_on_the_other():
-    """The documentation says so of the committed results."""
-    several = [claim for claim in report.read(RESULTS / "verdicts.json") if len(claim.results) > 1]
-    assert len(several) == 9
-    for claim in several:
-        for parts in zip(*(result.parts for result in claim.results), strict=True):
-            assert len({part.name for part in parts}) == 1
-            assert not {"holds", "refuted"} <= {part.verdict for part in parts}, parts
-
-
 def assert_report_has(folder, claims):
     """Every claim with its verdicts, and every figure as it lies beside."""
     page = Page((folder / "report.html").read_text(encoding="utf-8"))

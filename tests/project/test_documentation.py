@@ -1,6 +1,7 @@
 """The documentation: every public name is in the API reference, and the reference shows what the docstrings say."""
 
 import html
+import json
 import re
 from xml.etree import ElementTree
 
@@ -156,6 +157,28 @@ def test_the_committed_verdicts_are_on_the_page_of_claims():
     assert str(report.listed(claims)) in (tables.RESULTS / "report.html").read_text(encoding="utf-8")
     (cost,) = (claim for claim in claims if claim.id == "cost")
     assert cost.results[0].measured in tables.verdicts(["cost"])
+
+
+@pytest.mark.results
+def test_the_page_of_claims_names_what_the_second_data_set_contradicts_or_lacks(monkeypatch):
+    verdicts = json.loads((tables.RESULTS / "verdicts.json").read_text(encoding="utf-8"))["claims"]
+    shown = tables.second_data_set()
+    named = set()
+    for claim in verdicts:
+        first, *others = claim["results"]
+        assert (f"`{claim['id']}`" in shown.partition("Not measured on it: ")[2].partition(".")[0]) == (not others)
+        for here, there in zip(first["parts"], others[0]["parts"] if others else (), strict=bool(others)):
+            if sorted((here["verdict"], there["verdict"])) == ["holds", "refuted"]:
+                named.add(f"{here['name']} (`{claim['id']}`:")
+    assert all(each in shown for each in named)
+    assert ("No part that holds on one of the two is refuted on the other." in shown) == (not named)
+    (claim,) = (each for each in tables.claims() if each.id == "convergence")
+    first, second = claim.results
+    turned = second._replace(parts=(first.parts[0]._replace(verdict="refuted"), *second.parts[1:]))
+    assert first.parts[0].verdict == "holds"
+    monkeypatch.setattr(tables, "claims", lambda: [claim._replace(results=(first, turned))])
+    assert f"are refuted on the other: {first.parts[0].name} (`convergence`" in tables.second_data_set()
+    assert tables.second_data_set().startswith("All 1 claims were measured on mnist8000")
 
 
 @pytest.mark.results
