@@ -218,7 +218,7 @@ class Branch(NamedTuple):
     what: tuple[str, ...]
     link: str
     evidence: tuple[str, str] | None = None
-    """the claim and its part in verdicts.json, measured on the digits"""
+    """the claim and its part in verdicts.json"""
 
 
 BRANCHES = (
@@ -269,39 +269,40 @@ BRANCHES = (
         ("batch-size", "remedy for large batches, ghost"),
     ),
 )
-WORDS = {
-    "holds": "measured: it helps",
-    "refuted": "measured: it does not help",
-    "no effect": "measured: no effect",
-    "undecided": "measured: undecided",
-}
+WORDS = {"holds": "it helps", "refuted": "it does not help", "no effect": "no effect", "undecided": "undecided"}
 """By the verdict on a part."""
 
 
-def measured(branch: Branch) -> str:
-    """What the committed verdicts say of a branch."""
+def measured(branch: Branch) -> list[str]:
+    """What the committed verdicts say of a branch, in a line if all data sets agree, and else in a line for each."""
     if branch.evidence is None:
-        return "not measured here"
+        return ["not measured here"]
     claim, part = branch.evidence
     claims = json.loads(VERDICTS.read_text(encoding="utf-8"))["claims"]
     (entry,) = [each for each in claims if each["id"] == claim]
-    (found,) = [p for r in entry["results"] if r["dataset"] == "digits" for p in r["parts"] if p["name"] == part]
-    return WORDS[found["verdict"]]
+    found = {r["dataset"]: WORDS[p["verdict"]] for r in entry["results"] for p in r["parts"] if p["name"] == part}
+    if len({*found.values()}) == 1:
+        return [f"measured: {next(iter(found.values()))}"]
+    return [f"{dataset.partition(' ')[0]}: {words}" for dataset, words in found.items()]
 
 
 def which_variant() -> str:
     """The flow chart: the first question with the answer yes decides."""
-    parts, step = [], 92
+    parts, step = [], 104
     for i, branch in enumerate(BRANCHES):
         y = 10 + step * i
-        lines = [("b", branch.use), *(("", line) for line in branch.what), ("i s", measured(branch))]
+        lines = [
+            ("b", branch.use),
+            *(("", each) for each in branch.what),
+            *(("i s", each) for each in measured(branch)),
+        ]
         parts += [
             box(6, y + 6, 164, 58, "amber", [("", line) for line in branch.question]),
-            arrow(f"M170 {y + 35} H196"),
-            text(182, y + 29, "yes", "i s", "middle"),
-            box(198, y, 156, 76, "green", lines),
+            arrow(f"M170 {y + 35} H190"),
+            text(179, y + 29, "yes", "i s", "middle"),
+            box(192, y, 164, 90, "green", lines),
             arrow(f"M88 {y + 64} V{y + step + 4}"),
-            text(95, y + 83, "no", "i s"),
+            text(95, y + 89, "no", "i s"),
         ]
     y = 16 + step * len(BRANCHES)
     parts.append(box(6, y, 164, 52, "green", [("b", "BatchNorm"), ("", "as it is")]))

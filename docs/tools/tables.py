@@ -71,17 +71,15 @@ def second_data_set() -> str:
     first, *others = report.datasets(claims())
     sentences = []
     for other in others:
-        both = [(claim, on) for claim in claims() if other in (on := {r.dataset: r for r in claim.results})]
-        without = [f"`{claim.id}`" for claim in claims() if claim not in [each for each, _ in both]]
-        number = f"{len(both)} of {len(claims())}" if without else f"All {len(claims())}"
+        without = [f"`{claim.id}`" for claim in claims() if other not in [result.dataset for result in claim.results]]
+        number = f"{len(claims()) - len(without)} of {len(claims())}" if without else f"All {len(claims())}"
         sentences.append(f"{number} claims were measured on {other} as well as on {first}.")
         if without:
             sentences.append(f"Not measured on it: {', '.join(without)}.")
         opposite = [
-            f"{there.name} (`{claim.id}`: {forest.numbers(here)} and {forest.numbers(there)})"
-            for claim, on in both
-            for here, there in zip(on[first].parts, on[other].parts, strict=True)
-            if {here.verdict, there.verdict} == {protocol.HOLDS, protocol.REFUTED}
+            f"{each.first.name} (`{each.claim}`: {forest.numbers(each.first)} and {forest.numbers(each.other)})"
+            for each in report.opposites(claims())
+            if each.dataset == other
         ]
         if opposite:
             sentences.append(f"Parts that hold on one of the two and are refuted on the other: {'; '.join(opposite)}.")
@@ -93,7 +91,11 @@ def second_data_set() -> str:
 def which_variant() -> str:
     """The flow chart of variants in words."""
     rows = [
-        [" ".join(each.question), f"[`{each.use}`]({each.link}): {' '.join(each.what)}", drawings.measured(each)]
+        [
+            " ".join(each.question),
+            f"[`{each.use}`]({each.link}): {' '.join(each.what)}",
+            "; ".join(drawings.measured(each)),
+        ]
         for each in drawings.BRANCHES
     ]
     return table(

@@ -7,6 +7,7 @@ the protocol, which experiments/README.md states.
 
 import base64
 import datetime
+import itertools
 import json
 import math
 import os
@@ -160,8 +161,31 @@ def datasets(claims: Iterable[Claim]) -> list[str]:
     return list(dict.fromkeys(result.dataset for claim in claims for result in claim.results))
 
 
+class Opposite(NamedTuple):
+    """A part that holds on the first data set of its claim and is refuted on another one, or the other way round."""
+
+    claim: str
+    """the claim's name"""
+    dataset: str
+    """the other data set"""
+    first: protocol.Decided
+    other: protocol.Decided
+
+
+def opposites(claims: Iterable[Claim]) -> list[Opposite]:
+    """The parts on which data sets contradict each other."""
+    return [
+        Opposite(claim.id, other.dataset, here, there)
+        for claim in claims
+        for other in claim.results[1:]
+        for here, there in itertools.product(claim.results[0].parts, other.parts)
+        if here.name == there.name and {here.verdict, there.verdict} == {protocol.HOLDS, protocol.REFUTED}
+    ]
+
+
 def tally(claims: Sequence[Claim]) -> str:
-    """How many claims have which verdict on each data set, and how many parts are decided: a sentence for each."""
+    """How many claims have which verdict on each data set, how many parts are decided, and how many of them have the
+    opposite verdict on the claim's first data set: a sentence for each."""
     return " ".join(tallies(claims))
 
 
@@ -178,10 +202,12 @@ def tallies(claims: Sequence[Claim]) -> list[str]:
         ]
         parts = [part.verdict for result in results for part in result.parts]
         decided = len(parts) - parts.count(protocol.UNDECIDED)
+        contrary = [each.dataset for each in opposites(claims)].count(dataset)
         sentences.append(
             f"Of {_counted(len(results), 'claim')} on {dataset}, "
             f"{' and '.join(filter(None, (', '.join(words[:-1]), words[-1])))}; "
-            f"{decided} of {_counted(len(parts), 'part')} {'is' if decided == 1 else 'are'} decided."
+            f"{decided} of {_counted(len(parts), 'part')} {'is' if decided == 1 else 'are'} decided"
+            + (f", {contrary} of them contrary to {datasets(claims)[0]}." if contrary else ".")
         )
     return sentences
 

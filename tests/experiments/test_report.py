@@ -93,6 +93,25 @@ def test_the_tally_counts_claims_on_each_data_set(sections, page):
     assert counts in page.text["header"][0]
 
 
+def test_parts_with_opposite_verdicts_are_counted_and_named(sections):
+    """Whichever data set contradicts the other; undecided parts and those without effect contradict nothing."""
+    claim, bare = (section.claim for section in sections)
+    one, two = claim.results
+    turns = [("holds", "refuted"), ("refuted", "holds"), ("holds", "undecided"), ("no effect", "refuted")]
+    for verdicts in turns:
+        turned = [
+            result._replace(parts=(result.parts[0]._replace(verdict=verdict), *result.parts[1:]))
+            for result, verdict in zip((one, two), verdicts, strict=True)
+        ]
+        claims = [claim._replace(results=(*turned,)), bare]
+        contrary = verdicts in turns[:2]
+        expected = [report.Opposite(claim.id, two.dataset, *(each.parts[0] for each in turned))] if contrary else []
+        assert report.opposites(claims) == expected
+        first, second = report.tallies(claims)
+        assert "contrary" not in first
+        assert second.endswith("decided, 1 of them contrary to digits.") == contrary
+
+
 def test_the_forest_has_a_line_for_each_part_on_each_data_set(sections, page):
     nav = page.text["details"][0]
     assert "Forest plot: the effects of all 4 parts" in nav
