@@ -71,7 +71,7 @@ def second_data_set() -> str:
     first, *others = report.datasets(claims())
     sentences = []
     for other in others:
-        without = [f"`{claim.id}`" for claim in claims() if other not in [result.dataset for result in claim.results]]
+        without = [f"`{claim.id}`" for claim in claims() if other not in report.datasets([claim])]
         number = f"{len(claims()) - len(without)} of {len(claims())}" if without else f"All {len(claims())}"
         sentences.append(f"{number} claims were measured on {other} as well as on {first}.")
         if without:
@@ -79,7 +79,7 @@ def second_data_set() -> str:
         opposite = [
             f"{each.first.name} (`{each.claim}`: {forest.numbers(each.first)} and {forest.numbers(each.other)})"
             for each in report.opposites(claims())
-            if each.dataset == other
+            if report.source(each.dataset) == other
         ]
         if opposite:
             sentences.append(f"Parts that hold on one of the two and are refuted on the other: {'; '.join(opposite)}.")

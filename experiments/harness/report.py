@@ -157,8 +157,13 @@ def read(path: Path) -> list[Claim]:
 
 
 def datasets(claims: Iterable[Claim]) -> list[str]:
-    """The data sets of the results, each once."""
-    return list(dict.fromkeys(result.dataset for claim in claims for result in claim.results))
+    """The data sets of the results, each once, whatever the size of their images."""
+    return list(dict.fromkeys(source(result.dataset) for claim in claims for result in claim.results))
+
+
+def source(dataset: str) -> str:
+    """The name of a data set without the size of its images, in which claims differ."""
+    return re.sub(r" \(\d+ x \d+\)$", "", dataset)
 
 
 class Opposite(NamedTuple):
@@ -193,7 +198,7 @@ def tallies(claims: Sequence[Claim]) -> list[str]:
     """The sentences of `tally`."""
     sentences: list[str] = []
     for dataset in datasets(claims):
-        results = [result for claim in claims for result in claim.results if result.dataset == dataset]
+        results = [result for claim in claims for result in claim.results if source(result.dataset) == dataset]
         counts = Counter(result.verdict for result in results)
         words = [
             f"{counts[verdict]} {mark.one if counts[verdict] == 1 else mark.several}"
@@ -202,7 +207,7 @@ def tallies(claims: Sequence[Claim]) -> list[str]:
         ]
         parts = [part.verdict for result in results for part in result.parts]
         decided = len(parts) - parts.count(protocol.UNDECIDED)
-        contrary = [each.dataset for each in opposites(claims)].count(dataset)
+        contrary = [source(each.dataset) for each in opposites(claims)].count(dataset)
         sentences.append(
             f"Of {_counted(len(results), 'claim')} on {dataset}, "
             f"{' and '.join(filter(None, (', '.join(words[:-1]), words[-1])))}; "

@@ -93,6 +93,14 @@ def test_the_tally_counts_claims_on_each_data_set(sections, page):
     assert counts in page.text["header"][0]
 
 
+def test_a_data_set_is_the_same_at_any_size_of_its_images(sections):
+    claim, bare = (section.claim for section in sections)
+    small, large = (claim.results[1]._replace(dataset=f"fashion & more ({side} x {side})") for side in (7, 14))
+    claims = [claim._replace(results=(claim.results[0], small)), bare._replace(results=(*bare.results, large))]
+    assert report.datasets(claims) == ["digits", "fashion & more"]
+    assert report.tallies(claims)[1] == "Of 2 claims on fashion & more, 2 are undecided; 0 of 4 parts are decided."
+
+
 def test_parts_with_opposite_verdicts_are_counted_and_named(sections):
     """Whichever data set contradicts the other; undecided parts and those without effect contradict nothing."""
     claim, bare = (section.claim for section in sections)
