@@ -269,7 +269,7 @@ BRANCHES = (
         ("batch-size", "remedy for large batches, ghost"),
     ),
 )
-WORDS = {"holds": "it helps", "refuted": "it does not help", "no effect": "no effect", "undecided": "undecided"}
+WORDS = {"holds": "helps", "refuted": "does not help", "no effect": "no effect", "undecided": "undecided"}
 """By the verdict on a part."""
 
 
@@ -298,9 +298,9 @@ def which_variant() -> str:
         ]
         parts += [
             box(6, y + 6, 164, 58, "amber", [("", line) for line in branch.question]),
-            arrow(f"M170 {y + 35} H190"),
-            text(179, y + 29, "yes", "i s", "middle"),
-            box(192, y, 164, 90, "green", lines),
+            arrow(f"M170 {y + 35} H194"),
+            text(181, y + 28, "yes", "i s", "middle"),
+            box(196, y, 160, 90, "green", lines),
             arrow(f"M88 {y + 64} V{y + step + 4}"),
             text(95, y + 89, "no", "i s"),
         ]

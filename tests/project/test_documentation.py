@@ -210,7 +210,7 @@ def test_the_drawings_are_those_that_the_code_draws_and_are_on_pages():
 def test_the_flow_chart_says_of_each_branch_what_was_measured():
     assert {*drawings.WORDS} == {protocol.HOLDS, protocol.REFUTED, protocol.NO_EFFECT, protocol.UNDECIDED}
     found = {branch.use + " " + branch.what[0]: drawings.measured(branch) for branch in drawings.BRANCHES}
-    assert found["BatchNorm synchronized"] == found["BNLSTM statistics of"] == ["measured: it helps"]
+    assert found["BatchNorm synchronized"] == found["BNLSTM statistics of"] == ["measured: helps"]
     assert found["ConditionalBatchNorm scale and bias"] == ["not measured here"]
     for branch in drawings.BRANCHES:
         assert hasattr(bnjax.linen, branch.use)
@@ -228,9 +228,9 @@ def test_the_flow_chart_names_the_data_sets_if_they_disagree(tmp_path, monkeypat
     verdicts = tmp_path / "verdicts.json"
     monkeypatch.setattr(drawings, "VERDICTS", verdicts)
     verdicts.write_text(json.dumps({"claims": [{"id": "batch-size", "results": results}]}), encoding="utf-8")
-    assert drawings.measured(branch) == ["digits: it helps", "mnist8000: it does not help"]
+    assert drawings.measured(branch) == ["digits: helps", "mnist8000: does not help"]
     verdicts.write_text(json.dumps({"claims": [{"id": "batch-size", "results": results[1:]}]}), encoding="utf-8")
-    assert drawings.measured(branch) == ["measured: it does not help"]
+    assert drawings.measured(branch) == ["measured: does not help"]
 
 
 @pytest.mark.slow
