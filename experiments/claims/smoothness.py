@@ -321,8 +321,9 @@ class Smoothness(Observed):
                 if part.name.startswith(network):
                     remarks[part.name] = "; ".join(filter(None, edges[: 2 if "noise" in part.name else 1]))
             for arm, (used, each) in series.items():
+                forms = {name: ".0f" if name == "loss" else ".3g" for name in columns if name in found[arm]}
                 words = [
-                    records.spread(found[arm][name], ".3g", "never") if name in found[arm] else "" for name in columns
+                    records.spread(found[arm][name], forms[name], "never") if name in forms else "" for name in columns
                 ]
                 rows.append([network, arm, f"{used:g}", *words, records.spread(each["test_accuracy"], ".4f")])
             times = [records.spread(effects[f"{network}, {measure}"], ".2g", "nowhere") for measure in SMOOTH]
