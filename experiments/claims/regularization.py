@@ -7,8 +7,8 @@ regularizer, with dropout, and with an L2 penalty.
 A network that fits faster has a larger gap between the two losses after the same number of steps. Therefore the gap is
 measured at equal training loss, by linear interpolation between evaluations, with running statistics and without
 dropout. At a high learning rate the training loss passes the target again and again, and the gap where it does so first
-differs much from seed to seed. Therefore each arm has the lowest of the rates that are equally good for it. Images that
-are not trained on are for validation, where most of them are needed.
+differs much from seed to seed. Therefore each arm has the lowest of the rates that are equally good for it. Most images
+that are not trained on are for validation, because the gap is measured there.
 """
 
 from dataclasses import dataclass
