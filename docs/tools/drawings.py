@@ -10,6 +10,8 @@ from html import escape
 from pathlib import Path
 from typing import NamedTuple
 
+from experiments.harness import report
+
 ROOT = Path(__file__).parents[2]
 IMAGES = ROOT / "docs" / "images"
 VERDICTS = ROOT / "experiments" / "results" / "verdicts.json"
@@ -283,7 +285,7 @@ def measured(branch: Branch) -> list[str]:
     found = {r["dataset"]: WORDS[p["verdict"]] for r in entry["results"] for p in r["parts"] if p["name"] == part}
     if len({*found.values()}) == 1:
         return [f"measured: {next(iter(found.values()))}"]
-    return [f"{dataset.partition(' ')[0]}: {words}" for dataset, words in found.items()]
+    return [f"{report.source(dataset)}: {words}" for dataset, words in found.items()]
 
 
 def which_variant() -> str:

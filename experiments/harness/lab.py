@@ -73,16 +73,16 @@ def chosen(metrics: runs.Metrics, arm: str, by: str = "curve") -> Chosen:
             tried[float(rate)] = series
     scores = {rate: _score(series, metrics.classes, by) for rate, series in tried.items()}
     rates = sorted(scores)
-    best = max(rates, key=lambda rate: scores[rate])  # the first of equals
+    best = least = max(rates, key=lambda rate: scores[rate])  # the first of equals
     if by == "steady gap" and np.isfinite(scores[best][0]):
-        gaps = _gaps(tried[best], metrics.classes)
+        gaps = _gaps(tried[least], metrics.classes)
         error = gaps.std(ddof=1) / np.sqrt(gaps.size) if gaps.size > 1 else 0.0
-        best = next(rate for rate in rates if scores[rate][0] >= scores[best][0] - error)
+        best = next(rate for rate in rates if scores[rate][0] >= scores[least][0] - error)
     edge = ""
     if by in GAPS and not np.isfinite(scores[best][0]):
         edge = f"{arm} reaches the target of the training loss at no learning rate of its grid"
-    elif len(rates) > 1 and best in (rates[0], rates[-1]):
-        edge = f"the best learning rate of {arm}, {best:g}, is at the edge of its grid"
+    elif len(rates) > 1 and (ends := [rate for rate in (least, best) if rate in (rates[0], rates[-1])]):
+        edge = f"the best learning rate of {arm}, {ends[0]:g}, is at the edge of its grid"
     return Chosen(best, edge)
 
 

@@ -167,7 +167,7 @@ def source(dataset: str) -> str:
 
 
 class Opposite(NamedTuple):
-    """A part that holds on the first data set of its claim and is refuted on another one, or the other way round."""
+    """A part that holds on the first of all data sets and is refuted on another one, or the other way round."""
 
     claim: str
     """the claim's name"""
@@ -177,20 +177,23 @@ class Opposite(NamedTuple):
     other: protocol.Decided
 
 
-def opposites(claims: Iterable[Claim]) -> list[Opposite]:
-    """The parts on which data sets contradict each other."""
+def opposites(claims: Sequence[Claim]) -> list[Opposite]:
+    """The parts on which another data set contradicts the first one. A claim that was not measured on the first has
+    none."""
+    first = datasets(claims)[:1]
     return [
         Opposite(claim.id, other.dataset, here, there)
         for claim in claims
-        for other in claim.results[1:]
-        for here, there in itertools.product(claim.results[0].parts, other.parts)
+        for one, other in itertools.product(claim.results, repeat=2)
+        if source(one.dataset) in first and source(other.dataset) not in first
+        for here, there in itertools.product(one.parts, other.parts)
         if here.name == there.name and {here.verdict, there.verdict} == {protocol.HOLDS, protocol.REFUTED}
     ]
 
 
 def tally(claims: Sequence[Claim]) -> str:
     """How many claims have which verdict on each data set, how many parts are decided, and how many of them have the
-    opposite verdict on the claim's first data set: a sentence for each."""
+    opposite verdict on the first data set: a sentence for each."""
     return " ".join(tallies(claims))
 
 
@@ -212,7 +215,7 @@ def tallies(claims: Sequence[Claim]) -> list[str]:
             f"Of {_counted(len(results), 'claim')} on {dataset}, "
             f"{' and '.join(filter(None, (', '.join(words[:-1]), words[-1])))}; "
             f"{decided} of {_counted(len(parts), 'part')} {'is' if decided == 1 else 'are'} decided"
-            + (f", {contrary} of them contrary to {datasets(claims)[0]}." if contrary else ".")
+            + (f", {contrary} of them against the verdict on {datasets(claims)[0]}." if contrary else ".")
         )
     return sentences
 

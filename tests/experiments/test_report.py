@@ -116,8 +116,10 @@ def test_parts_with_opposite_verdicts_are_counted_and_named(sections):
         expected = [report.Opposite(claim.id, two.dataset, *(each.parts[0] for each in turned))] if contrary else []
         assert report.opposites(claims) == expected
         first, second = report.tallies(claims)
-        assert "contrary" not in first
-        assert second.endswith("decided, 1 of them contrary to digits.") == contrary
+        assert "against" not in first
+        assert second.endswith("decided, 1 of them against the verdict on digits.") == contrary
+        elsewhere = [each._replace(dataset=f"{side} (8 x 8)") for side, each in zip("ab", turned, strict=True)]
+        assert report.opposites([bare, claim._replace(results=(*elsewhere,))]) == []  # bare has the first data set
 
 
 def test_the_forest_has_a_line_for_each_part_on_each_data_set(sections, page):

@@ -168,6 +168,7 @@ def test_the_page_of_claims_names_what_the_second_data_set_contradicts_or_lacks(
         first, *others = claim["results"]
         assert (f"`{claim['id']}`" in shown.partition("Not measured on it: ")[2].partition(".")[0]) == (not others)
         for here, there in zip(first["parts"], others[0]["parts"] if others else (), strict=bool(others)):
+            assert here["name"] == there["name"]
             if sorted((here["verdict"], there["verdict"])) == ["holds", "refuted"]:
                 named.add(f"{here['name']} (`{claim['id']}`:")
     assert all(each in shown for each in named)
@@ -216,6 +217,31 @@ def test_the_flow_chart_says_of_each_branch_what_was_measured():
         assert hasattr(bnjax.linen, branch.use)
         row = next(line for line in tables.which_variant().splitlines() if " ".join(branch.question) in line)
         assert "; ".join(drawings.measured(branch)) in row
+
+
+@pytest.mark.results
+def test_the_guides_have_the_numbers_of_the_committed_verdicts():
+    """Those that are written into sentences by hand."""
+    on = {claim.id: claim.results for claim in tables.claims()}
+    digits, other = ({part.name: part.value for part in result.parts} for result in on["batch-size"])
+    remedies = ("remedy, renormalized", "remedy, group normalization")
+    more, fewer = ([round(100 * abs(found[name] - 1)) for name in remedies] for found in (digits, other))
+    assert min(digits[name] for name in remedies) > 1 > max(other[name] for name in remedies)
+    recipes = " ".join((ROOT / "docs" / "guides" / "recipes.md").read_text(encoding="utf-8").split())
+    assert f"made {more[0]}% more errors than renormalization and {more[1]}% more than group normalization" in recipes
+    assert f"where it made {fewer[0]}% and {fewer[1]}% fewer." in recipes
+    variants = (ROOT / "docs" / "guides" / "variants.md").read_text(encoding="utf-8")
+    lstm, normalized = zip(
+        *(
+            re.search(r"test accuracy ([\d.]+) ± [\d.]+ and ([\d.]+)", each.measured).groups()
+            for each in on["recurrent"]
+        ),
+        strict=True,
+    )
+    for words, one, two in zip(
+        ("higher than an LSTM's on digits", "lower on `mnist8000`"), normalized, lstm, strict=True
+    ):
+        assert f"{words} ({float(one):.3f} and {float(two):.3f})" in variants
 
 
 @pytest.mark.results

@@ -101,6 +101,17 @@ def test_the_lowest_rate_within_one_standard_error_of_the_smallest_gap_is_chosen
     assert lab.chosen(metrics, "plain", "gap") == lab.Chosen(1.0, "")
 
 
+def test_a_smallest_gap_at_the_edge_of_the_grid_is_told_though_a_lower_rate_is_chosen(tmp_path):
+    record = runs.Record(tmp_path / "metrics.jsonl")
+    for rate, gaps in ((0.1, (9, 9)), (0.3, (1.5, 1.5)), (1, (0, 2))):
+        for seed, gap in enumerate(gaps, 900):
+            losses = np.array([2.0, 0.1, 0.1, 0.1])
+            values = {"train_loss": losses, "validation_loss": losses + gap, "validation_accuracy": [0.1] * 4}
+            record.add(lab.tuning("plain", rate), seed, range(4), values)
+    found = lab.chosen(record.metrics([900, 901], 10), "plain", "steady gap")
+    assert found == lab.Chosen(0.3, "the best learning rate of plain, 1, is at the edge of its grid")
+
+
 def test_effects_of_given_losses(tmp_path):
     record, steps = runs.Record(tmp_path / "metrics.jsonl"), [0, 10]
     loss = dict(zip(regularization.ARMS, (3.0, 1.5, 2.0, 1.2, 1.0, 1.1), strict=True))
